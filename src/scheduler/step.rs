@@ -1,0 +1,123 @@
+//! What the scheduler asks of a device and what it gets back: plain data both ways.
+
+use std::sync::Arc;
+
+use crate::kv::BlockTable;
+use crate::sampling::params::SamplingParams;
+use crate::scheduler::SeqId;
+use crate::text::TokenId;
+
+/// What the runner must compute in one step. Plain data; cheap to log and to compare in tests.
+#[derive(Clone, Debug, Default)]
+pub struct SchedulerOutput {
+    /// The sequences of this step, each at most once.
+    pub scheduled: Vec<ScheduledSeq>,
+    /// Sequences whose blocks were taken back in this step.
+    pub preempted: Vec<SeqId>,
+}
+
+/// A run of consecutive tokens of one sequence whose keys and values the step computes.
+#[derive(Clone, Debug)]
+pub struct ScheduledSeq {
+    /// Whose tokens.
+    pub id: SeqId,
+    /// Position of the first token of `tokens` in its sequence.
+    pub start: usize,
+    /// The tokens to compute; never empty.
+    pub tokens: Vec<TokenId>,
+    /// Where keys and values of positions `0..end()` live.
+    pub blocks: BlockTable,
+    /// Present when the step reaches the sequence's last token, whose logits are then sampled.
+    pub sample: Option<SampleRequest>,
+    /// Present when log-probabilities of prompt tokens are wanted.
+    pub prompt_logprobs: Option<PromptLogprobsRequest>,
+}
+
+impl ScheduledSeq {
+    /// One past the last scheduled position.
+    pub fn end(&self) -> usize {
+        self.start + self.tokens.len()
+    }
+}
+
+/// How to draw the next token of a sequence.
+#[derive(Clone, Debug)]
+pub struct SampleRequest {
+    /// The request's parameters.
+    pub params: Arc<SamplingParams>,
+    /// Which of the request's `n` choices this is; part of the random counter.
+    pub choice: u32,
+    /// How many tokens were generated before this one; part of the random counter.
+    pub num_output_tokens: usize,
+    /// Tokens that may not be drawn yet (`min_tokens`); usually empty.
+    pub forbidden: Vec<TokenId>,
+    /// All tokens so far, present when [`SamplingParams::needs_history`].
+    pub history: Option<TokenHistory>,
+}
+
+/// The tokens a penalty looks at.
+#[derive(Clone, Debug)]
+pub struct TokenHistory {
+    /// Prompt and generated tokens.
+    pub tokens: Vec<TokenId>,
+    /// How many of them belong to the prompt.
+    pub num_prompt_tokens: usize,
+}
+
+/// Log-probabilities wanted for prompt tokens.
+#[derive(Clone, Debug)]
+pub struct PromptLogprobsRequest {
+    /// How many of the most likely tokens to report beside the given one.
+    pub num_top: u32,
+    /// The prompt tokens at positions `start + 1 ..= end()`, as far as they belong to the prompt:
+    /// entry `i` is scored by the logits of scheduled token `i`.
+    pub targets: Vec<TokenId>,
+}
+
+/// A token's log-probability and the most likely tokens at its position.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    /// The token this is about.
+    pub token: TokenId,
+    /// Its natural-log probability under the model's own distribution (before temperature).
+    pub logprob: f32,
+    /// The most likely tokens, best first.
+    pub top: Vec<(TokenId, f32)>,
+}
+
+/// A drawn token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampledToken {
+    /// The token.
+    pub id: TokenId,
+    /// Present when the request asked for log-probabilities.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// The logits of a row were not finite; only its request fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the model produced a logit that is not a finite number")]
+pub struct NonFiniteLogits;
+
+/// What one [`ScheduledSeq`] yielded.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SeqOutput {
+    /// Present exactly when [`ScheduledSeq::sample`] was.
+    pub sampled: Option<Result<SampledToken, NonFiniteLogits>>,
+    /// One entry per target of [`ScheduledSeq::prompt_logprobs`].
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+}
+
+/// All that the engine knows about tensors.
+///
+/// Two calls, so that work of the CPU can happen between them while a device computes.
+pub trait Runner {
+    /// Why a step failed. The cache's content is in doubt after an error.
+    type Error: std::fmt::Display;
+
+    /// Starts computing keys, values and the wanted logits of a step.
+    fn launch(&mut self, step: &SchedulerOutput) -> Result<(), Self::Error>;
+
+    /// Finishes the launched step: one entry per scheduled sequence, in order.
+    fn sample(&mut self, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, Self::Error>;
+}
