@@ -1,0 +1,7 @@
+//! The parts models are made of. Quantised or dense, flash or plain, is decided below, in `ops`.
+
+pub mod attention;
+pub mod embedding;
+pub mod linear;
+pub mod mlp;
+pub mod norm;

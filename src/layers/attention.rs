@@ -1,0 +1,69 @@
+//! Grouped-query self-attention with rotary positions over a paged cache.
+
+use candle_core::{Result, Tensor};
+
+use super::linear::{Linear, Projection};
+use crate::ops::paged_attention::{AttentionMetadata, KvCache, paged_attention};
+use crate::ops::rope::{RopeTable, rope_and_cache};
+use crate::weights::checkpoint::Checkpoint;
+
+/// Head counts and sizes of one attention layer.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionShape {
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads.
+    pub num_kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+}
+
+/// Self-attention of one decoder layer.
+pub struct Attention {
+    qkv_proj: Linear,
+    o_proj: Linear,
+    scale: f32,
+}
+
+impl Attention {
+    /// Loads `<prefix>q_proj` and its siblings.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        prefix: &str,
+        shape: AttentionShape,
+    ) -> anyhow::Result<Self> {
+        let AttentionShape { hidden_size, num_heads, num_kv_heads, head_dim } = shape;
+        let qkv = [
+            Projection { name: "q_proj", out_features: num_heads * head_dim },
+            Projection { name: "k_proj", out_features: num_kv_heads * head_dim },
+            Projection { name: "v_proj", out_features: num_kv_heads * head_dim },
+        ];
+        let o = [Projection { name: "o_proj", out_features: hidden_size }];
+        Ok(Self {
+            qkv_proj: Linear::load(checkpoint, prefix, &qkv, hidden_size)?,
+            o_proj: Linear::load(checkpoint, prefix, &o, num_heads * head_dim)?,
+            scale: (head_dim as f32).sqrt().recip(),
+        })
+    }
+
+    /// `[num_tokens, hidden_size]` to the same shape; writes the tokens' keys and values.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        rope: &RopeTable,
+        kv: &KvCache,
+        metadata: &AttentionMetadata,
+    ) -> Result<Tensor> {
+        let qkv = self.qkv_proj.forward(x)?; // [num_tokens, (num_heads + 2 num_kv_heads) head_dim]
+        let q = rope_and_cache(&qkv, rope, kv, metadata)?; // [num_tokens, num_heads head_dim]
+        let attended = paged_attention(&q, kv, metadata, self.scale)?;
+        self.o_proj.forward(&attended)
+    }
+
+    /// Memory that the weights take.
+    pub fn num_bytes(&self) -> usize {
+        self.qkv_proj.num_bytes() + self.o_proj.num_bytes()
+    }
+}

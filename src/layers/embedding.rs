@@ -1,0 +1,35 @@
+//! Token embedding: rows of a table, decoded one by one from the file's own encoding.
+
+use candle_core::{Result, Tensor};
+
+use crate::ops::embedding::{EmbeddingTable, embedding};
+use crate::weights::checkpoint::Checkpoint;
+
+/// The token embedding.
+pub struct Embedding {
+    table: EmbeddingTable,
+}
+
+impl Embedding {
+    /// Loads `<name>.weight`; the rows stay in the mapped file.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        name: &str,
+        vocab_size: usize,
+        hidden_size: usize,
+    ) -> anyhow::Result<Self> {
+        let matrix = checkpoint.matrix(&format!("{name}.weight"), vocab_size, hidden_size)?;
+        let bytes = Box::new(matrix.bytes);
+        Ok(Self { table: EmbeddingTable::new(matrix.dtype, vocab_size, hidden_size, bytes)? })
+    }
+
+    /// `[num_tokens]` ids to `[num_tokens, hidden_size]`.
+    pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
+        embedding(&self.table, ids)
+    }
+
+    /// Memory that the table takes.
+    pub fn num_bytes(&self) -> usize {
+        self.table.num_bytes()
+    }
+}

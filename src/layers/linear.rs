@@ -1,0 +1,78 @@
+//! `y = x Wᵀ + b`, whatever type the weights are stored in.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor};
+
+use crate::ops::matmul::{MatrixSource, PackedMatrix, matmul};
+use crate::weights::checkpoint::{Checkpoint, StoredMatrix};
+
+/// A linear projection, or several that share their input and run as one.
+pub struct Linear {
+    weight: Arc<PackedMatrix>,
+    bias: Option<Tensor>,
+}
+
+/// What a projection is called and how many features it puts out.
+pub struct Projection<'a> {
+    /// Hugging Face name without `.weight`.
+    pub name: &'a str,
+    /// Number of output features.
+    pub out_features: usize,
+}
+
+impl Linear {
+    /// Loads projections of the same input and stacks their outputs in the given order.
+    ///
+    /// Biases are read where the file has them; a stack has either all or none.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        prefix: &str,
+        projections: &[Projection<'_>],
+        in_features: usize,
+    ) -> anyhow::Result<Self> {
+        let mut stored = Vec::new();
+        let mut bias = Vec::new();
+        for projection in projections {
+            let name = format!("{prefix}{}", projection.name);
+            stored.push(checkpoint.matrix(
+                &format!("{name}.weight"),
+                projection.out_features,
+                in_features,
+            )?);
+            let bias_name = format!("{name}.bias");
+            if checkpoint.contains(&bias_name) {
+                bias.extend(checkpoint.vector(&bias_name, projection.out_features)?);
+            }
+        }
+        let weight = pack(&stored, in_features)?;
+        let bias = match bias.len() {
+            0 => None,
+            len if len == weight.num_rows() => Some(Tensor::from_vec(bias, len, &Device::Cpu)?),
+            _ => anyhow::bail!("only some of the biases of `{prefix}` are in the file"),
+        };
+        Ok(Self { weight: Arc::new(weight), bias })
+    }
+
+    /// `[num_tokens, in_features]` to `[num_tokens, out_features]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        matmul(x, &self.weight, self.bias.as_ref())
+    }
+
+    /// Memory that the weights take.
+    pub fn num_bytes(&self) -> usize {
+        self.weight.num_bytes()
+    }
+}
+
+fn pack(stored: &[StoredMatrix], in_features: usize) -> Result<PackedMatrix> {
+    let sources: Vec<_> = stored
+        .iter()
+        .map(|matrix| MatrixSource {
+            dtype: matrix.dtype,
+            data: matrix.bytes.as_ref(),
+            num_rows: matrix.num_rows,
+        })
+        .collect();
+    PackedMatrix::pack(&sources, in_features)
+}

@@ -1,0 +1,44 @@
+//! The gated feed-forward part of a decoder layer (SwiGLU, Shazeer 2020).
+
+use candle_core::{Result, Tensor};
+
+use super::linear::{Linear, Projection};
+use crate::ops::silu_mul::silu_mul;
+use crate::weights::checkpoint::Checkpoint;
+
+/// `down(silu(gate(x)) * up(x))`.
+pub struct Mlp {
+    gate_up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Mlp {
+    /// Loads `<prefix>gate_proj` and its siblings.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        prefix: &str,
+        hidden_size: usize,
+        intermediate_size: usize,
+    ) -> anyhow::Result<Self> {
+        let gate_up = [
+            Projection { name: "gate_proj", out_features: intermediate_size },
+            Projection { name: "up_proj", out_features: intermediate_size },
+        ];
+        let down = [Projection { name: "down_proj", out_features: hidden_size }];
+        Ok(Self {
+            gate_up_proj: Linear::load(checkpoint, prefix, &gate_up, hidden_size)?,
+            down_proj: Linear::load(checkpoint, prefix, &down, intermediate_size)?,
+        })
+    }
+
+    /// `[num_tokens, hidden_size]` to the same shape.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let gate_up = self.gate_up_proj.forward(x)?; // [num_tokens, 2 intermediate_size]
+        self.down_proj.forward(&silu_mul(&gate_up)?)
+    }
+
+    /// Memory that the weights take.
+    pub fn num_bytes(&self) -> usize {
+        self.gate_up_proj.num_bytes() + self.down_proj.num_bytes()
+    }
+}

@@ -1,0 +1,35 @@
+//! The Qwen architectures, each only what makes it different.
+
+pub mod config;
+pub mod qwen2;
+pub mod registry;
+
+use candle_core::{Result, Tensor};
+
+pub use config::ModelConfig;
+
+use crate::ops::paged_attention::{AttentionMetadata, KvCache};
+
+/// The inputs of one forward pass over a flat batch of tokens of several sequences.
+#[derive(Clone, Debug)]
+pub struct ForwardBatch {
+    /// `[num_tokens]`
+    pub input_ids: Vec<u32>,
+    /// Rows whose logits are wanted, in order of the sequences.
+    pub logits_indices: Vec<u32>,
+    /// Where the tokens stand and where their keys and values live.
+    pub attention: AttentionMetadata,
+}
+
+/// What every architecture is to the runner.
+pub trait Model: Send {
+    /// Computes keys and values of all tokens into `kv` (one cache a layer) and gives the final
+    /// hidden states of the wanted rows, `[num_logits, hidden_size]`.
+    fn forward(&self, batch: &ForwardBatch, kv: &[KvCache]) -> Result<Tensor>;
+
+    /// The logits of hidden states, `[num_logits, vocab_size]`.
+    fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor>;
+
+    /// Memory that the weights take.
+    fn num_weight_bytes(&self) -> usize;
+}

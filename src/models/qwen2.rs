@@ -1,0 +1,135 @@
+//! Qwen2 and Qwen2.5: the Llama layout with biases on the query, key and value projections.
+//!
+//! Source: `modeling_qwen2.py` of Hugging Face transformers and the Qwen2 report (arXiv 2407.10671).
+
+use candle_core::{Result, Tensor};
+
+use super::{ForwardBatch, Model, ModelConfig};
+use crate::layers::attention::{Attention, AttentionShape};
+use crate::layers::embedding::Embedding;
+use crate::layers::linear::{Linear, Projection};
+use crate::layers::mlp::Mlp;
+use crate::layers::norm::RmsNorm;
+use crate::ops::paged_attention::{AttentionMetadata, KvCache};
+use crate::ops::rope::RopeTable;
+use crate::weights::checkpoint::Checkpoint;
+
+struct DecoderLayer {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl DecoderLayer {
+    fn load(checkpoint: &Checkpoint, index: usize, config: &ModelConfig) -> anyhow::Result<Self> {
+        let prefix = format!("model.layers.{index}.");
+        let norm = |name: &str| {
+            let name = format!("{prefix}{name}");
+            RmsNorm::load(checkpoint, &name, config.hidden_size, config.rms_norm_eps)
+        };
+        let shape = AttentionShape {
+            hidden_size: config.hidden_size,
+            num_heads: config.num_attention_heads,
+            num_kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+        };
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention::load(checkpoint, &format!("{prefix}self_attn."), shape)?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            mlp: Mlp::load(
+                checkpoint,
+                &format!("{prefix}mlp."),
+                config.hidden_size,
+                config.intermediate_size,
+            )?,
+        })
+    }
+
+    /// `residual` is the stream before this layer, `x` what the layer below adds to it.
+    fn forward(
+        &self,
+        (x, residual): (Tensor, Tensor),
+        rope: &RopeTable,
+        kv: &KvCache,
+        metadata: &AttentionMetadata,
+    ) -> Result<(Tensor, Tensor)> {
+        let (residual, x) = self.input_layernorm.add_forward(&x, &residual)?;
+        let x = self.self_attn.forward(&x, rope, kv, metadata)?;
+        let (residual, x) = self.post_attention_layernorm.add_forward(&x, &residual)?;
+        Ok((self.mlp.forward(&x)?, residual))
+    }
+
+    fn num_bytes(&self) -> usize {
+        self.self_attn.num_bytes() + self.mlp.num_bytes()
+    }
+}
+
+/// A Qwen2 decoder with its output head.
+pub struct Qwen2 {
+    embed_tokens: Embedding,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    rope: RopeTable,
+}
+
+impl Qwen2 {
+    /// Loads all parameters; `on_layer` hears how many of the layers are done.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        max_model_len: usize,
+        on_layer: &mut dyn FnMut(usize),
+    ) -> anyhow::Result<Self> {
+        let embed_tokens = Embedding::load(
+            checkpoint,
+            "model.embed_tokens",
+            config.vocab_size,
+            config.hidden_size,
+        )?;
+        let mut layers = Vec::new();
+        for index in 0..config.num_hidden_layers {
+            layers.push(DecoderLayer::load(checkpoint, index, config)?);
+            on_layer(index + 1);
+        }
+        // A file without an output head ties it to the embedding.
+        let tied = !checkpoint.contains("lm_head.weight");
+        let name = if tied { "model.embed_tokens" } else { "lm_head" };
+        let head = [Projection { name, out_features: config.vocab_size }];
+        Ok(Self {
+            embed_tokens,
+            layers,
+            norm: RmsNorm::load(checkpoint, "model.norm", config.hidden_size, config.rms_norm_eps)?,
+            lm_head: Linear::load(checkpoint, "", &head, config.hidden_size)?,
+            rope: RopeTable::new(config.head_dim, config.rope_theta, max_model_len),
+        })
+    }
+}
+
+impl Model for Qwen2 {
+    fn forward(&self, batch: &ForwardBatch, kv: &[KvCache]) -> Result<Tensor> {
+        let embedded = self.embed_tokens.forward(&batch.input_ids)?; // [num_tokens, hidden_size]
+        let mut state = (embedded.zeros_like()?, embedded);
+        for (layer, kv) in self.layers.iter().zip(kv) {
+            state = layer.forward(state, &self.rope, kv, &batch.attention)?;
+        }
+        // Only the rows whose logits are wanted go on.
+        let (x, residual) = state;
+        let wanted = Tensor::new(batch.logits_indices.as_slice(), x.device())?;
+        let x = x.index_select(&wanted, 0)?;
+        let residual = residual.index_select(&wanted, 0)?;
+        let (_, normed) = self.norm.add_forward(&x, &residual)?;
+        Ok(normed) // [num_logits, hidden_size]
+    }
+
+    fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.lm_head.forward(hidden) // [num_logits, vocab_size]
+    }
+
+    fn num_weight_bytes(&self) -> usize {
+        let layers: usize = self.layers.iter().map(DecoderLayer::num_bytes).sum();
+        layers + self.lm_head.num_bytes() + self.embed_tokens.num_bytes()
+    }
+}

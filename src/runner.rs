@@ -1,0 +1,11 @@
+//! Turns a scheduler's decision into device inputs, runs the model and returns tokens.
+//!
+//! Owns the weights, the KV cache and the sampler. **Invariant:** it decides nothing: which tokens
+//! run, and where their keys and values live, comes from the scheduler.
+
+pub mod batch;
+pub mod load;
+pub mod memory;
+pub mod model_runner;
+
+pub use model_runner::ModelRunner;

@@ -1,0 +1,53 @@
+//! Flattens a scheduler's decision into the tensors' index vectors. Pure.
+
+use crate::models::ForwardBatch;
+use crate::ops::paged_attention::AttentionMetadata;
+use crate::scheduler::step::{ScheduledSeq, SchedulerOutput};
+
+/// Lays the scheduled tokens of all sequences one after another.
+///
+/// Logits are wanted for every token of a sequence that scores its prompt, and for the last token
+/// of a sequence that samples.
+pub fn forward_batch(step: &SchedulerOutput, block_size: usize) -> ForwardBatch {
+    let scheduled = &step.scheduled;
+    let max_blocks = scheduled.iter().map(|seq| seq.blocks.blocks().len()).max().unwrap_or(0);
+    let mut batch = ForwardBatch {
+        input_ids: Vec::new(),
+        logits_indices: Vec::new(),
+        attention: AttentionMetadata {
+            query_start_loc: vec![0],
+            max_blocks_per_seq: max_blocks,
+            ..AttentionMetadata::default()
+        },
+    };
+    for seq in scheduled {
+        let first_row = batch.input_ids.len();
+        batch.input_ids.extend(&seq.tokens);
+        batch.logits_indices.extend(logits_rows(seq).map(|row| (first_row + row) as u32));
+        push_attention(&mut batch.attention, seq, block_size);
+    }
+    batch
+}
+
+/// Which of a sequence's scheduled tokens need logits, counted from its first.
+pub fn logits_rows(seq: &ScheduledSeq) -> impl Iterator<Item = usize> + use<> {
+    let num_tokens = seq.tokens.len();
+    let scored = seq.prompt_logprobs.as_ref().map_or(0, |wanted| wanted.targets.len());
+    let sampled = seq.sample.is_some().then(|| num_tokens - 1);
+    (0..scored).chain(sampled.filter(move |&last| scored <= last))
+}
+
+fn push_attention(attention: &mut AttentionMetadata, seq: &ScheduledSeq, block_size: usize) {
+    let blocks = seq.blocks.blocks();
+    let table_end = attention.block_table.len() + attention.max_blocks_per_seq;
+    attention.block_table.extend(blocks.iter().map(|block| block.0));
+    attention.block_table.resize(table_end, 0);
+    for position in seq.start..seq.end() {
+        attention.positions.push(position as u32);
+        attention.slot_mapping.push(seq.blocks.slot(position, block_size) as u32);
+    }
+    attention.query_start_loc.push(attention.positions.len() as u32);
+    attention.seq_lens.push(seq.end() as u32);
+    attention.max_query_len = attention.max_query_len.max(seq.tokens.len() as u32);
+    attention.max_seq_len = attention.max_seq_len.max(seq.end() as u32);
+}

@@ -1,0 +1,91 @@
+//! From a model file to a runner: plan first, then allocate and repack.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::DType;
+
+use super::memory::{MemoryPlan, MemoryRequest, plan};
+use super::model_runner::ModelRunner;
+use crate::device::host;
+use crate::device::threads::ThreadPool;
+use crate::models::{ModelConfig, registry};
+use crate::ops::paged_attention::KvCache;
+use crate::weights::checkpoint::Checkpoint;
+
+/// What the user decides about a model's memory and threads.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// Memory for keys and values; `None` lets the plan decide.
+    pub kv_cache_bytes: Option<u64>,
+    /// How keys and values are stored.
+    pub kv_cache_dtype: DType,
+    /// Longest sequence; `None` lets the plan decide.
+    pub max_model_len: Option<usize>,
+    /// Tokens a block of the cache holds.
+    pub block_size: usize,
+    /// Sequences that may run at once.
+    pub max_num_seqs: usize,
+    /// Tokens computed in one step.
+    pub max_num_batched_tokens: usize,
+    /// Threads that compute.
+    pub num_threads: usize,
+}
+
+/// A model file whose header was read and whose memory is planned; no weight was touched yet.
+pub struct PlannedModel {
+    /// The mapped file.
+    pub checkpoint: Checkpoint,
+    /// Its hyperparameters.
+    pub config: ModelConfig,
+    /// Where memory will go.
+    pub plan: MemoryPlan,
+    options: LoadOptions,
+}
+
+impl PlannedModel {
+    /// Opens the file, checks that it can be run and plans its memory.
+    pub fn open(path: &Path, options: LoadOptions) -> anyhow::Result<Self> {
+        let checkpoint = Checkpoint::open(path)?;
+        let metadata = checkpoint.gguf().metadata();
+        registry::check_architecture(metadata.str("general.architecture")?)?;
+        let config = ModelConfig::from_checkpoint(&checkpoint)?;
+        let weight_bytes = checkpoint.gguf().tensors().map(|tensor| tensor.num_bytes as u64).sum();
+        let request = MemoryRequest {
+            kv_cache_bytes: options.kv_cache_bytes,
+            max_model_len: options.max_model_len,
+            block_size: options.block_size,
+            bytes_per_value: options.kv_cache_dtype.size_in_bytes(),
+            max_num_seqs: options.max_num_seqs,
+            max_num_batched_tokens: options.max_num_batched_tokens,
+            available_bytes: host::memory().available_bytes,
+            weight_bytes,
+        };
+        let plan = plan(&config, &request)?;
+        Ok(Self { checkpoint, config, plan, options })
+    }
+
+    /// Repacks the weights on all threads and allocates the cache; `on_layer` hears how many of
+    /// the layers are done.
+    pub fn load(&self, mut on_layer: impl FnMut(usize) + Send) -> anyhow::Result<ModelRunner> {
+        let pool = Arc::new(ThreadPool::new(self.options.num_threads));
+        let max_model_len = self.plan.max_model_len;
+        let model = pool.install(|| {
+            registry::load(&self.checkpoint, &self.config, max_model_len, &mut on_layer)
+        })?;
+        // The packed weights replace the file's pages; the embedding's come back row by row.
+        self.checkpoint.gguf().release_pages();
+        let kv = (0..self.config.num_hidden_layers)
+            .map(|_| {
+                KvCache::new(
+                    self.plan.num_blocks as usize,
+                    self.options.block_size,
+                    self.config.num_key_value_heads,
+                    self.config.head_dim,
+                    self.options.kv_cache_dtype,
+                )
+            })
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(ModelRunner::new(model, kv, self.options.block_size, pool))
+    }
+}

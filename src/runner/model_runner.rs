@@ -1,0 +1,104 @@
+//! Runs a model for the engine: owns its weights, its KV cache and the sampler.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::batch::{forward_batch, logits_rows};
+use crate::device::threads::ThreadPool;
+use crate::models::Model;
+use crate::ops::paged_attention::KvCache;
+use crate::sampling::logprobs::token_logprobs;
+use crate::sampling::sampler::Sampler;
+use crate::scheduler::step::{Runner, ScheduledSeq, SchedulerOutput, SeqOutput};
+
+/// Rows of logits in memory at once. A row of Qwen2's vocabulary takes 608 KB.
+pub(super) const LOGITS_ROWS_MAX: usize = 32;
+
+/// Implements [`Runner`] for a real model.
+pub struct ModelRunner {
+    model: Box<dyn Model>,
+    /// One per layer.
+    kv: Vec<KvCache>,
+    block_size: usize,
+    pool: Arc<ThreadPool>,
+    sampler: Sampler,
+    /// Final hidden states of the launched step's wanted rows.
+    hidden: Option<Tensor>,
+}
+
+impl ModelRunner {
+    /// Joins a loaded model and its cache.
+    pub fn new(
+        model: Box<dyn Model>,
+        kv: Vec<KvCache>,
+        block_size: usize,
+        pool: Arc<ThreadPool>,
+    ) -> Self {
+        Self { model, kv, block_size, pool, sampler: Sampler::default(), hidden: None }
+    }
+
+    fn forward(&self, step: &SchedulerOutput) -> candle_core::Result<Tensor> {
+        let batch = forward_batch(step, self.block_size);
+        self.pool.install(|| self.model.forward(&batch, &self.kv))
+    }
+
+    fn sample_all(
+        &mut self,
+        step: &SchedulerOutput,
+        hidden: &Tensor,
+    ) -> candle_core::Result<Vec<SeqOutput>> {
+        let wanted: Vec<(usize, usize)> = step
+            .scheduled
+            .iter()
+            .enumerate()
+            .flat_map(|(index, seq)| logits_rows(seq).map(move |row| (index, row)))
+            .collect();
+        let mut outputs = vec![SeqOutput::default(); step.scheduled.len()];
+        for (chunk_index, chunk) in wanted.chunks(LOGITS_ROWS_MAX).enumerate() {
+            let rows = hidden.narrow(0, chunk_index * LOGITS_ROWS_MAX, chunk.len())?;
+            let logits = self.pool.install(|| self.model.compute_logits(&rows.contiguous()?))?;
+            let vocab_size = logits.dim(1)?;
+            let mut logits = logits.flatten_all()?.to_vec1::<f32>()?;
+            for (&(index, row), logits) in chunk.iter().zip(logits.chunks_exact_mut(vocab_size)) {
+                self.finish_row(&step.scheduled[index], row, logits, &mut outputs[index]);
+            }
+        }
+        Ok(outputs)
+    }
+
+    /// Scores the prompt token that follows `row`, and draws if `row` is the sequence's last.
+    fn finish_row(
+        &mut self,
+        seq: &ScheduledSeq,
+        row: usize,
+        logits: &mut [f32],
+        output: &mut SeqOutput,
+    ) {
+        if let Some(wanted) = &seq.prompt_logprobs
+            && let Some(&target) = wanted.targets.get(row)
+        {
+            output.prompt_logprobs.push(token_logprobs(logits, target, wanted.num_top));
+        }
+        if let Some(request) = &seq.sample
+            && row + 1 == seq.tokens.len()
+        {
+            output.sampled = Some(self.sampler.sample(logits, request));
+        }
+    }
+}
+
+impl Runner for ModelRunner {
+    type Error = candle_core::Error;
+
+    fn launch(&mut self, step: &SchedulerOutput) -> Result<(), Self::Error> {
+        self.hidden = None;
+        self.hidden = Some(self.forward(step)?);
+        Ok(())
+    }
+
+    fn sample(&mut self, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, Self::Error> {
+        let hidden = self.hidden.take().expect("a step is launched before it is sampled");
+        self.sample_all(step, &hidden)
+    }
+}

@@ -1,0 +1,183 @@
+//! A model's parameters under their Hugging Face names, whatever file they come from.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::quantized::GgmlDType;
+
+use super::gguf::{Gguf, GgufError, TensorInfo};
+
+/// Why a checkpoint cannot be used as the model it says it is.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The file itself is unusable.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// A parameter has another shape than the hyperparameters demand.
+    #[error("tensor `{name}` has shape {found:?}, the model's hyperparameters need {expected:?}")]
+    Shape {
+        /// The parameter's Hugging Face name.
+        name: String,
+        /// Its shape in the file, outermost dimension first.
+        found: Vec<usize>,
+        /// The shape the architecture needs.
+        expected: Vec<usize>,
+    },
+    /// A vector (norm weight or bias) is stored in a type that is not a plain float.
+    #[error("tensor `{name}` is stored as {dtype:?}; norms and biases must be F32, F16 or BF16")]
+    VectorType {
+        /// The parameter's Hugging Face name.
+        name: String,
+        /// The type found.
+        dtype: GgmlDType,
+    },
+    /// The file lacks a hyperparameter or holds an impossible one.
+    #[error("{0}")]
+    Hyperparameter(String),
+}
+
+/// The parameters of one model file.
+#[derive(Clone)]
+pub struct Checkpoint {
+    gguf: Arc<Gguf>,
+}
+
+/// A parameter's bytes, kept alive by the mapping they lie in.
+#[derive(Clone)]
+pub struct TensorBytes {
+    gguf: Arc<Gguf>,
+    gguf_name: String,
+}
+
+impl AsRef<[u8]> for TensorBytes {
+    fn as_ref(&self) -> &[u8] {
+        let (_, bytes) = self.gguf.tensor(&self.gguf_name).expect("looked up when it was made");
+        bytes
+    }
+}
+
+/// A matrix as it lies in the file.
+pub struct StoredMatrix {
+    /// How its values are encoded.
+    pub dtype: GgmlDType,
+    /// Rows (output features).
+    pub num_rows: usize,
+    /// Columns (input features).
+    pub num_cols: usize,
+    /// The encoded rows, one after another.
+    pub bytes: TensorBytes,
+}
+
+impl Checkpoint {
+    /// Maps a GGUF file and, for a split one, its siblings.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        Ok(Self { gguf: Arc::new(Gguf::open(path)?) })
+    }
+
+    /// The file's header.
+    pub fn gguf(&self) -> &Gguf {
+        &self.gguf
+    }
+
+    /// Whether the parameter is in the file. `name` is its Hugging Face name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.gguf.tensor(&gguf_name(name)).is_ok()
+    }
+
+    /// A matrix of the given shape.
+    pub fn matrix(
+        &self,
+        name: &str,
+        num_rows: usize,
+        num_cols: usize,
+    ) -> Result<StoredMatrix, CheckpointError> {
+        let (info, bytes) = self.shaped(name, &[num_rows, num_cols])?;
+        Ok(StoredMatrix { dtype: info.dtype, num_rows, num_cols, bytes })
+    }
+
+    /// A vector of the given length as 32-bit floats.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
+        let (info, bytes) = self.shaped(name, &[len])?;
+        let bytes = bytes.as_ref();
+        let values = match info.dtype {
+            GgmlDType::F32 => le_words(bytes).map(f32::from_le_bytes).collect(),
+            GgmlDType::F16 => {
+                le_words(bytes).map(|b| half::f16::from_le_bytes(b).to_f32()).collect()
+            }
+            GgmlDType::BF16 => {
+                le_words(bytes).map(|b| half::bf16::from_le_bytes(b).to_f32()).collect()
+            }
+            dtype => return Err(CheckpointError::VectorType { name: name.to_owned(), dtype }),
+        };
+        Ok(values)
+    }
+
+    fn shaped(
+        &self,
+        name: &str,
+        expected: &[usize],
+    ) -> Result<(&TensorInfo, TensorBytes), CheckpointError> {
+        let gguf_name = gguf_name(name);
+        let (info, _) = self.gguf.tensor(&gguf_name)?;
+        if info.shape != expected {
+            return Err(CheckpointError::Shape {
+                name: name.to_owned(),
+                found: info.shape.clone(),
+                expected: expected.to_vec(),
+            });
+        }
+        Ok((info, TensorBytes { gguf: Arc::clone(&self.gguf), gguf_name }))
+    }
+}
+
+fn le_words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
+    let (words, _) = bytes.as_chunks::<N>();
+    words.iter().copied()
+}
+
+/// The GGUF name of a parameter, by the table of llama.cpp's converter for Qwen2.
+fn gguf_name(name: &str) -> String {
+    const GLOBAL: &[(&str, &str)] =
+        &[("model.embed_tokens.", "token_embd."), ("model.norm.", "output_norm."), ("lm_head.", "output.")];
+    const LAYER: &[(&str, &str)] = &[
+        ("input_layernorm.", "attn_norm."),
+        ("self_attn.q_proj.", "attn_q."),
+        ("self_attn.k_proj.", "attn_k."),
+        ("self_attn.v_proj.", "attn_v."),
+        ("self_attn.o_proj.", "attn_output."),
+        ("post_attention_layernorm.", "ffn_norm."),
+        ("mlp.gate_proj.", "ffn_gate."),
+        ("mlp.up_proj.", "ffn_up."),
+        ("mlp.down_proj.", "ffn_down."),
+    ];
+    let mut gguf = String::new();
+    let (table, rest) = match name.strip_prefix("model.layers.").and_then(|r| r.split_once('.')) {
+        Some((index, rest)) => {
+            let _ = write!(gguf, "blk.{index}.");
+            (LAYER, rest)
+        }
+        None => (GLOBAL, name),
+    };
+    match table.iter().find_map(|(hf, gg)| rest.strip_prefix(hf).map(|kind| (gg, kind))) {
+        Some((prefix, kind)) => gguf + prefix + kind,
+        None => name.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::gguf_name;
+
+    #[test]
+    fn hugging_face_names_map_to_the_names_in_gguf_files() {
+        assert_eq!(gguf_name("model.embed_tokens.weight"), "token_embd.weight");
+        assert_eq!(gguf_name("model.layers.17.self_attn.k_proj.bias"), "blk.17.attn_k.bias");
+        assert_eq!(
+            gguf_name("model.layers.3.post_attention_layernorm.weight"),
+            "blk.3.ffn_norm.weight"
+        );
+        assert_eq!(gguf_name("lm_head.weight"), "output.weight");
+        assert_eq!(gguf_name("unheard.of"), "unheard.of");
+    }
+}

@@ -1,0 +1,183 @@
+//! Goal: the model computes what Hugging Face computes, and what it computes for a sequence never
+//! depends on how the engine came to run it.
+//!
+//! Method: tiny random checkpoints under `models/tiny` with logits and greedy tokens by Hugging
+//! Face transformers in float32; and four equalities, compared bit for bit through the whole
+//! engine: batch = single, chunked = whole, cached = fresh, preempted = undisturbed.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::DType;
+use futures_util::StreamExt;
+use qwen_server::engine::event::Event;
+use qwen_server::engine::handle::EngineHandle;
+use qwen_server::engine::request::{Request, StopConditions};
+use qwen_server::engine::thread::{EngineConfig, spawn};
+use qwen_server::runner::load::{LoadOptions, PlannedModel};
+use qwen_server::sampling::SamplingParams;
+use serde::Deserialize;
+
+#[derive(Clone, Copy)]
+struct Setup {
+    block_size: usize,
+    kv_cache_bytes: u64,
+    max_num_batched_tokens: usize,
+    num_threads: usize,
+}
+
+const ROOMY: Setup = Setup {
+    block_size: 16,
+    kv_cache_bytes: 8 << 20,
+    max_num_batched_tokens: 512,
+    num_threads: 1,
+};
+
+fn tiny(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny").join(name)
+}
+
+fn start(model: &Path, setup: Setup) -> EngineHandle {
+    let options = LoadOptions {
+        kv_cache_bytes: Some(setup.kv_cache_bytes),
+        kv_cache_dtype: DType::F16,
+        max_model_len: None,
+        block_size: setup.block_size,
+        max_num_seqs: 16,
+        max_num_batched_tokens: setup.max_num_batched_tokens,
+        num_threads: setup.num_threads,
+    };
+    let planned = PlannedModel::open(model, options).unwrap();
+    let config = EngineConfig {
+        max_num_batched_tokens: setup.max_num_batched_tokens,
+        max_num_seqs: 16,
+        block_size: setup.block_size,
+        num_blocks: planned.plan.num_blocks,
+        max_model_len: planned.plan.max_model_len,
+        vocab_size: planned.config.vocab_size,
+        ..EngineConfig::default()
+    };
+    let runner = planned.load(|_| {}).unwrap();
+    spawn(config, move || Ok(runner)).0
+}
+
+fn request(prompt: &[u32], max_tokens: usize, params: SamplingParams) -> Request {
+    Request {
+        id: Arc::from("test"),
+        prompt: Arc::from(prompt),
+        params: Arc::new(params),
+        stop: StopConditions { max_tokens, stop_token_ids: Vec::new() },
+        n: 1,
+        cache_salt: None,
+    }
+}
+
+/// What a request said: tokens and the bits of all their log-probabilities.
+#[derive(Debug, PartialEq)]
+struct Said {
+    tokens: Vec<u32>,
+    logprob_bits: Vec<u32>,
+    num_cached_tokens: usize,
+}
+
+async fn run(engine: &EngineHandle, request: Request) -> Said {
+    let mut events = engine.generate(request).unwrap();
+    let mut said = Said { tokens: Vec::new(), logprob_bits: Vec::new(), num_cached_tokens: 0 };
+    while let Some(event) = events.next().await {
+        match event {
+            Event::Started { num_cached_tokens } => said.num_cached_tokens = num_cached_tokens,
+            Event::Token { token, .. } => {
+                said.tokens.push(token.id);
+                let logprobs = token.logprobs.expect("log-probabilities were asked for");
+                said.logprob_bits.extend(logprobs.top.iter().map(|(_, logprob)| logprob.to_bits()));
+            }
+            Event::Finished { .. } | Event::PromptLogprobs(_) => {}
+            Event::Failed(why) => panic!("{why}"),
+        }
+    }
+    said
+}
+
+/// Sampled, so that every draw must repeat too.
+fn sampled(index: usize) -> SamplingParams {
+    SamplingParams { seed: index as u64, logprobs: Some(5), ..SamplingParams::default() }
+}
+
+/// Prompts of awkward lengths; every second one shares a prefix with its predecessor.
+fn prompts() -> Vec<Vec<u32>> {
+    let lengths = [1, 15, 16, 17, 40, 61, 97, 33];
+    let prompt = |(index, &len): (usize, &usize)| -> Vec<u32> {
+        (0..len as u32).map(|i| (i * 31 + index as u32 / 2 * 7) % 250).collect()
+    };
+    lengths.iter().enumerate().map(prompt).collect()
+}
+
+async fn alone(model: &Path, index: usize, prompt: &[u32]) -> Said {
+    run(&start(model, ROOMY), request(prompt, 24, sampled(index))).await
+}
+
+async fn together(engine: &EngineHandle) -> Vec<Said> {
+    let prompts = prompts();
+    let runs = prompts.iter().enumerate().map(|(i, p)| run(engine, request(p, 24, sampled(i))));
+    futures_util::future::join_all(runs).await
+}
+
+fn assert_same(context: &str, index: usize, ours: &Said, expected: &Said) {
+    assert_eq!(ours.tokens, expected.tokens, "{context}: tokens of prompt {index}");
+    assert_eq!(ours.logprob_bits, expected.logprob_bits, "{context}: bits of prompt {index}");
+}
+
+const EQUALITY_MODELS: [&str; 2] = ["qwen2-q5_0.gguf", "qwen2-f32.gguf"];
+
+#[tokio::test]
+async fn company_chunks_threads_and_preemption_change_no_bit() {
+    for model in EQUALITY_MODELS.map(tiny) {
+        let mut expected = Vec::new();
+        for (index, prompt) in prompts().iter().enumerate() {
+            expected.push(alone(&model, index, prompt).await);
+        }
+        let bytes_per_block = block_bytes(&model, 4);
+        let setups = [
+            ("batched", ROOMY),
+            ("chunked", Setup { max_num_batched_tokens: 7, ..ROOMY }),
+            ("threads", Setup { num_threads: 3, ..ROOMY }),
+            // Room for the longest sequence and little else: preemption is certain.
+            ("preempted", Setup { block_size: 4, kv_cache_bytes: 36 * bytes_per_block, ..ROOMY }),
+        ];
+        for (context, setup) in setups {
+            let engine = start(&model, setup);
+            for (index, said) in together(&engine).await.iter().enumerate() {
+                assert_same(context, index, said, &expected[index]);
+            }
+            if context == "preempted" {
+                assert!(0 < engine.stats().num_preemptions, "the setup preempts nothing");
+            }
+        }
+    }
+}
+
+fn block_bytes(model: &Path, block_size: usize) -> u64 {
+    let options = LoadOptions {
+        kv_cache_bytes: Some(1 << 20),
+        kv_cache_dtype: DType::F16,
+        max_model_len: None,
+        block_size,
+        max_num_seqs: 1,
+        max_num_batched_tokens: 1,
+        num_threads: 1,
+    };
+    PlannedModel::open(model, options).unwrap().plan.block_bytes
+}
+
+#[tokio::test]
+async fn a_cached_prefix_changes_no_bit() {
+    for model in EQUALITY_MODELS.map(tiny) {
+        let engine = start(&model, ROOMY);
+        let prompt = &prompts()[6];
+        let fresh = run(&engine, request(prompt, 24, sampled(6))).await;
+        let cached = run(&engine, request(prompt, 24, sampled(6))).await;
+        assert_eq!(fresh.num_cached_tokens, 0);
+        assert_eq!(cached.num_cached_tokens, 96, "six full blocks of a 97-token prompt");
+        assert_same("cached", 6, &cached, &fresh);
+    }
+}
