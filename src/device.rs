@@ -1,0 +1,3 @@
+//! What the machine is made of: threads today, accelerators beside them.
+
+pub mod threads;

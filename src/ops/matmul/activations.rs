@@ -1,0 +1,248 @@
+//! Activations as the kernels read them.
+//!
+//! Tokens go in groups of 8, then 4, 2 and 1, and what the tokens of a group need for one block lies together. For integer
+//! weights each 32 values become signed bytes with one `f32` scale (the largest magnitude over 127).
+
+use super::format::BLOCK;
+use super::kernel::MAX_WIDTH;
+use super::simd::Isa;
+
+/// Tokens that a kernel computes together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Group {
+    pub(super) first: usize,
+    /// 1, 2, 4 or 8.
+    pub(super) width: usize,
+}
+
+/// The groups of so many tokens.
+pub(super) fn groups(num_tokens: usize) -> Vec<Group> {
+    let mut groups = Vec::with_capacity(num_tokens / MAX_WIDTH + 3);
+    let mut first = 0;
+    let mut width = MAX_WIDTH;
+    while first < num_tokens {
+        while num_tokens - first < width {
+            width /= 2;
+        }
+        groups.push(Group { first, width });
+        first += width;
+    }
+    groups
+}
+
+/// Which sums over the integers of a token the weights need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SumKind {
+    /// Sums a block of 32: 1 or 2.
+    pub(super) halves: usize,
+    /// Times the scale, for formats with a minimum; otherwise integers.
+    pub(super) is_scaled: bool,
+}
+
+/// A set of [`SumKind`].
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct SumKinds([bool; 4]);
+
+impl SumKind {
+    fn index(self) -> usize {
+        self.halves - 1 + 2 * usize::from(self.is_scaled)
+    }
+}
+
+impl SumKinds {
+    pub(super) fn insert(&mut self, kind: SumKind) {
+        self.0[kind.index()] = true;
+    }
+
+    pub(super) fn is_empty(self) -> bool {
+        self.0 == [false; 4]
+    }
+}
+
+/// The activations of a group of tokens.
+#[derive(Default)]
+pub(super) struct Activations {
+    /// `[block][token][32]`.
+    pub(super) quants: Vec<i8>,
+    /// `[block][token]`.
+    pub(super) scales: Vec<f32>,
+    /// `[block][half][token]`, negative; scaled ones as the bits of an `f32`. Empty where not needed.
+    sums: [Vec<i32>; 4],
+    /// `[column][token]`, for float weights.
+    pub(super) floats: Vec<f32>,
+}
+
+impl Activations {
+    pub(super) fn sums(&self, kind: SumKind) -> &[i32] {
+        &self.sums[kind.index()]
+    }
+
+    /// Quantises the rows `x`, each `num_cols` long, a multiple of 32.
+    pub(super) fn quantize(&mut self, isa: Isa, x: &[f32], num_cols: usize, kinds: SumKinds) {
+        let num_runs = x.len() / BLOCK;
+        self.quants.resize(x.len(), 0);
+        self.scales.resize(num_runs, 0.0);
+        for (index, sums) in self.sums.iter_mut().enumerate() {
+            if kinds.0[index] {
+                sums.resize(num_runs * (1 + index % 2), 0);
+            }
+        }
+        match isa {
+            Isa::Portable => self.fill(x, num_cols),
+            // SAFETY: the instruction set is one that `Isa::available` found.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::AvxVnni => unsafe { fill_avx2(self, x, num_cols) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { fill_avx512(self, x, num_cols) },
+        }
+    }
+
+    /// Stores the rows `x` by column.
+    pub(super) fn transpose(&mut self, x: &[f32], num_cols: usize) {
+        let width = x.len() / num_cols;
+        self.floats.resize(x.len(), 0.0);
+        for (column, values) in self.floats.chunks_exact_mut(width).enumerate() {
+            for (t, value) in values.iter_mut().enumerate() {
+                *value = x[t * num_cols + column];
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn fill(&mut self, x: &[f32], num_cols: usize) {
+        let width = x.len() / num_cols;
+        let runs = self.quants.chunks_exact_mut(BLOCK).zip(&mut self.scales);
+        for (run, (quants, scale)) in runs.enumerate() {
+            let (block, t) = (run / width, run % width);
+            let values = &x[t * num_cols + block * BLOCK..][..BLOCK];
+            *scale = quantize_run(values, quants);
+            let (low, high) = quants.split_at(BLOCK / 2);
+            let (low, high) = (negative_sum(low), negative_sum(high));
+            let scaled = |sum: i32| (*scale * sum as f32).to_bits() as i32;
+            let [whole, halves, scaled_whole, scaled_halves] = &mut self.sums;
+            if !whole.is_empty() {
+                whole[run] = low + high;
+            }
+            if !halves.is_empty() {
+                halves[2 * block * width + t] = low;
+                halves[(2 * block + 1) * width + t] = high;
+            }
+            if !scaled_whole.is_empty() {
+                scaled_whole[run] = scaled(low + high);
+            }
+            if !scaled_halves.is_empty() {
+                scaled_halves[2 * block * width + t] = scaled(low);
+                scaled_halves[(2 * block + 1) * width + t] = scaled(high);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The processor has the instruction set.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn fill_avx2(activations: &mut Activations, x: &[f32], num_cols: usize) {
+    activations.fill(x, num_cols);
+}
+
+/// # Safety
+/// The processor has the instruction set.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw")]
+unsafe fn fill_avx512(activations: &mut Activations, x: &[f32], num_cols: usize) {
+    activations.fill(x, num_cols);
+}
+
+/// Rounds `values / scale` to integers and returns the scale. Not-a-number and infinity make the scale not finite, so
+/// that they reach the output.
+#[inline(always)]
+fn quantize_run(values: &[f32], quants: &mut [i8]) -> f32 {
+    /// Adding this to a small number leaves its nearest integer in the low bits of the sum.
+    const ROUNDER: f32 = 12_582_912.0;
+    /// Below this the reciprocal overflows; such values are zeros.
+    const SMALLEST: f32 = 1e-30;
+    let mut largest = 0u32;
+    for value in values {
+        // The bits of magnitudes compare as the magnitudes do, and not-a-number is above all.
+        largest = largest.max(value.to_bits() & 0x7FFF_FFFF);
+    }
+    let largest = f32::from_bits(largest);
+    if largest < SMALLEST {
+        quants.fill(0);
+        return 0.0;
+    }
+    let reciprocal = 127.0 / largest;
+    for (quant, value) in quants.iter_mut().zip(values) {
+        *quant = (value * reciprocal + ROUNDER).to_bits() as i8;
+    }
+    largest / 127.0
+}
+
+#[inline(always)]
+fn negative_sum(quants: &[i8]) -> i32 {
+    let mut sum = 0;
+    for &quant in quants {
+        sum -= i32::from(quant);
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::gguf_blocks::tests::Random;
+
+    #[test]
+    fn groups_cover_all_tokens_in_order() {
+        for num_tokens in 0..40 {
+            let mut next = 0;
+            for group in groups(num_tokens) {
+                assert_eq!(group.first, next);
+                assert!([1, 2, 4, 8].contains(&group.width));
+                next += group.width;
+            }
+            assert_eq!(next, num_tokens);
+        }
+    }
+
+    #[test]
+    fn quantised_values_are_within_half_a_step_and_sums_are_theirs() {
+        let mut random = Random::new(5);
+        let (num_cols, width) = (64, 4);
+        let x: Vec<f32> = (0..num_cols * width).map(|_| random.float()).collect();
+        let mut kinds = SumKinds::default();
+        let whole = SumKind { halves: 1, is_scaled: false };
+        let halves = SumKind { halves: 2, is_scaled: true };
+        kinds.insert(whole);
+        kinds.insert(halves);
+        for isa in Isa::available() {
+            let mut activations = Activations::default();
+            activations.quantize(isa, &x, num_cols, kinds);
+            for run in 0..8 {
+                let (block, t) = (run / width, run % width);
+                let (scale, quants) =
+                    (activations.scales[run], &activations.quants[run * 32..run * 32 + 32]);
+                for (i, &quant) in quants.iter().enumerate() {
+                    let value = x[t * num_cols + block * 32 + i];
+                    assert!((f32::from(quant) * scale - value).abs() <= scale * 0.501);
+                }
+                let sum = |quants: &[i8]| -quants.iter().map(|&q| i32::from(q)).sum::<i32>();
+                assert_eq!(activations.sums(whole)[run], sum(quants));
+                let high = activations.sums(halves)[(2 * block + 1) * width + t];
+                assert_eq!(f32::from_bits(high as u32), scale * sum(&quants[16..]) as f32);
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_stay_zero_and_a_nan_is_not_lost() {
+        let mut quants = [1; 32];
+        assert_eq!(quantize_run(&[1e-40; 32], &mut quants), 0.0);
+        assert_eq!(quants, [0; 32]);
+        let mut values = [1.0; 32];
+        values[7] = f32::NAN;
+        assert!(quantize_run(&values, &mut quants).is_nan());
+    }
+}

@@ -1,0 +1,118 @@
+//! From the rows of a file to panels.
+
+use candle_core::quantized::GgmlDType;
+use half::f16;
+
+use super::format::{BLOCK, GROUP_BYTES, GROUPS, SUPER, ScaleKind, packed_layout};
+use super::simd::LANES;
+use crate::ops::gguf_blocks::{QuantBlock, block_layout, read_block};
+
+/// Packs up to sixteen rows of blocks into a zeroed panel.
+pub(super) fn pack_quantized(dtype: GgmlDType, rows: &[&[u8]], num_cols: usize, panel: &mut [u8]) {
+    let (bits, kind) = packed_layout(dtype).expect("the caller packs floats otherwise");
+    let run_len = block_layout(dtype).expect("an integer format").run_len;
+    let block_len = dtype.block_size();
+    let (quants, scales) = panel.split_at_mut(num_cols / BLOCK * bits * GROUP_BYTES);
+    let mut block = QuantBlock::default();
+    for (row, data) in rows.iter().enumerate() {
+        for (index, bytes) in data.chunks_exact(dtype.type_size()).enumerate() {
+            read_block(dtype, bytes, &mut block);
+            let first = index * block_len / BLOCK;
+            let integers = block.quants[..block_len].chunks_exact(BLOCK);
+            for (i, integers) in integers.enumerate() {
+                let to = &mut quants[(first + i) * bits * GROUP_BYTES..][..bits * GROUP_BYTES];
+                put_integers(bits, integers, row, to);
+            }
+            put_scales(kind, &block, (first, row, block_len / run_len), scales);
+        }
+    }
+    // Rows beyond the last have scales of zero, as the panel was zeroed.
+}
+
+/// Packs up to sixteen rows of floats into a zeroed panel, column by column.
+pub(super) fn pack_dense(element_bytes: usize, rows: &[&[u8]], panel: &mut [u8]) {
+    for (row, data) in rows.iter().enumerate() {
+        for (column, element) in data.chunks_exact(element_bytes).enumerate() {
+            let at = (column * LANES + row) * element_bytes;
+            panel[at..at + element_bytes].copy_from_slice(element);
+        }
+    }
+}
+
+/// One row of one block; see the drawing in `format`.
+fn put_integers(bits: usize, integers: &[u8], row: usize, to: &mut [u8]) {
+    for (group, four) in integers.chunks_exact(4).enumerate() {
+        for (i, &q) in four.iter().enumerate() {
+            let lane = row * 4 + i;
+            match bits {
+                2 => put_pair(q, group, lane, to),
+                3 => {
+                    put_pair(q & 3, group, lane, to);
+                    to[2 * GROUP_BYTES + lane] |= (q >> 2) << group;
+                }
+                4 => put_nibble(q, group, lane, to),
+                5 => {
+                    put_nibble(q & 15, group, lane, to);
+                    to[4 * GROUP_BYTES + lane] |= (q >> 4) << group;
+                }
+                6 => {
+                    put_nibble(q & 15, group, lane, to);
+                    put_pair(q >> 4, group, lane, &mut to[4 * GROUP_BYTES..]);
+                }
+                _ => to[group * GROUP_BYTES + lane] = q,
+            }
+        }
+    }
+}
+
+fn put_nibble(q: u8, group: usize, lane: usize, to: &mut [u8]) {
+    to[group % 4 * GROUP_BYTES + lane] |= q << (group / 4 * 4);
+}
+
+fn put_pair(q: u8, group: usize, lane: usize, to: &mut [u8]) {
+    to[group / 4 * GROUP_BYTES + lane] |= q << (group % 4 * 2);
+}
+
+/// The scales of a file block whose first packed block, row and number of runs are given.
+fn put_scales(
+    kind: ScaleKind,
+    block: &QuantBlock,
+    (first, row, num_runs): (usize, usize, usize),
+    scales: &mut [u8],
+) {
+    let entry = kind.num_bytes(first);
+    let scales = &mut scales[entry..];
+    let mut put_half = |vector: usize, value: f32| {
+        let at = (vector * LANES + row) * 2;
+        scales[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
+    };
+    match kind {
+        ScaleKind::Half => put_half(0, block.scale),
+        ScaleKind::HalfMin | ScaleKind::SuperMin | ScaleKind::SuperNibbles => {
+            put_half(0, block.scale);
+            put_half(1, block.min);
+        }
+        ScaleKind::SuperHalves => put_half(0, block.scale),
+        ScaleKind::Single => {}
+    }
+    for run in 0..num_runs {
+        let scale = block.run_scales[run] as u8;
+        match kind {
+            ScaleKind::Half | ScaleKind::HalfMin => {}
+            ScaleKind::Single => {
+                let at = (run * LANES + row) * 4;
+                scales[at..at + 4].copy_from_slice(&block.scale.to_le_bytes());
+            }
+            ScaleKind::SuperMin => {
+                scales[(4 + 2 * run) * LANES + row] = scale;
+                scales[(5 + 2 * run) * LANES + row] = block.run_mins[run];
+            }
+            ScaleKind::SuperHalves => scales[(2 + run) * LANES + row] = scale,
+            ScaleKind::SuperNibbles => {
+                scales[(4 + run) * LANES + row] = scale | block.run_mins[run] << 4;
+            }
+        }
+    }
+}
+
+const _: () = assert!(GROUPS * 4 == BLOCK && SUPER * BLOCK == 256);

@@ -1,0 +1,245 @@
+//! [`Simd`] with AVX2, FMA and F16C, with or without VNNI: one vector is a pair of registers, eight rows each.
+
+use std::arch::x86_64::*;
+
+use super::Simd;
+
+/// AVX2; `VNNI` says whether the processor has `vpdpbusd` in its VEX encoding.
+#[derive(Clone, Copy)]
+pub(in super::super) struct Avx2<const VNNI: bool>;
+
+/// Adds the products of four unsigned and four signed bytes. Two neighbouring products must fit in an `i16`.
+///
+/// # Safety
+/// The contract of [`Simd`].
+#[inline(always)]
+unsafe fn dot_eight<const VNNI: bool>(sum: __m256i, weights: __m256i, x: __m256i) -> __m256i {
+    // SAFETY: the trait's contract.
+    unsafe {
+        if VNNI {
+            return _mm256_dpbusd_avx_epi32(sum, weights, x);
+        }
+        let pairs = _mm256_maddubs_epi16(weights, x);
+        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+}
+
+impl<const VNNI: bool> Simd for Avx2<VNNI> {
+    type Bytes = [__m256i; 2];
+    type Ints = [__m256i; 2];
+    type Floats = [__m256; 2];
+
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
+        // SAFETY: the trait's contract.
+        unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bytes(value: Self::Bytes, to: *mut u8) {
+        // SAFETY: the trait's contract.
+        unsafe {
+            _mm256_storeu_si256(to.cast(), value[0]);
+            _mm256_storeu_si256(to.add(32).cast(), value[1]);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn shift_and_mask(value: Self::Bytes, left: i32, mask: u8) -> Self::Bytes {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let mask = _mm256_set1_epi8(mask as i8);
+            if left < 0 {
+                let by = _mm_cvtsi32_si128(-left);
+                [
+                    _mm256_and_si256(_mm256_srl_epi16(value[0], by), mask),
+                    _mm256_and_si256(_mm256_srl_epi16(value[1], by), mask),
+                ]
+            } else {
+                let by = _mm_cvtsi32_si128(left);
+                [
+                    _mm256_and_si256(_mm256_sll_epi16(value[0], by), mask),
+                    _mm256_and_si256(_mm256_sll_epi16(value[1], by), mask),
+                ]
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn or(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes {
+        // SAFETY: the trait's contract.
+        unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn widen(value: Self::Bytes) -> Self::Bytes {
+        // SAFETY: the trait's contract.
+        unsafe {
+            if VNNI {
+                return value;
+            }
+            // As signed numbers: with sign and magnitude two neighbouring products stay below 2 * 128 * 127, which fits.
+            let flip = _mm256_set1_epi8(-128);
+            [_mm256_xor_si256(value[0], flip), _mm256_xor_si256(value[1], flip)]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_int(value: i32) -> Self::Ints {
+        // SAFETY: the trait's contract.
+        unsafe { [_mm256_set1_epi32(value); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn shift_left(value: Self::Ints, by: u32) -> Self::Ints {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let by = _mm_cvtsi32_si128(by as i32);
+            [_mm256_sll_epi32(value[0], by), _mm256_sll_epi32(value[1], by)]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            [dot_eight::<VNNI>(sum[0], weights[0], x), dot_eight::<VNNI>(sum[1], weights[1], x)]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+        // SAFETY: the trait's contract.
+        unsafe {
+            if VNNI {
+                return Self::dot(sum, weights, x);
+            }
+            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
+            [
+                dot_eight::<false>(
+                    sum[0],
+                    _mm256_abs_epi8(weights[0]),
+                    _mm256_sign_epi8(x, weights[0]),
+                ),
+                dot_eight::<false>(
+                    sum[1],
+                    _mm256_abs_epi8(weights[1]),
+                    _mm256_sign_epi8(x, weights[1]),
+                ),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn begin_wide(negative_sum: i32) -> Self::Ints {
+        // SAFETY: the trait's contract.
+        unsafe {
+            if VNNI {
+                return Self::splat_int(negative_sum << 7);
+            }
+            [_mm256_setzero_si256(); 2]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn to_floats(value: Self::Ints) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe { [_mm256_cvtepi32_ps(value[0]), _mm256_cvtepi32_ps(value[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe { [_mm256_set1_ps(value); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(from: *const f32) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u8) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let low = _mm_loadu_si128(from.cast());
+            let high = _mm_loadu_si128(from.add(16).cast());
+            [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u8) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(16).cast()));
+            [
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let low = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()));
+            let high = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.add(8).cast()));
+            Self::to_floats([low, high])
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_low_nibbles(from: *const u8) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let mask = _mm256_set1_epi32(15);
+            let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
+            let high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(8).cast()));
+            Self::to_floats([_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)])
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_high_nibbles(from: *const u8) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
+            let high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(8).cast()));
+            Self::to_floats([_mm256_srli_epi32::<4>(low), _mm256_srli_epi32::<4>(high)])
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f32(value: Self::Floats, to: *mut f32) {
+        // SAFETY: the trait's contract.
+        unsafe {
+            _mm256_storeu_ps(to, value[0]);
+            _mm256_storeu_ps(to.add(8), value[1]);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(from: *const u8) {
+        // SAFETY: prefetches do not fault.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(from.cast());
+        }
+    }
+}
