@@ -1,0 +1,5 @@
+//! What the machine offers: memory mappings of files, threads and accelerators.
+
+pub mod mapped_file;
+
+pub use mapped_file::MappedFile;
