@@ -1,5 +1,7 @@
 //! qwen-server: a self-hosted inference server for Qwen open weights.
 
+pub mod cli;
+pub mod config;
 pub mod device;
 pub mod engine;
 pub mod kv;
@@ -7,3 +9,4 @@ pub mod ops;
 pub mod sampling;
 pub mod scheduler;
 pub mod text;
+pub mod weights;

@@ -1,0 +1,1 @@
+//! Turns a command line into a call and an exit code.
