@@ -1,8 +1,7 @@
-//! What the machine is made of: threads today, accelerators beside them.
+//! What the machine offers: threads, memory, mapped files.
 
-pub mod threads;
-//! What the machine offers: memory mappings of files, threads and accelerators.
-
+pub mod host;
 pub mod mapped_file;
+pub mod threads;
 
 pub use mapped_file::MappedFile;

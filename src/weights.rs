@@ -4,6 +4,7 @@
 //! [`catalogue`] knows the published releases and [`hub`] fetches them.
 
 pub mod catalogue;
+pub mod checkpoint;
 pub mod gguf;
 pub mod hub;
 pub mod resolve;

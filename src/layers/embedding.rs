@@ -8,6 +8,7 @@ use crate::weights::checkpoint::Checkpoint;
 /// The token embedding.
 pub struct Embedding {
     table: EmbeddingTable,
+    num_bytes: usize,
 }
 
 impl Embedding {
@@ -19,8 +20,9 @@ impl Embedding {
         hidden_size: usize,
     ) -> anyhow::Result<Self> {
         let matrix = checkpoint.matrix(&format!("{name}.weight"), vocab_size, hidden_size)?;
-        let bytes = Box::new(matrix.bytes);
-        Ok(Self { table: EmbeddingTable::new(matrix.dtype, vocab_size, hidden_size, bytes)? })
+        let num_bytes = matrix.bytes.as_ref().len();
+        let table = EmbeddingTable::new(matrix.bytes, matrix.dtype, (vocab_size, hidden_size))?;
+        Ok(Self { table, num_bytes })
     }
 
     /// `[num_tokens]` ids to `[num_tokens, hidden_size]`.
@@ -30,6 +32,6 @@ impl Embedding {
 
     /// Memory that the table takes.
     pub fn num_bytes(&self) -> usize {
-        self.table.num_bytes()
+        self.num_bytes
     }
 }

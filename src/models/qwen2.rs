@@ -2,7 +2,7 @@
 //!
 //! Source: `modeling_qwen2.py` of Hugging Face transformers and the Qwen2 report (arXiv 2407.10671).
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use super::{ForwardBatch, Model, ModelConfig};
 use crate::layers::attention::{Attention, AttentionShape};
@@ -11,7 +11,7 @@ use crate::layers::linear::{Linear, Projection};
 use crate::layers::mlp::Mlp;
 use crate::layers::norm::RmsNorm;
 use crate::ops::paged_attention::{AttentionMetadata, KvCache};
-use crate::ops::rope::RopeTable;
+use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable};
 use crate::weights::checkpoint::Checkpoint;
 
 struct DecoderLayer {
@@ -97,13 +97,19 @@ impl Qwen2 {
         // A file without an output head ties it to the embedding.
         let tied = !checkpoint.contains("lm_head.weight");
         let name = if tied { "model.embed_tokens" } else { "lm_head" };
+        let rope = RopeConfig {
+            head_dim: config.head_dim,
+            theta: f64::from(config.rope_theta),
+            max_positions: max_model_len,
+            scaling: RopeScaling::None,
+        };
         let head = [Projection { name, out_features: config.vocab_size }];
         Ok(Self {
             embed_tokens,
             layers,
             norm: RmsNorm::load(checkpoint, "model.norm", config.hidden_size, config.rms_norm_eps)?,
             lm_head: Linear::load(checkpoint, "", &head, config.hidden_size)?,
-            rope: RopeTable::new(config.head_dim, config.rope_theta, max_model_len),
+            rope: RopeTable::new(&rope, &Device::Cpu)?,
         })
     }
 }

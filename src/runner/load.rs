@@ -3,14 +3,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 
 use super::memory::{MemoryPlan, MemoryRequest, plan};
 use super::model_runner::ModelRunner;
 use crate::device::host;
 use crate::device::threads::ThreadPool;
 use crate::models::{ModelConfig, registry};
-use crate::ops::paged_attention::KvCache;
+use crate::ops::paged_attention::{KvCache, KvCacheShape};
 use crate::weights::checkpoint::Checkpoint;
 
 /// What the user decides about a model's memory and threads.
@@ -75,16 +75,14 @@ impl PlannedModel {
         })?;
         // The packed weights replace the file's pages; the embedding's come back row by row.
         self.checkpoint.gguf().release_pages();
+        let shape = KvCacheShape {
+            num_blocks: self.plan.num_blocks as usize,
+            num_kv_heads: self.config.num_key_value_heads,
+            block_size: self.options.block_size,
+            head_dim: self.config.head_dim,
+        };
         let kv = (0..self.config.num_hidden_layers)
-            .map(|_| {
-                KvCache::new(
-                    self.plan.num_blocks as usize,
-                    self.options.block_size,
-                    self.config.num_key_value_heads,
-                    self.config.head_dim,
-                    self.options.kv_cache_dtype,
-                )
-            })
+            .map(|_| KvCache::new(shape, self.options.kv_cache_dtype, &Device::Cpu))
             .collect::<candle_core::Result<Vec<_>>>()?;
         Ok(ModelRunner::new(model, kv, self.options.block_size, pool))
     }
