@@ -4,4 +4,5 @@ pub mod engine;
 pub mod kv;
 pub mod sampling;
 pub mod scheduler;
+pub mod telemetry;
 pub mod text;
