@@ -11,5 +11,6 @@ pub mod ops;
 pub mod runner;
 pub mod sampling;
 pub mod scheduler;
+pub mod telemetry;
 pub mod text;
 pub mod weights;
