@@ -32,3 +32,9 @@ impl BlockTable {
         self.0[position / block_size].0 as usize * block_size + position % block_size
     }
 }
+
+impl FromIterator<BlockId> for BlockTable {
+    fn from_iter<I: IntoIterator<Item = BlockId>>(blocks: I) -> Self {
+        Self(blocks.into_iter().collect())
+    }
+}
