@@ -67,6 +67,11 @@ impl ScaleKind {
         }
     }
 
+    /// Bytes of a block of integers and its share of the scales.
+    const fn block_bytes(self, bits: usize) -> usize {
+        bits * GROUP_BYTES + self.entry_bytes() / self.entry_blocks()
+    }
+
     /// Bytes of the scales of a panel.
     pub(super) const fn num_bytes(self, num_blocks: usize) -> usize {
         num_blocks / self.entry_blocks() * self.entry_bytes()
@@ -110,6 +115,10 @@ pub(super) trait Format {
     const OFFSET_LOG2: u32;
     /// Whether there is a minimum to subtract.
     const HAS_MIN: bool;
+    /// Bytes of a block, its share of the scales included.
+    const BLOCK_BYTES: usize;
+    /// Whether the weights come from memory rather than from a cache.
+    const IS_STREAMED: bool = true;
     /// The same format with integers as bytes and scales as `f32`.
     type Unpacked: Format;
 
@@ -125,6 +134,7 @@ impl<const BITS: usize, const OFFSET_LOG2: u32> Format for Half<BITS, OFFSET_LOG
     const HALVES: usize = 1;
     const OFFSET_LOG2: u32 = OFFSET_LOG2;
     const HAS_MIN: bool = false;
+    const BLOCK_BYTES: usize = ScaleKind::Half.block_bytes(BITS);
     type Unpacked = Unpacked<1, OFFSET_LOG2, false>;
 
     #[inline(always)]
@@ -148,6 +158,7 @@ impl<const BITS: usize> Format for HalfMin<BITS> {
     const HALVES: usize = 1;
     const OFFSET_LOG2: u32 = 0;
     const HAS_MIN: bool = true;
+    const BLOCK_BYTES: usize = ScaleKind::HalfMin.block_bytes(BITS);
     type Unpacked = Unpacked<1, 0, true>;
 
     #[inline(always)]
@@ -171,6 +182,7 @@ impl<const BITS: usize> Format for SuperMin<BITS> {
     const HALVES: usize = 1;
     const OFFSET_LOG2: u32 = 0;
     const HAS_MIN: bool = true;
+    const BLOCK_BYTES: usize = ScaleKind::SuperMin.block_bytes(BITS);
     type Unpacked = Unpacked<1, 0, true>;
 
     #[inline(always)]
@@ -202,6 +214,7 @@ impl<const BITS: usize, const OFFSET_LOG2: u32> Format for SuperHalves<BITS, OFF
     const HALVES: usize = 2;
     const OFFSET_LOG2: u32 = OFFSET_LOG2;
     const HAS_MIN: bool = false;
+    const BLOCK_BYTES: usize = ScaleKind::SuperHalves.block_bytes(BITS);
     type Unpacked = Unpacked<2, OFFSET_LOG2, false>;
 
     #[inline(always)]
@@ -229,6 +242,7 @@ impl<const BITS: usize> Format for SuperNibbles<BITS> {
     const HALVES: usize = 2;
     const OFFSET_LOG2: u32 = 0;
     const HAS_MIN: bool = true;
+    const BLOCK_BYTES: usize = ScaleKind::SuperNibbles.block_bytes(BITS);
     type Unpacked = Unpacked<2, 0, true>;
 
     #[inline(always)]
@@ -262,6 +276,8 @@ impl<const HALVES: usize, const OFFSET_LOG2: u32, const HAS_MIN: bool> Format
     const HALVES: usize = HALVES;
     const OFFSET_LOG2: u32 = OFFSET_LOG2;
     const HAS_MIN: bool = HAS_MIN;
+    const BLOCK_BYTES: usize = GROUPS * GROUP_BYTES + 4 * LANES;
+    const IS_STREAMED: bool = false;
     type Unpacked = Self;
 
     #[inline(always)]

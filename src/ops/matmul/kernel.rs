@@ -212,8 +212,9 @@ unsafe fn dense_avx512<E: Element, const T: usize>(args: &PanelArgs, tile: &mut 
     unsafe { dense_panel::<Avx512, E, T>(args, tile) };
 }
 
-/// How far ahead of the integers in use to ask for the next ones.
-const PREFETCH_BYTES: usize = 2048;
+/// How far ahead of the weights in use to ask for the next ones. Hardware alone reaches a third of this bandwidth: while
+/// the arithmetic of a block fills the processor's window, it sees too few addresses.
+const PREFETCH_BYTES: usize = 8192;
 
 /// Integer weights. Loops count with `while` and use no closures: those would be compiled without the instruction set.
 ///
@@ -229,7 +230,8 @@ unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut
         let mut block = 0;
         while block < args.num_blocks {
             let from = quants.add(block * F::BITS * GROUP_BYTES);
-            let groups = load_block::<S, F, T>(from);
+            prefetch_block::<S, F>(quants, block);
+            let groups = load_block::<S, F>(from);
             let mut half = 0;
             while half < F::HALVES {
                 let scale = F::scale::<S>(scales, block, half);
@@ -260,18 +262,27 @@ unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut
 }
 
 /// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+unsafe fn prefetch_block<S: Simd, F: Format>(panel: *const u8, block: usize) {
+    if !F::IS_STREAMED {
+        return;
+    }
+    let ahead = panel.wrapping_add(block * F::BLOCK_BYTES + PREFETCH_BYTES);
+    let mut at = 0;
+    while at < F::BLOCK_BYTES {
+        // SAFETY: the caller's promise.
+        unsafe { S::prefetch(ahead.wrapping_add(at)) };
+        at += 64;
+    }
+}
+
+/// # Safety
 /// See [`load_groups`].
 #[inline(always)]
-unsafe fn load_block<S: Simd, F: Format, const T: usize>(from: *const u8) -> [S::Bytes; GROUPS] {
+unsafe fn load_block<S: Simd, F: Format>(from: *const u8) -> [S::Bytes; GROUPS] {
     // SAFETY: the caller's promise.
     unsafe {
-        if T == 1 {
-            let mut line = 0;
-            while line < F::BITS {
-                S::prefetch(from.wrapping_add(PREFETCH_BYTES + line * GROUP_BYTES));
-                line += 1;
-            }
-        }
         let mut groups = load_groups_of::<S, F>(from);
         if F::OFFSET_LOG2 == 7 {
             let mut g = 0;
@@ -345,6 +356,7 @@ unsafe fn unpack<S: Simd, F: Format>(from: *const u8, num_blocks: usize, to: *mu
         let scales_to = to.add(num_blocks * GROUPS * GROUP_BYTES).cast::<f32>();
         let mut block = 0;
         while block < num_blocks {
+            prefetch_block::<S, F>(from, block);
             let groups = load_groups_of::<S, F>(from.add(block * F::BITS * GROUP_BYTES));
             let mut g = 0;
             while g < GROUPS {
