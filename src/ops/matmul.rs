@@ -21,7 +21,7 @@ use std::sync::Arc;
 use candle_core::quantized::GgmlDType;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
 
-use self::activations::{Activations, Group, SumKind, SumKinds, groups};
+use self::activations::{Activations, Group, SumFactor, SumKind, groups};
 use self::buffer::Buffer;
 use self::format::{BLOCK, GROUP_BYTES, max_unpacked_bytes, packed_layout, panel_bytes};
 use self::kernel::{Kernels, MAX_WIDTH, PanelArgs, PanelKernel, Tile};
@@ -33,6 +33,9 @@ use crate::ops::gguf_blocks::{block_layout, row_bytes};
 const MAX_DIRECT_TOKENS: usize = 16;
 /// Activations that one task goes over for each panel; they should stay in the second-level cache.
 const TILE_BYTES: usize = 256 << 10;
+/// Blocks of a panel that are unpacked at a time; they should stay in the first-level cache. A multiple of the eight blocks
+/// that share scales.
+const CHUNK_BLOCKS: usize = 32;
 /// Tasks for each thread: enough to even out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -70,9 +73,16 @@ impl Segment {
         self.num_rows.div_ceil(LANES)
     }
 
+    /// Blocks of a panel, or columns for floats.
+    fn num_blocks(&self, num_cols: usize) -> usize {
+        if packed_layout(self.dtype).is_some() { num_cols / BLOCK } else { num_cols }
+    }
+
     fn sum_kind(&self) -> Option<SumKind> {
         let layout = block_layout(self.dtype)?;
-        Some(SumKind { halves: BLOCK / layout.run_len, is_scaled: layout.offset == 0 })
+        let factor =
+            if layout.offset == 0 { SumFactor::Scale } else { SumFactor::Offset(layout.offset) };
+        Some(SumKind { halves: BLOCK / layout.run_len, factor })
     }
 }
 
@@ -237,11 +247,12 @@ fn multiply(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>) -> Vec<
 
 /// Activations of each group in the forms that the segments need.
 fn prepare(isa: Isa, x: &[f32], w: &PackedMatrix, groups: &[Group]) -> Vec<Activations> {
-    let mut kinds = SumKinds::default();
+    let mut kinds: Vec<SumKind> = Vec::new();
     let mut has_floats = false;
     for segment in &w.segments {
         match segment.sum_kind() {
-            Some(kind) => kinds.insert(kind),
+            Some(kind) if !kinds.contains(&kind) => kinds.push(kind),
+            Some(_) => {}
             None => has_floats = true,
         }
     }
@@ -253,7 +264,7 @@ fn prepare(isa: Isa, x: &[f32], w: &PackedMatrix, groups: &[Group]) -> Vec<Activ
         // SAFETY: tasks have elements of their own.
         let activations = unsafe { &mut *shared.get().add(index) };
         if !kinds.is_empty() {
-            activations.quantize(isa, x, w.num_cols, kinds);
+            activations.quantize(isa, x, w.num_cols, &kinds);
         }
         if has_floats {
             activations.transpose(x, w.num_cols);
@@ -276,7 +287,13 @@ struct Plan<'a> {
     is_direct: bool,
 }
 
-/// Memory for an unpacked panel.
+/// Consecutive blocks of a panel, or columns for floats.
+struct PanelSlice {
+    weights: *const u8,
+    blocks: Range<usize>,
+}
+
+/// Memory for unpacked weights.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct CacheLine {
@@ -300,7 +317,7 @@ impl Plan<'_> {
             let last = num_panels.min(first + panels_per_task);
             let mut scratch = Vec::new();
             if !self.is_direct {
-                let num_bytes = max_unpacked_bytes(self.w.num_cols / BLOCK);
+                let num_bytes = max_unpacked_bytes(CHUNK_BLOCKS);
                 scratch.resize(num_bytes / GROUP_BYTES, CacheLine { _bytes: [0; GROUP_BYTES] });
             }
             for (index, segment) in self.w.segments.iter().enumerate() {
@@ -322,45 +339,65 @@ impl Plan<'_> {
     ) {
         let kernels = &self.kernels[segment];
         let segment = &self.w.segments[segment];
-        let weights = &segment.data[panel * segment.panel_bytes..][..segment.panel_bytes];
-        let mut weights = weights.as_ptr();
-        let mut by_width = &kernels.by_width;
-        if let (false, Some(unpacking)) = (self.is_direct, &kernels.unpacking) {
-            let to = scratch.as_mut_ptr().cast();
-            // SAFETY: the kernels are of a detected instruction set and of the segment's format; the scratch has room.
-            unsafe { (unpacking.unpack)(weights, self.w.num_cols / BLOCK, to) };
-            weights = to;
-            by_width = &unpacking.by_width;
+        let weights = segment.data[panel * segment.panel_bytes..][..segment.panel_bytes].as_ptr();
+        let mut tiles = vec![[[0.0; LANES]; MAX_WIDTH]; groups.len()];
+        match &kernels.unpacking {
+            Some(unpacking) if !self.is_direct => {
+                let num_blocks = self.w.num_cols / BLOCK;
+                let to = scratch.as_mut_ptr().cast();
+                for first in (0..num_blocks).step_by(CHUNK_BLOCKS) {
+                    let blocks = first..num_blocks.min(first + CHUNK_BLOCKS);
+                    // SAFETY: the kernels are of a detected instruction set and of the segment's format; the scratch
+                    // has room for a chunk.
+                    unsafe { (unpacking.unpack)(weights, num_blocks, blocks.clone(), to) };
+                    let panel = PanelSlice { weights: to, blocks };
+                    self.run_groups(segment, &unpacking.by_width, &panel, (&groups, &mut tiles));
+                }
+            }
+            _ => {
+                let blocks = 0..segment.num_blocks(self.w.num_cols);
+                let panel = PanelSlice { weights, blocks };
+                self.run_groups(segment, &kernels.by_width, &panel, (&groups, &mut tiles));
+            }
         }
-        let mut tile: Tile = [[0.0; LANES]; MAX_WIDTH];
-        for index in groups {
-            let group = self.groups[index];
-            let args = self.panel_args(segment, weights, index);
-            let kernel: PanelKernel = by_width[group.width.trailing_zeros() as usize];
-            // SAFETY: the kernel is of a detected instruction set, of the segment's format and of the group's width, for
-            // which the panel and the activations were made.
-            unsafe { kernel(&args, &mut tile) };
-            self.write(segment, panel, group, &tile);
+        for (index, tile) in groups.zip(&tiles) {
+            self.write(segment, panel, self.groups[index], tile);
         }
     }
 
-    fn panel_args(&self, segment: &Segment, panel: *const u8, group: usize) -> PanelArgs {
-        let activations = &self.activations[group];
-        match segment.sum_kind() {
-            Some(kind) => PanelArgs {
-                panel,
-                num_blocks: self.w.num_cols / BLOCK,
-                x: activations.quants.as_ptr().cast(),
-                x_scales: activations.scales.as_ptr(),
-                x_sums: activations.sums(kind).as_ptr(),
-            },
-            None => PanelArgs {
-                panel,
-                num_blocks: self.w.num_cols,
-                x: activations.floats.as_ptr().cast(),
-                x_scales: std::ptr::null(),
-                x_sums: std::ptr::null(),
-            },
+    /// Adds what a slice of a panel contributes to the tiles of some groups.
+    fn run_groups(
+        &self,
+        segment: &Segment,
+        by_width: &[PanelKernel; 4],
+        panel: &PanelSlice,
+        (groups, tiles): (&Range<usize>, &mut [Tile]),
+    ) {
+        let num_blocks = panel.blocks.len();
+        let first = panel.blocks.start;
+        for (index, tile) in groups.clone().zip(tiles) {
+            let width = self.groups[index].width;
+            let activations = &self.activations[index];
+            let args = match segment.sum_kind() {
+                Some(kind) => PanelArgs {
+                    panel: panel.weights,
+                    num_blocks,
+                    x: activations.quants[first * width * BLOCK..].as_ptr().cast(),
+                    x_scales: activations.scales[first * width..].as_ptr(),
+                    x_sums: activations.sums(kind)[first * width * kind.halves..].as_ptr(),
+                },
+                None => PanelArgs {
+                    panel: panel.weights,
+                    num_blocks,
+                    x: activations.floats.as_ptr().cast(),
+                    x_scales: std::ptr::null(),
+                    x_sums: std::ptr::null(),
+                },
+            };
+            let kernel = by_width[width.trailing_zeros() as usize];
+            // SAFETY: the kernel is of a detected instruction set, of the segment's format and of the group's width, for
+            // which the weights and the activations were made.
+            unsafe { kernel(&args, tile) };
         }
     }
 

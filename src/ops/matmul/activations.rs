@@ -30,33 +30,22 @@ pub(super) fn groups(num_tokens: usize) -> Vec<Group> {
     groups
 }
 
-/// Which sums over the integers of a token the weights need.
+/// Sums over the integers of a token that some weights need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct SumKind {
     /// Sums a block of 32: 1 or 2.
     pub(super) halves: usize,
-    /// Times the scale, for formats with a minimum; otherwise integers.
-    pub(super) is_scaled: bool,
+    /// What the sums are multiplied by.
+    pub(super) factor: SumFactor,
 }
 
-/// A set of [`SumKind`].
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct SumKinds([bool; 4]);
-
-impl SumKind {
-    fn index(self) -> usize {
-        self.halves - 1 + 2 * usize::from(self.is_scaled)
-    }
-}
-
-impl SumKinds {
-    pub(super) fn insert(&mut self, kind: SumKind) {
-        self.0[kind.index()] = true;
-    }
-
-    pub(super) fn is_empty(self) -> bool {
-        self.0 == [false; 4]
-    }
+/// What turns a sum of integers into the correction that a format needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SumFactor {
+    /// Minus the offset of the format: where the integer products begin.
+    Offset(u8),
+    /// Minus the scale of the activations: what the minimum is multiplied by.
+    Scale,
 }
 
 /// The activations of a group of tokens.
@@ -66,27 +55,25 @@ pub(super) struct Activations {
     pub(super) quants: Vec<i8>,
     /// `[block][token]`.
     pub(super) scales: Vec<f32>,
-    /// `[block][half][token]`, negative; scaled ones as the bits of an `f32`. Empty where not needed.
-    sums: [Vec<i32>; 4],
+    /// `[block][half][token]`, those with [`SumFactor::Scale`] as the bits of an `f32`.
+    sums: Vec<(SumKind, Vec<i32>)>,
     /// `[column][token]`, for float weights.
     pub(super) floats: Vec<f32>,
 }
 
 impl Activations {
+    /// Sums of a kind that [`Activations::quantize`] was asked for.
     pub(super) fn sums(&self, kind: SumKind) -> &[i32] {
-        &self.sums[kind.index()]
+        let found = self.sums.iter().find(|(other, _)| *other == kind);
+        &found.expect("made for all segments of the matrix").1
     }
 
     /// Quantises the rows `x`, each `num_cols` long, a multiple of 32.
-    pub(super) fn quantize(&mut self, isa: Isa, x: &[f32], num_cols: usize, kinds: SumKinds) {
+    pub(super) fn quantize(&mut self, isa: Isa, x: &[f32], num_cols: usize, kinds: &[SumKind]) {
         let num_runs = x.len() / BLOCK;
         self.quants.resize(x.len(), 0);
         self.scales.resize(num_runs, 0.0);
-        for (index, sums) in self.sums.iter_mut().enumerate() {
-            if kinds.0[index] {
-                sums.resize(num_runs * (1 + index % 2), 0);
-            }
-        }
+        self.sums = kinds.iter().map(|&kind| (kind, vec![0; num_runs * kind.halves])).collect();
         match isa {
             Isa::Portable => self.fill(x, num_cols),
             // SAFETY: the instruction set is one that `Isa::available` found.
@@ -118,22 +105,18 @@ impl Activations {
             let values = &x[t * num_cols + block * BLOCK..][..BLOCK];
             *scale = quantize_run(values, quants);
             let (low, high) = quants.split_at(BLOCK / 2);
-            let (low, high) = (negative_sum(low), negative_sum(high));
-            let scaled = |sum: i32| (*scale * sum as f32).to_bits() as i32;
-            let [whole, halves, scaled_whole, scaled_halves] = &mut self.sums;
-            if !whole.is_empty() {
-                whole[run] = low + high;
-            }
-            if !halves.is_empty() {
-                halves[2 * block * width + t] = low;
-                halves[(2 * block + 1) * width + t] = high;
-            }
-            if !scaled_whole.is_empty() {
-                scaled_whole[run] = scaled(low + high);
-            }
-            if !scaled_halves.is_empty() {
-                scaled_halves[2 * block * width + t] = scaled(low);
-                scaled_halves[(2 * block + 1) * width + t] = scaled(high);
+            let (low, high) = (sum(low), sum(high));
+            for (kind, sums) in &mut self.sums {
+                let correction = |sum: i32| match kind.factor {
+                    SumFactor::Offset(offset) => -sum * i32::from(offset),
+                    SumFactor::Scale => (-*scale * sum as f32).to_bits() as i32,
+                };
+                if kind.halves == 1 {
+                    sums[run] = correction(low + high);
+                } else {
+                    sums[2 * block * width + t] = correction(low);
+                    sums[(2 * block + 1) * width + t] = correction(high);
+                }
             }
         }
     }
@@ -181,10 +164,10 @@ fn quantize_run(values: &[f32], quants: &mut [i8]) -> f32 {
 }
 
 #[inline(always)]
-fn negative_sum(quants: &[i8]) -> i32 {
+fn sum(quants: &[i8]) -> i32 {
     let mut sum = 0;
     for &quant in quants {
-        sum -= i32::from(quant);
+        sum += i32::from(quant);
     }
     sum
 }
@@ -212,14 +195,11 @@ mod tests {
         let mut random = Random::new(5);
         let (num_cols, width) = (64, 4);
         let x: Vec<f32> = (0..num_cols * width).map(|_| random.float()).collect();
-        let mut kinds = SumKinds::default();
-        let whole = SumKind { halves: 1, is_scaled: false };
-        let halves = SumKind { halves: 2, is_scaled: true };
-        kinds.insert(whole);
-        kinds.insert(halves);
+        let whole = SumKind { halves: 1, factor: SumFactor::Offset(16) };
+        let halves = SumKind { halves: 2, factor: SumFactor::Scale };
         for isa in Isa::available() {
             let mut activations = Activations::default();
-            activations.quantize(isa, &x, num_cols, kinds);
+            activations.quantize(isa, &x, num_cols, &[whole, halves]);
             for run in 0..8 {
                 let (block, t) = (run / width, run % width);
                 let (scale, quants) =
@@ -229,7 +209,7 @@ mod tests {
                     assert!((f32::from(quant) * scale - value).abs() <= scale * 0.501);
                 }
                 let sum = |quants: &[i8]| -quants.iter().map(|&q| i32::from(q)).sum::<i32>();
-                assert_eq!(activations.sums(whole)[run], sum(quants));
+                assert_eq!(activations.sums(whole)[run], sum(quants) * 16);
                 let high = activations.sums(halves)[(2 * block + 1) * width + t];
                 assert_eq!(f32::from_bits(high as u32), scale * sum(&quants[16..]) as f32);
             }

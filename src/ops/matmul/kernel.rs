@@ -3,6 +3,8 @@
 //! **Invariant:** each output is accumulated over the blocks of its row in ascending order with the same float
 //! operations, whatever the instruction set, the number of tokens, and whether the panel was unpacked before.
 
+use std::ops::Range;
+
 use candle_core::quantized::GgmlDType;
 
 use super::format::{
@@ -37,18 +39,18 @@ pub(super) struct PanelArgs {
     pub(super) x_sums: *const i32,
 }
 
-/// Computes one tile.
+/// Adds the products to one tile.
 ///
 /// # Safety
 /// The processor has the kernel's instruction set, and the pointers of the arguments are valid for the format and the
 /// number of tokens.
 pub(super) type PanelKernel = unsafe fn(&PanelArgs, &mut Tile);
 
-/// Expands the integers and scales of a panel of so many blocks.
+/// Expands the integers and scales of some blocks of a panel that has so many.
 ///
 /// # Safety
 /// As for [`PanelKernel`]; there is room for [`super::format::max_unpacked_bytes`], aligned to `f32`.
-pub(super) type UnpackKernel = unsafe fn(*const u8, usize, *mut u8);
+pub(super) type UnpackKernel = unsafe fn(*const u8, usize, Range<usize>, *mut u8);
 
 /// The code for one format on one instruction set.
 #[derive(Clone, Copy)]
@@ -180,18 +182,28 @@ unsafe fn panel_avx512<F: Format, const T: usize>(args: &PanelArgs, tile: &mut T
 /// See [`UnpackKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn unpack_avx2<F: Format>(from: *const u8, num_blocks: usize, to: *mut u8) {
+unsafe fn unpack_avx2<F: Format>(
+    from: *const u8,
+    num_blocks: usize,
+    blocks: Range<usize>,
+    to: *mut u8,
+) {
     // SAFETY: the caller's promise.
-    unsafe { unpack::<Avx2<false>, F>(from, num_blocks, to) };
+    unsafe { unpack::<Avx2<false>, F>(from, num_blocks, blocks, to) };
 }
 
 /// # Safety
 /// See [`UnpackKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn unpack_avx512<F: Format>(from: *const u8, num_blocks: usize, to: *mut u8) {
+unsafe fn unpack_avx512<F: Format>(
+    from: *const u8,
+    num_blocks: usize,
+    blocks: Range<usize>,
+    to: *mut u8,
+) {
     // SAFETY: the caller's promise.
-    unsafe { unpack::<Avx512, F>(from, num_blocks, to) };
+    unsafe { unpack::<Avx512, F>(from, num_blocks, blocks, to) };
 }
 
 /// # Safety
@@ -214,7 +226,7 @@ unsafe fn dense_avx512<E: Element, const T: usize>(args: &PanelArgs, tile: &mut 
 
 /// How far ahead of the weights in use to ask for the next ones. Hardware alone reaches a third of this bandwidth: while
 /// the arithmetic of a block fills the processor's window, it sees too few addresses.
-const PREFETCH_BYTES: usize = 8192;
+const PREFETCH_BYTES: usize = 4096;
 
 /// Integer weights. Loops count with `while` and use no closures: those would be compiled without the instruction set.
 ///
@@ -226,7 +238,7 @@ unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut
     // SAFETY: the caller's promise: `num_blocks` blocks of integers, then their scales; activations as described.
     unsafe {
         let scales = quants.add(args.num_blocks * F::BITS * GROUP_BYTES);
-        let mut sums = [S::splat(0.0); T];
+        let mut sums = load_tile::<S, T>(tile);
         let mut block = 0;
         while block < args.num_blocks {
             let from = quants.add(block * F::BITS * GROUP_BYTES);
@@ -258,6 +270,22 @@ unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut
             S::store_f32(sums[t], tile[t].as_mut_ptr());
             t += 1;
         }
+    }
+}
+
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+unsafe fn load_tile<S: Simd, const T: usize>(tile: &Tile) -> [S::Floats; T] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [S::splat(0.0); T];
+        let mut t = 0;
+        while t < T {
+            sums[t] = S::load_f32(tile[t].as_ptr());
+            t += 1;
+        }
+        sums
     }
 }
 
@@ -331,7 +359,7 @@ unsafe fn dot<S: Simd, F: Format>(
         } else if F::HAS_MIN {
             S::splat_int(0)
         } else {
-            S::shift_left(S::splat_int(x_sum), F::OFFSET_LOG2)
+            S::splat_int(x_sum)
         };
         let mut g = half * GROUPS / F::HALVES;
         while g < (half + 1) * GROUPS / F::HALVES {
@@ -349,26 +377,32 @@ unsafe fn dot<S: Simd, F: Format>(
 /// # Safety
 /// See [`UnpackKernel`].
 #[inline(always)]
-unsafe fn unpack<S: Simd, F: Format>(from: *const u8, num_blocks: usize, to: *mut u8) {
+unsafe fn unpack<S: Simd, F: Format>(
+    from: *const u8,
+    num_blocks: usize,
+    blocks: Range<usize>,
+    to: *mut u8,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         let scales = from.add(num_blocks * F::BITS * GROUP_BYTES);
-        let scales_to = to.add(num_blocks * GROUPS * GROUP_BYTES).cast::<f32>();
-        let mut block = 0;
-        while block < num_blocks {
+        let scales_to = to.add(blocks.len() * GROUPS * GROUP_BYTES).cast::<f32>();
+        let mut block = blocks.start;
+        while block < blocks.end {
             prefetch_block::<S, F>(from, block);
             let groups = load_groups_of::<S, F>(from.add(block * F::BITS * GROUP_BYTES));
+            let block_to = block - blocks.start;
             let mut g = 0;
             while g < GROUPS {
-                S::store_bytes(groups[g], to.add((block * GROUPS + g) * GROUP_BYTES));
+                S::store_bytes(groups[g], to.add((block_to * GROUPS + g) * GROUP_BYTES));
                 g += 1;
             }
             let mut half = 0;
             while half < F::HALVES {
-                let scale_at = unpacked_scale_at::<F>(block, half);
+                let scale_at = unpacked_scale_at::<F>(block_to, half);
                 S::store_f32(F::scale::<S>(scales, block, half), scales_to.add(scale_at));
                 if F::HAS_MIN {
-                    let min_at = unpacked_min_at::<F>(block, half);
+                    let min_at = unpacked_min_at::<F>(block_to, half);
                     S::store_f32(F::min::<S>(scales, block, half), scales_to.add(min_at));
                 }
                 half += 1;
@@ -428,7 +462,7 @@ unsafe fn dense_panel<S: Simd, E: Element, const T: usize>(args: &PanelArgs, til
     let x = args.x.cast::<f32>();
     // SAFETY: the caller's promise: `num_blocks` columns of sixteen weights and `T` activations.
     unsafe {
-        let mut sums = [S::splat(0.0); T];
+        let mut sums = load_tile::<S, T>(tile);
         let mut column = 0;
         while column < args.num_blocks {
             let weights = E::load::<S>(args.panel.add(column * LANES * E::BYTES));

@@ -107,13 +107,12 @@ pub(super) trait Simd: Copy {
     /// What [`Simd::dot_wide`] wants instead of bytes above 127.
     unsafe fn widen(value: Self::Bytes) -> Self::Bytes;
     unsafe fn splat_int(value: i32) -> Self::Ints;
-    unsafe fn shift_left(value: Self::Ints, by: u32) -> Self::Ints;
     /// Adds to each lane the product of its four unsigned bytes, below 128, with the four signed bytes at `x`.
     unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints;
     /// As [`Simd::dot`] for a sum that began with [`Simd::begin_wide`] and weights that went through [`Simd::widen`].
     unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints;
-    /// The beginning of a sum of `(weight - 128) * x`, from the negative sum of the `x`.
-    unsafe fn begin_wide(negative_sum: i32) -> Self::Ints;
+    /// The beginning of a sum of `(weight - 128) * x`, given the sum of `-128 * x`.
+    unsafe fn begin_wide(correction: i32) -> Self::Ints;
 
     unsafe fn to_floats(value: Self::Ints) -> Self::Floats;
     unsafe fn splat(value: f32) -> Self::Floats;

@@ -91,15 +91,6 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    unsafe fn shift_left(value: Self::Ints, by: u32) -> Self::Ints {
-        // SAFETY: the trait's contract.
-        unsafe {
-            let by = _mm_cvtsi32_si128(by as i32);
-            [_mm256_sll_epi32(value[0], by), _mm256_sll_epi32(value[1], by)]
-        }
-    }
-
-    #[inline(always)]
     unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
         // SAFETY: the trait's contract.
         unsafe {
@@ -132,11 +123,11 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    unsafe fn begin_wide(negative_sum: i32) -> Self::Ints {
+    unsafe fn begin_wide(correction: i32) -> Self::Ints {
         // SAFETY: the trait's contract.
         unsafe {
             if VNNI {
-                return Self::splat_int(negative_sum << 7);
+                return Self::splat_int(correction);
             }
             [_mm256_setzero_si256(); 2]
         }

@@ -55,12 +55,6 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn shift_left(value: Self::Ints, by: u32) -> Self::Ints {
-        // SAFETY: the trait's contract.
-        unsafe { _mm512_sll_epi32(value, _mm_cvtsi32_si128(by as i32)) }
-    }
-
-    #[inline(always)]
     unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
         // SAFETY: the trait's contract.
         unsafe {
@@ -75,9 +69,9 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn begin_wide(negative_sum: i32) -> Self::Ints {
+    unsafe fn begin_wide(correction: i32) -> Self::Ints {
         // SAFETY: the trait's contract.
-        unsafe { Self::splat_int(negative_sum << 7) }
+        unsafe { Self::splat_int(correction) }
     }
 
     #[inline(always)]

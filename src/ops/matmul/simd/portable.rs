@@ -68,11 +68,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn shift_left(value: Self::Ints, by: u32) -> Self::Ints {
-        lanes(value, |lane| lane << by)
-    }
-
-    #[inline(always)]
     unsafe fn dot(mut sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
         // SAFETY: the caller's promise.
         let x: [u8; 4] = unsafe { read(x.cast()) };
@@ -91,8 +86,8 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn begin_wide(negative_sum: i32) -> Self::Ints {
-        [negative_sum << 7; LANES]
+    unsafe fn begin_wide(correction: i32) -> Self::Ints {
+        [correction; LANES]
     }
 
     #[inline(always)]
