@@ -353,8 +353,11 @@ pub(crate) mod tests {
                 &[]
             }
             GgmlDType::F16 | GgmlDType::Q4_0 | GgmlDType::Q5_0 | GgmlDType::Q8_0 => &[0],
-            GgmlDType::Q4_1 | GgmlDType::Q5_1 | GgmlDType::Q8_1 => &[0, 2],
-            GgmlDType::Q4K | GgmlDType::Q5K => &[0, 2],
+            GgmlDType::Q4_1
+            | GgmlDType::Q5_1
+            | GgmlDType::Q8_1
+            | GgmlDType::Q4K
+            | GgmlDType::Q5K => &[0, 2],
             GgmlDType::Q2K => &[80, 82],
             GgmlDType::Q3K => &[108],
             GgmlDType::Q6K => &[208],

@@ -7,6 +7,12 @@
 //! **Invariant:** a row of the result is the same bits whatever other rows there are, however many threads work, and
 //! whatever instruction set the processor has. Start reading at `format`, then `kernel`.
 
+#![expect(
+    clippy::inline_always,
+    reason = "the parts of a kernel must be compiled into the function that enables its instruction set"
+)]
+#![expect(clippy::cast_ptr_alignment, reason = "vector loads and stores need no alignment")]
+
 mod activations;
 mod buffer;
 mod format;
