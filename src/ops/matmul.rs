@@ -30,7 +30,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor,
 use self::activations::{Activations, Group, SumFactor, SumKind, groups};
 use self::buffer::Buffer;
 use self::format::{BLOCK, GROUP_BYTES, max_unpacked_bytes, packed_layout, panel_bytes};
-use self::kernel::{Kernels, MAX_WIDTH, PanelArgs, PanelKernel, Tile};
+use self::kernel::{Kernels, MAX_WIDTH, PairKernel, PanelArgs, PanelKernel, Tile};
 use self::simd::{Isa, LANES};
 use crate::device::threads::{current_num_threads, parallel_for};
 use crate::ops::gguf_blocks::{block_layout, row_bytes};
@@ -41,7 +41,7 @@ const MAX_DIRECT_TOKENS: usize = 16;
 const TILE_BYTES: usize = 256 << 10;
 /// Blocks of a panel that are unpacked at a time; they should stay in the first-level cache. A multiple of the eight blocks
 /// that share scales.
-const CHUNK_BLOCKS: usize = 32;
+const CHUNK_BLOCKS: usize = 16;
 /// Tasks for each thread: enough to even out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -293,17 +293,37 @@ struct Plan<'a> {
     is_direct: bool,
 }
 
-/// Consecutive blocks of a panel, or columns for floats.
-struct PanelSlice {
-    weights: *const u8,
+/// Consecutive blocks of one or two panels, or columns for floats, and the code for them.
+struct PanelSlice<'a> {
+    weights: &'a [*const u8],
     blocks: Range<usize>,
+    by_width: &'a [PanelKernel; 4],
+    pair: Option<PairKernel>,
 }
 
-/// Memory for unpacked weights.
+/// What a task needs besides its input.
+struct Workspace {
+    /// A chunk of two unpacked panels.
+    scratch: Vec<CacheLine>,
+    /// Results of two panels for each group.
+    tiles: Vec<[Tile; 2]>,
+}
+
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct CacheLine {
     _bytes: [u8; GROUP_BYTES],
+}
+
+impl Workspace {
+    fn new(num_groups: usize, is_direct: bool) -> Self {
+        let num_bytes = if is_direct { 0 } else { 2 * max_unpacked_bytes(CHUNK_BLOCKS) };
+        let line = CacheLine { _bytes: [0; GROUP_BYTES] };
+        Self {
+            scratch: vec![line; num_bytes / GROUP_BYTES],
+            tiles: vec![[[[0.0; LANES]; MAX_WIDTH]; 2]; num_groups],
+        }
+    }
 }
 
 impl Plan<'_> {
@@ -321,89 +341,128 @@ impl Plan<'_> {
             let tile = tile..self.groups.len().min(tile + groups_per_tile);
             let first = task % num_chunks * panels_per_task;
             let last = num_panels.min(first + panels_per_task);
-            let mut scratch = Vec::new();
-            if !self.is_direct {
-                let num_bytes = max_unpacked_bytes(CHUNK_BLOCKS);
-                scratch.resize(num_bytes / GROUP_BYTES, CacheLine { _bytes: [0; GROUP_BYTES] });
-            }
+            let mut workspace = Workspace::new(tile.len(), self.is_direct);
             for (index, segment) in self.w.segments.iter().enumerate() {
                 let end = last.min(segment.first_panel + segment.num_panels());
-                for panel in first.max(segment.first_panel)..end {
-                    let panel = panel - segment.first_panel;
-                    self.run_panel((index, panel), tile.clone(), &mut scratch);
+                let mut panel = first.max(segment.first_panel);
+                while panel < end {
+                    let next = end.min(panel + 2);
+                    let panels = panel - segment.first_panel..next - segment.first_panel;
+                    self.run_panels(index, panels, tile.clone(), &mut workspace);
+                    panel = next;
                 }
             }
         });
     }
 
-    /// One panel of a segment and a range of groups.
-    fn run_panel(
+    /// One or two panels of a segment and a range of groups.
+    fn run_panels(
         &self,
-        (segment, panel): (usize, usize),
+        segment: usize,
+        panels: Range<usize>,
         groups: Range<usize>,
-        scratch: &mut [CacheLine],
+        workspace: &mut Workspace,
     ) {
         let kernels = &self.kernels[segment];
         let segment = &self.w.segments[segment];
-        let weights = segment.data[panel * segment.panel_bytes..][..segment.panel_bytes].as_ptr();
-        let mut tiles = vec![[[0.0; LANES]; MAX_WIDTH]; groups.len()];
+        let (first_panel, num_panels) = (panels.start, panels.len());
+        let packed = |panel: usize| {
+            segment.data[(first_panel + panel) * segment.panel_bytes..][..segment.panel_bytes]
+                .as_ptr()
+        };
+        let Workspace { scratch, tiles } = workspace;
+        tiles.fill([[[0.0; LANES]; MAX_WIDTH]; 2]);
         match &kernels.unpacking {
             Some(unpacking) if !self.is_direct => {
                 let num_blocks = self.w.num_cols / BLOCK;
-                let to = scratch.as_mut_ptr().cast();
+                let stride = max_unpacked_bytes(CHUNK_BLOCKS);
+                let to: *mut u8 = scratch.as_mut_ptr().cast();
                 for first in (0..num_blocks).step_by(CHUNK_BLOCKS) {
                     let blocks = first..num_blocks.min(first + CHUNK_BLOCKS);
-                    // SAFETY: the kernels are of a detected instruction set and of the segment's format; the scratch
-                    // has room for a chunk.
-                    unsafe { (unpacking.unpack)(weights, num_blocks, blocks.clone(), to) };
-                    let panel = PanelSlice { weights: to, blocks };
-                    self.run_groups(segment, &unpacking.by_width, &panel, (&groups, &mut tiles));
+                    for panel in 0..num_panels {
+                        // SAFETY: the kernels are of a detected instruction set and of the segment's format; the
+                        // scratch has room for a chunk of two panels.
+                        unsafe {
+                            let to = to.add(panel * stride);
+                            (unpacking.unpack)(packed(panel), num_blocks, blocks.clone(), to);
+                        }
+                    }
+                    let weights = [to.cast_const(), to.wrapping_add(stride)];
+                    let slice = PanelSlice {
+                        weights: &weights[..num_panels],
+                        blocks,
+                        by_width: &unpacking.by_width,
+                        pair: unpacking.pair,
+                    };
+                    self.run_groups(segment, &slice, groups.clone(), tiles);
                 }
             }
             _ => {
-                let blocks = 0..segment.num_blocks(self.w.num_cols);
-                let panel = PanelSlice { weights, blocks };
-                self.run_groups(segment, &kernels.by_width, &panel, (&groups, &mut tiles));
+                let weights = [packed(0), packed(num_panels - 1)];
+                let slice = PanelSlice {
+                    weights: &weights[..num_panels],
+                    blocks: 0..segment.num_blocks(self.w.num_cols),
+                    by_width: &kernels.by_width,
+                    pair: None,
+                };
+                self.run_groups(segment, &slice, groups.clone(), tiles);
             }
         }
-        for (index, tile) in groups.zip(&tiles) {
-            self.write(segment, panel, self.groups[index], tile);
+        for (group, tiles) in groups.zip(tiles) {
+            for (panel, tile) in panels.clone().zip(tiles) {
+                self.write(segment, panel, self.groups[group], tile);
+            }
         }
     }
 
-    /// Adds what a slice of a panel contributes to the tiles of some groups.
+    /// Adds what a slice of one or two panels contributes to the tiles of some groups.
     fn run_groups(
         &self,
         segment: &Segment,
-        by_width: &[PanelKernel; 4],
-        panel: &PanelSlice,
-        (groups, tiles): (&Range<usize>, &mut [Tile]),
+        slice: &PanelSlice,
+        groups: Range<usize>,
+        tiles: &mut [[Tile; 2]],
     ) {
-        let num_blocks = panel.blocks.len();
-        let first = panel.blocks.start;
-        for (index, tile) in groups.clone().zip(tiles) {
+        for (index, tiles) in groups.zip(tiles) {
             let width = self.groups[index].width;
-            let activations = &self.activations[index];
-            let args = match segment.sum_kind() {
-                Some(kind) => PanelArgs {
-                    panel: panel.weights,
-                    num_blocks,
-                    x: activations.quants[first * width * BLOCK..].as_ptr().cast(),
-                    x_scales: activations.scales[first * width..].as_ptr(),
-                    x_sums: activations.sums(kind)[first * width * kind.halves..].as_ptr(),
-                },
-                None => PanelArgs {
-                    panel: panel.weights,
-                    num_blocks,
-                    x: activations.floats.as_ptr().cast(),
-                    x_scales: std::ptr::null(),
-                    x_sums: std::ptr::null(),
-                },
-            };
-            let kernel = by_width[width.trailing_zeros() as usize];
-            // SAFETY: the kernel is of a detected instruction set, of the segment's format and of the group's width, for
-            // which the weights and the activations were made.
-            unsafe { kernel(&args, tile) };
+            let mut args = self.panel_args(segment, slice, index);
+            if let (&[first, second], MAX_WIDTH, Some(pair)) = (slice.weights, width, slice.pair) {
+                let stride = second as usize - first as usize;
+                // SAFETY: as below, for both panels.
+                unsafe { pair(&args, stride, tiles) };
+                continue;
+            }
+            let kernel = slice.by_width[width.trailing_zeros() as usize];
+            for (&weights, tile) in slice.weights.iter().zip(tiles) {
+                args.panel = weights;
+                // SAFETY: the kernel is of a detected instruction set, of the segment's format and of the group's width,
+                // for which the weights and the activations were made.
+                unsafe { kernel(&args, tile) };
+            }
+        }
+    }
+
+    fn panel_args(&self, segment: &Segment, slice: &PanelSlice, group: usize) -> PanelArgs {
+        let activations = &self.activations[group];
+        let width = self.groups[group].width;
+        let panel = slice.weights[0];
+        let num_blocks = slice.blocks.len();
+        let first = slice.blocks.start * width;
+        match segment.sum_kind() {
+            Some(kind) => PanelArgs {
+                panel,
+                num_blocks,
+                x: activations.quants[first * BLOCK..].as_ptr().cast(),
+                x_scales: activations.scales[first..].as_ptr(),
+                x_sums: activations.sums(kind)[first * kind.halves..].as_ptr(),
+            },
+            None => PanelArgs {
+                panel,
+                num_blocks,
+                x: activations.floats[first..].as_ptr().cast(),
+                x_scales: std::ptr::null(),
+                x_sums: std::ptr::null(),
+            },
         }
     }
 

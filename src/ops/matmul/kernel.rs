@@ -46,6 +46,12 @@ pub(super) struct PanelArgs {
 /// number of tokens.
 pub(super) type PanelKernel = unsafe fn(&PanelArgs, &mut Tile);
 
+/// Adds the products of two panels of integers to their tiles: that of the arguments and one that lies so many bytes behind.
+///
+/// # Safety
+/// As for [`PanelKernel`].
+pub(super) type PairKernel = unsafe fn(&PanelArgs, usize, &mut [Tile; 2]);
+
 /// Expands the integers and scales of some blocks of a panel that has so many.
 ///
 /// # Safety
@@ -66,6 +72,8 @@ pub(super) struct Kernels {
 pub(super) struct Unpacking {
     pub(super) unpack: UnpackKernel,
     pub(super) by_width: [PanelKernel; 4],
+    /// For two panels and a group of 8 tokens, where there are registers enough.
+    pub(super) pair: Option<PairKernel>,
 }
 
 impl Kernels {
@@ -101,6 +109,11 @@ fn quantized<F: Format>(isa: Isa) -> Kernels {
                 Isa::Avx512 => unpack_avx512::<F>,
             },
             by_width: quantized_by_width::<F::Unpacked>(isa),
+            pair: match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => Some(pair_avx512::<F::Unpacked>),
+                _ => None,
+            },
         }),
     }
 }
@@ -224,6 +237,18 @@ unsafe fn dense_avx512<E: Element, const T: usize>(args: &PanelArgs, tile: &mut 
     unsafe { dense_panel::<Avx512, E, T>(args, tile) };
 }
 
+/// # Safety
+/// See [`PairKernel`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn pair_avx512<F: Format>(args: &PanelArgs, stride: usize, tiles: &mut [Tile; 2]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        pair::<Avx512, F>(args, stride, tiles, 0);
+        pair::<Avx512, F>(args, stride, tiles, PAIR_WIDTH);
+    }
+}
+
 /// How far ahead of the weights in use to ask for the next ones. Hardware alone reaches a third of this bandwidth: while
 /// the arithmetic of a block fills the processor's window, it sees too few addresses.
 const PREFETCH_BYTES: usize = 4096;
@@ -270,6 +295,107 @@ unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut
             S::store_f32(sums[t], tile[t].as_mut_ptr());
             t += 1;
         }
+    }
+}
+
+/// Tokens of a group of 8 that [`pair`] computes at a time.
+const PAIR_WIDTH: usize = 4;
+
+/// Two panels and four tokens of a group of eight, from `first` on: each load of activations serves two products. With one
+/// panel the loads, not the products, take the time.
+///
+/// # Safety
+/// See [`PairKernel`].
+#[inline(always)]
+unsafe fn pair<S: Simd, F: Format>(
+    args: &PanelArgs,
+    stride: usize,
+    tiles: &mut [Tile; 2],
+    first: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let quants = [args.panel, args.panel.add(stride)];
+        let quant_bytes = args.num_blocks * F::BITS * GROUP_BYTES;
+        let mut sums = [[S::splat(0.0); 2]; PAIR_WIDTH];
+        let mut t = 0;
+        while t < PAIR_WIDTH {
+            sums[t][0] = S::load_f32(tiles[0][first + t].as_ptr());
+            sums[t][1] = S::load_f32(tiles[1][first + t].as_ptr());
+            t += 1;
+        }
+        let mut block = 0;
+        while block < args.num_blocks {
+            let mut half = 0;
+            while half < F::HALVES {
+                let token = block * MAX_WIDTH + first;
+                let x = args.x.add(token * BLOCK).cast::<i8>();
+                let x_sums = args.x_sums.add((block * F::HALVES + half) * MAX_WIDTH + first);
+                let dots = pair_dots::<S, F>(quants, (block, half), x, x_sums);
+                let mut p = 0;
+                while p < 2 {
+                    let scales = quants[p].add(quant_bytes);
+                    let scale = F::scale::<S>(scales, block, half);
+                    let min = F::min::<S>(scales, block, half);
+                    t = 0;
+                    while t < PAIR_WIDTH {
+                        let x_scale = S::splat(*args.x_scales.add(token + t));
+                        let dot = S::to_floats(dots[t][p]);
+                        sums[t][p] = S::mul_add(dot, S::mul(scale, x_scale), sums[t][p]);
+                        if F::HAS_MIN {
+                            let x_sum = S::splat(f32::from_bits(*x_sums.add(t) as u32));
+                            sums[t][p] = S::mul_add(min, x_sum, sums[t][p]);
+                        }
+                        t += 1;
+                    }
+                    p += 1;
+                }
+                half += 1;
+            }
+            block += 1;
+        }
+        t = 0;
+        while t < PAIR_WIDTH {
+            S::store_f32(sums[t][0], tiles[0][first + t].as_mut_ptr());
+            S::store_f32(sums[t][1], tiles[1][first + t].as_mut_ptr());
+            t += 1;
+        }
+    }
+}
+
+/// The integer products of half a block.
+///
+/// # Safety
+/// See [`PairKernel`]; `x` and `x_sums` point to the first of the tokens.
+#[inline(always)]
+unsafe fn pair_dots<S: Simd, F: Format>(
+    quants: [*const u8; 2],
+    (block, half): (usize, usize),
+    x: *const i8,
+    x_sums: *const i32,
+) -> [[S::Ints; 2]; PAIR_WIDTH] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut dots = [[S::splat_int(0); 2]; PAIR_WIDTH];
+        let mut t = 0;
+        while t < PAIR_WIDTH {
+            dots[t] = [begin::<S, F>(*x_sums.add(t)); 2];
+            t += 1;
+        }
+        let mut g = half * GROUPS / F::HALVES;
+        while g < (half + 1) * GROUPS / F::HALVES {
+            let at = (block * GROUPS + g) * GROUP_BYTES;
+            let first = S::load_bytes(quants[0].add(at));
+            let second = S::load_bytes(quants[1].add(at));
+            t = 0;
+            while t < PAIR_WIDTH {
+                let x = S::load_activations(x.add(t * BLOCK + 4 * g));
+                dots[t] = [S::dot(dots[t][0], first, x), S::dot(dots[t][1], second, x)];
+                t += 1;
+            }
+            g += 1;
+        }
+        dots
     }
 }
 
@@ -354,23 +480,32 @@ unsafe fn dot<S: Simd, F: Format>(
     // SAFETY: the caller's promise.
     unsafe {
         let is_wide = F::OFFSET_LOG2 == 7;
-        let mut dot = if is_wide {
+        let mut dot = begin::<S, F>(x_sum);
+        let mut g = half * GROUPS / F::HALVES;
+        while g < (half + 1) * GROUPS / F::HALVES {
+            let x = S::load_activations(x.add(4 * g));
+            dot = if is_wide { S::dot_wide(dot, groups[g], x) } else { S::dot(dot, groups[g], x) };
+            g += 1;
+        }
+        dot
+    }
+}
+
+/// Where the integer products begin.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+unsafe fn begin<S: Simd, F: Format>(x_sum: i32) -> S::Ints {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if F::OFFSET_LOG2 == 7 {
             S::begin_wide(x_sum)
         } else if F::HAS_MIN {
             S::splat_int(0)
         } else {
             S::splat_int(x_sum)
-        };
-        let mut g = half * GROUPS / F::HALVES;
-        while g < (half + 1) * GROUPS / F::HALVES {
-            dot = if is_wide {
-                S::dot_wide(dot, groups[g], x.add(4 * g))
-            } else {
-                S::dot(dot, groups[g], x.add(4 * g))
-            };
-            g += 1;
         }
-        dot
     }
 }
 

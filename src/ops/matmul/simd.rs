@@ -92,6 +92,8 @@ fn has_avx512() -> bool {
 pub(super) trait Simd: Copy {
     /// Sixty-four bytes: four consecutive weights of each of sixteen rows.
     type Bytes: Copy;
+    /// Four signed bytes for all rows.
+    type Activations: Copy;
     /// Sixteen `i32`.
     type Ints: Copy;
     /// Sixteen `f32`.
@@ -107,10 +109,11 @@ pub(super) trait Simd: Copy {
     /// What [`Simd::dot_wide`] wants instead of bytes above 127.
     unsafe fn widen(value: Self::Bytes) -> Self::Bytes;
     unsafe fn splat_int(value: i32) -> Self::Ints;
-    /// Adds to each lane the product of its four unsigned bytes, below 128, with the four signed bytes at `x`.
-    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints;
+    unsafe fn load_activations(from: *const i8) -> Self::Activations;
+    /// Adds to each lane the product of its four unsigned bytes, below 128, with the four signed bytes `x`.
+    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints;
     /// As [`Simd::dot`] for a sum that began with [`Simd::begin_wide`] and weights that went through [`Simd::widen`].
-    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints;
+    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints;
     /// The beginning of a sum of `(weight - 128) * x`, given the sum of `-128 * x`.
     unsafe fn begin_wide(correction: i32) -> Self::Ints;
 

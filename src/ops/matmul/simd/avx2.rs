@@ -26,6 +26,7 @@ unsafe fn dot_eight<const VNNI: bool>(sum: __m256i, weights: __m256i, x: __m256i
 
 impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type Bytes = [__m256i; 2];
+    type Activations = __m256i;
     type Ints = [__m256i; 2];
     type Floats = [__m256; 2];
 
@@ -91,22 +92,26 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+    unsafe fn load_activations(from: *const i8) -> Self::Activations {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_set1_epi32(from.cast::<i32>().read_unaligned()) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints {
         // SAFETY: the trait's contract.
         unsafe {
-            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
             [dot_eight::<VNNI>(sum[0], weights[0], x), dot_eight::<VNNI>(sum[1], weights[1], x)]
         }
     }
 
     #[inline(always)]
-    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints {
         // SAFETY: the trait's contract.
         unsafe {
             if VNNI {
                 return Self::dot(sum, weights, x);
             }
-            let x = _mm256_set1_epi32(x.cast::<i32>().read_unaligned());
             [
                 dot_eight::<false>(
                     sum[0],

@@ -9,6 +9,7 @@ pub(in super::super) struct Avx512;
 
 impl Simd for Avx512 {
     type Bytes = __m512i;
+    type Activations = __m512i;
     type Ints = __m512i;
     type Floats = __m512;
 
@@ -55,15 +56,19 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+    unsafe fn load_activations(from: *const i8) -> Self::Activations {
         // SAFETY: the trait's contract.
-        unsafe {
-            _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.cast::<i32>().read_unaligned()))
-        }
+        unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
     }
 
     #[inline(always)]
-    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_dpbusd_epi32(sum, weights, x) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints {
         // SAFETY: the trait's contract.
         unsafe { Self::dot(sum, weights, x) }
     }

@@ -26,6 +26,7 @@ unsafe fn read<const N: usize>(from: *const u8) -> [u8; N] {
 
 impl Simd for Portable {
     type Bytes = [u8; 64];
+    type Activations = [i8; 4];
     type Ints = [i32; LANES];
     type Floats = [f32; LANES];
 
@@ -68,19 +69,23 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn dot(mut sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
-        // SAFETY: the caller's promise.
-        let x: [u8; 4] = unsafe { read(x.cast()) };
+    unsafe fn load_activations(from: *const i8) -> Self::Activations {
+        // SAFETY: the caller's promise; byte arrays need no alignment.
+        unsafe { from.cast::<[i8; 4]>().read() }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(mut sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints {
         for (lane, weights) in sum.iter_mut().zip(weights.chunks_exact(4)) {
             for (&weight, &x) in weights.iter().zip(&x) {
-                *lane += i32::from(weight) * i32::from(x as i8);
+                *lane += i32::from(weight) * i32::from(x);
             }
         }
         sum
     }
 
     #[inline(always)]
-    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints {
         // SAFETY: the caller's promise.
         unsafe { Self::dot(sum, weights, x) }
     }
