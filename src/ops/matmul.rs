@@ -38,7 +38,7 @@ use crate::ops::gguf_blocks::{block_layout, row_bytes};
 /// Up to this many tokens the kernels read the packed weights themselves; beyond, each panel is unpacked first.
 const MAX_DIRECT_TOKENS: usize = 16;
 /// Activations that one task goes over for each panel; they should stay in the second-level cache.
-const TILE_BYTES: usize = 256 << 10;
+const TILE_BYTES: usize = 512 << 10;
 /// Blocks of a panel that are unpacked at a time; they should stay in the first-level cache. A multiple of the eight blocks
 /// that share scales.
 const CHUNK_BLOCKS: usize = 16;

@@ -1,7 +1,7 @@
 //! Matrix products of Qwen2.5-0.5B beside the memory's bandwidth and candle's `QMatMul`.
 //!
-//! Run with `cargo bench --bench matmul`; names of matrices or formats after `--` pick rows of the table, `alone` leaves
-//! candle out. Each figure is the median of several runs with minimum and maximum. Both sides go over several copies of
+//! Run with `cargo bench --bench matmul`; names of matrices or formats and numbers of tokens after `--` pick rows of
+//! the table, `alone` leaves candle out. Each figure is the median of several runs with minimum and maximum. Both sides go over several copies of
 //! the weights in turn, so that no cache holds them.
 
 use std::borrow::Cow;
@@ -39,6 +39,12 @@ fn main() {
     let words: Vec<String> =
         std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let (alone, words): (Vec<_>, Vec<_>) = words.into_iter().partition(|word| word == "alone");
+    let (counts, words): (Vec<_>, Vec<_>) =
+        words.into_iter().partition(|word| word.parse::<usize>().is_ok());
+    let mut counts: Vec<usize> = counts.iter().filter_map(|word| word.parse().ok()).collect();
+    if counts.is_empty() {
+        counts = vec![1, 8, 64, 512];
+    }
     let pool = ThreadPool::new(num_threads);
     pool.install(|| {
         let bandwidth = read_bandwidth();
@@ -50,13 +56,13 @@ fn main() {
         for case in &CASES {
             let format = format!("{:?}", case.dtype);
             if words.is_empty() || words.iter().any(|word| *word == case.name || *word == format) {
-                run(case, bandwidth, alone.is_empty());
+                run(case, bandwidth, &counts, alone.is_empty());
             }
         }
     });
 }
 
-fn run(case: &Case, bandwidth: f64, with_candle: bool) {
+fn run(case: &Case, bandwidth: f64, counts: &[usize], with_candle: bool) {
     let data = random_blocks(case);
     let source = MatrixSource { dtype: case.dtype, data: &data, num_rows: case.num_rows };
     let num_copies = (WORKING_SET / data.len()).clamp(1, 64);
@@ -65,7 +71,7 @@ fn run(case: &Case, bandwidth: f64, with_candle: bool) {
         .collect();
     let num_candles = if with_candle { num_copies } else { 0 };
     let candles: Vec<_> = (0..num_candles).map(|_| candle_matrix(case, &data)).collect();
-    for num_tokens in [1, 8, 64, 512] {
+    for &num_tokens in counts {
         if case.name == "head" && 64 < num_tokens {
             continue;
         }

@@ -5,7 +5,12 @@
 
 use super::format::BLOCK;
 use super::kernel::MAX_WIDTH;
-use super::simd::Isa;
+#[cfg(target_arch = "x86_64")]
+use super::simd::avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+use super::simd::avx512::Avx512;
+use super::simd::portable::Portable;
+use super::simd::{Isa, Simd};
 
 /// Tokens that a kernel computes together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,8 +80,9 @@ impl Activations {
         self.scales.resize(num_runs, 0.0);
         self.sums = kinds.iter().map(|&kind| (kind, vec![0; num_runs * kind.halves])).collect();
         match isa {
-            Isa::Portable => self.fill(x, num_cols),
-            // SAFETY: the instruction set is one that `Isa::available` found.
+            // SAFETY: the portable functions need nothing from the processor.
+            Isa::Portable => unsafe { self.fill::<Portable>(x, num_cols) },
+            // SAFETY: the instruction set is one that the processor was found to have.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 | Isa::AvxVnni => unsafe { fill_avx2(self, x, num_cols) },
             // SAFETY: as above.
@@ -96,28 +102,38 @@ impl Activations {
         }
     }
 
+    /// # Safety
+    /// The processor has the instruction set.
     #[inline(always)]
-    fn fill(&mut self, x: &[f32], num_cols: usize) {
+    unsafe fn fill<S: Simd>(&mut self, x: &[f32], num_cols: usize) {
         let width = x.len() / num_cols;
-        let runs = self.quants.chunks_exact_mut(BLOCK).zip(&mut self.scales);
-        for (run, (quants, scale)) in runs.enumerate() {
-            let (block, t) = (run / width, run % width);
-            let values = &x[t * num_cols + block * BLOCK..][..BLOCK];
-            *scale = quantize_run(values, quants);
-            let (low, high) = quants.split_at(BLOCK / 2);
-            let (low, high) = (sum(low), sum(high));
-            for (kind, sums) in &mut self.sums {
-                let correction = |sum: i32| match kind.factor {
-                    SumFactor::Offset(offset) => -sum * i32::from(offset),
-                    SumFactor::Scale => (-*scale * sum as f32).to_bits() as i32,
-                };
-                if kind.halves == 1 {
-                    sums[run] = correction(low + high);
-                } else {
-                    sums[2 * block * width + t] = correction(low);
-                    sums[(2 * block + 1) * width + t] = correction(high);
+        for block in 0..num_cols / BLOCK {
+            for t in 0..width {
+                let run = block * width + t;
+                let values = x[t * num_cols + block * BLOCK..].first_chunk().expect("whole blocks");
+                let quants = self.quants[run * BLOCK..].first_chunk_mut().expect("whole blocks");
+                // SAFETY: the caller's promise.
+                let (scale, [low, high]) = unsafe { quantize_run::<S>(values, quants) };
+                self.scales[run] = scale;
+                for (kind, sums) in &mut self.sums {
+                    if kind.halves == 1 {
+                        sums[run] = kind.factor.correction(low + high, scale);
+                    } else {
+                        let at = 2 * block * width + t;
+                        sums[at] = kind.factor.correction(low, scale);
+                        sums[at + width] = kind.factor.correction(high, scale);
+                    }
                 }
             }
+        }
+    }
+}
+
+impl SumFactor {
+    fn correction(self, sum: i32, scale: f32) -> i32 {
+        match self {
+            Self::Offset(offset) => -sum * i32::from(offset),
+            Self::Scale => (-scale * sum as f32).to_bits() as i32,
         }
     }
 }
@@ -125,51 +141,42 @@ impl Activations {
 /// # Safety
 /// The processor has the instruction set.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn fill_avx2(activations: &mut Activations, x: &[f32], num_cols: usize) {
-    activations.fill(x, num_cols);
+    // SAFETY: the caller's promise.
+    unsafe { activations.fill::<Avx2<false>>(x, num_cols) };
 }
 
 /// # Safety
 /// The processor has the instruction set.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn fill_avx512(activations: &mut Activations, x: &[f32], num_cols: usize) {
-    activations.fill(x, num_cols);
+    // SAFETY: the caller's promise.
+    unsafe { activations.fill::<Avx512>(x, num_cols) };
 }
 
-/// Rounds `values / scale` to integers and returns the scale. Not-a-number and infinity make the scale not finite, so
-/// that they reach the output.
+/// Rounds `values / scale` to integers; returns the scale and the sums of both halves. Not-a-number and infinity make the
+/// scale not finite, so that they reach the output.
+///
+/// # Safety
+/// The processor has the instruction set.
 #[inline(always)]
-fn quantize_run(values: &[f32], quants: &mut [i8]) -> f32 {
-    /// Adding this to a small number leaves its nearest integer in the low bits of the sum.
-    const ROUNDER: f32 = 12_582_912.0;
+unsafe fn quantize_run<S: Simd>(
+    values: &[f32; BLOCK],
+    quants: &mut [i8; BLOCK],
+) -> (f32, [i32; 2]) {
     /// Below this the reciprocal overflows; such values are zeros.
     const SMALLEST: f32 = 1e-30;
-    let mut largest = 0u32;
-    for value in values {
-        // The bits of magnitudes compare as the magnitudes do, and not-a-number is above all.
-        largest = largest.max(value.to_bits() & 0x7FFF_FFFF);
-    }
-    let largest = f32::from_bits(largest);
+    // SAFETY: the caller's promise.
+    let largest = unsafe { S::largest_magnitude(values) };
     if largest < SMALLEST {
         quants.fill(0);
-        return 0.0;
+        return (0.0, [0, 0]);
     }
-    let reciprocal = 127.0 / largest;
-    for (quant, value) in quants.iter_mut().zip(values) {
-        *quant = (value * reciprocal + ROUNDER).to_bits() as i8;
-    }
-    largest / 127.0
-}
-
-#[inline(always)]
-fn sum(quants: &[i8]) -> i32 {
-    let mut sum = 0;
-    for &quant in quants {
-        sum += i32::from(quant);
-    }
-    sum
+    // SAFETY: the caller's promise.
+    let sums = unsafe { S::round(values, 127.0 / largest, quants) };
+    (largest / 127.0, sums)
 }
 
 #[cfg(test)]
@@ -208,21 +215,24 @@ mod tests {
                     let value = x[t * num_cols + block * 32 + i];
                     assert!((f32::from(quant) * scale - value).abs() <= scale * 0.501);
                 }
-                let sum = |quants: &[i8]| -quants.iter().map(|&q| i32::from(q)).sum::<i32>();
-                assert_eq!(activations.sums(whole)[run], sum(quants) * 16);
+                let sum_of = |quants: &[i8]| -quants.iter().map(|&q| i32::from(q)).sum::<i32>();
+                assert_eq!(activations.sums(whole)[run], sum_of(quants) * 16);
                 let high = activations.sums(halves)[(2 * block + 1) * width + t];
-                assert_eq!(f32::from_bits(high as u32), scale * sum(&quants[16..]) as f32);
+                assert_eq!(f32::from_bits(high as u32), scale * sum_of(&quants[16..]) as f32);
             }
         }
     }
 
     #[test]
     fn zeros_stay_zero_and_a_nan_is_not_lost() {
-        let mut quants = [1; 32];
-        assert_eq!(quantize_run(&[1e-40; 32], &mut quants), 0.0);
-        assert_eq!(quants, [0; 32]);
-        let mut values = [1.0; 32];
-        values[7] = f32::NAN;
-        assert!(quantize_run(&values, &mut quants).is_nan());
+        for isa in Isa::available() {
+            let mut x = [1e-40; 64];
+            x[40] = f32::NAN;
+            let mut activations = Activations::default();
+            activations.quantize(isa, &x, 64, &[]);
+            assert_eq!(activations.quants[..32], [0; 32]);
+            assert_eq!(activations.scales[0], 0.0);
+            assert!(activations.scales[1].is_nan());
+        }
     }
 }

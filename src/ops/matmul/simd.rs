@@ -84,6 +84,11 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vnni")
 }
 
+/// Adding this to a number of small magnitude leaves its nearest integer in the low bits of the sum.
+const ROUNDER: f32 = 12_582_912.0;
+/// All bits of an `f32` but the sign. Magnitudes compare as their bits do, and not-a-number is above all.
+const MAGNITUDE: u32 = 0x7FFF_FFFF;
+
 /// Vectors of one instruction set.
 ///
 /// # Safety
@@ -131,6 +136,10 @@ pub(super) trait Simd: Copy {
     /// The high four bits of each byte.
     unsafe fn load_high_nibbles(from: *const u8) -> Self::Floats;
     unsafe fn store_f32(value: Self::Floats, to: *mut f32);
+    /// The largest magnitude, or not-a-number if there is one.
+    unsafe fn largest_magnitude(values: &[f32; 32]) -> f32;
+    /// Rounds `values * factor`, at most 127 in magnitude, to the nearest integers. Returns the sums of both halves.
+    unsafe fn round(values: &[f32; 32], factor: f32, to: &mut [i8; 32]) -> [i32; 2];
     /// Asks for the cache line, which need not exist.
     unsafe fn prefetch(from: *const u8);
 }

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{LANES, Simd};
+use super::{LANES, MAGNITUDE, ROUNDER, Simd};
 
 #[derive(Clone, Copy)]
 pub(in super::super) struct Portable;
@@ -163,6 +163,21 @@ impl Simd for Portable {
     unsafe fn store_f32(value: Self::Floats, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(value) };
+    }
+
+    #[inline(always)]
+    unsafe fn largest_magnitude(values: &[f32; 32]) -> f32 {
+        f32::from_bits(values.iter().fold(0, |max, value| max.max(value.to_bits() & MAGNITUDE)))
+    }
+
+    #[inline(always)]
+    unsafe fn round(values: &[f32; 32], factor: f32, to: &mut [i8; 32]) -> [i32; 2] {
+        let mut sums = [0; 2];
+        for (i, (value, to)) in values.iter().zip(to).enumerate() {
+            *to = (value * factor + ROUNDER).to_bits() as i8;
+            sums[i / 16] += i32::from(*to);
+        }
+        sums
     }
 
     #[inline(always)]
