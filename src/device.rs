@@ -1,3 +1,4 @@
 //! What the machine is made of: threads today, accelerators beside them.
 
+pub mod memory;
 pub mod threads;

@@ -334,7 +334,8 @@ impl Plan<'_> {
         let num_tiles = self.groups.len().div_ceil(groups_per_tile);
         let num_panels = self.w.num_panels();
         let num_tasks = current_num_threads() * TASKS_PER_THREAD;
-        let panels_per_task = num_panels.div_ceil(num_tasks).max(1);
+        // Even, because panels are computed in pairs.
+        let panels_per_task = num_panels.div_ceil(num_tasks).next_multiple_of(2).max(2);
         let num_chunks = num_panels.div_ceil(panels_per_task);
         parallel_for(num_tiles * num_chunks, |task| {
             let tile = task / num_chunks * groups_per_tile;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{Device, Module, Tensor};
+use qwen_server::device::memory::keep_freed_memory;
 use qwen_server::device::threads::{ThreadPool, parallel_for};
 use qwen_server::ops::matmul::{MatrixSource, PackedMatrix, matmul};
 
@@ -45,6 +46,7 @@ fn main() {
     if counts.is_empty() {
         counts = vec![1, 8, 64, 512];
     }
+    keep_freed_memory();
     let pool = ThreadPool::new(num_threads);
     pool.install(|| {
         let bandwidth = read_bandwidth();

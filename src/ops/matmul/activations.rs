@@ -107,11 +107,11 @@ impl Activations {
     #[inline(always)]
     unsafe fn fill<S: Simd>(&mut self, x: &[f32], num_cols: usize) {
         let width = x.len() / num_cols;
-        for block in 0..num_cols / BLOCK {
-            for t in 0..width {
+        for (t, row) in x.chunks_exact(num_cols).enumerate() {
+            for (block, values) in row.chunks_exact(BLOCK).enumerate() {
                 let run = block * width + t;
-                let values = x[t * num_cols + block * BLOCK..].first_chunk().expect("whole blocks");
-                let quants = self.quants[run * BLOCK..].first_chunk_mut().expect("whole blocks");
+                let values = values.first_chunk().expect("a whole block");
+                let quants = self.quants[run * BLOCK..].first_chunk_mut().expect("a whole block");
                 // SAFETY: the caller's promise.
                 let (scale, [low, high]) = unsafe { quantize_run::<S>(values, quants) };
                 self.scales[run] = scale;
