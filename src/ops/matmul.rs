@@ -1,15 +1,16 @@
 //! Matrix product with the weights of a checkpoint: `y[t, r] = sum_k x[t, k] * w[r, k] + bias[r]`.
 //!
-//! [`PackedMatrix`] holds the weights in the form that the kernels stream: panels of sixteen rows, in the precision of the
-//! file. Integer weights meet activations that are quantised to eight bits, 32 values at a time; float weights meet them
-//! as they are.
+//! [`PackedMatrix`] holds the weights in the form that the kernels stream: panels of sixteen rows,
+//! in the precision of the file. Integer weights meet activations that are quantised to eight bits,
+//! 32 values at a time; float weights meet them as they are.
 //!
-//! **Invariant:** a row of the result is the same bits whatever other rows there are, however many threads work, and
-//! whatever instruction set the processor has. Start reading at `format`, then `kernel`.
+//! **Invariant:** a row of the result is the same bits whatever other rows there are, however many
+//! threads work, and whatever instruction set the processor has. Start reading at `format`, then
+//! `kernel`.
 
 #![expect(
     clippy::inline_always,
-    reason = "the parts of a kernel must be compiled into the function that enables its instruction set"
+    reason = "parts of a kernel must be compiled into the function that enables the features"
 )]
 #![expect(clippy::cast_ptr_alignment, reason = "vector loads and stores need no alignment")]
 
@@ -18,6 +19,8 @@ mod buffer;
 mod format;
 mod kernel;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+mod pair;
 mod simd;
 
 use std::mem::MaybeUninit;
@@ -35,12 +38,13 @@ use self::simd::{Isa, LANES};
 use crate::device::threads::{current_num_threads, parallel_for};
 use crate::ops::gguf_blocks::{block_layout, row_bytes};
 
-/// Up to this many tokens the kernels read the packed weights themselves; beyond, each panel is unpacked first.
+/// Up to this many tokens the kernels read the packed weights themselves; beyond, each panel is
+/// unpacked first.
 const MAX_DIRECT_TOKENS: usize = 16;
 /// Activations that one task goes over for each panel; they should stay in the second-level cache.
 const TILE_BYTES: usize = 512 << 10;
-/// Blocks of a panel that are unpacked at a time; they should stay in the first-level cache. A multiple of the eight blocks
-/// that share scales.
+/// Blocks of a panel that are unpacked at a time; they should stay in the first-level cache. A
+/// multiple of the eight blocks that share scales.
 const CHUNK_BLOCKS: usize = 16;
 /// Tasks for each thread: enough to even out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 8;
@@ -96,7 +100,8 @@ impl PackedMatrix {
     /// Packs the sources, one below the other. Uses the current thread pool.
     ///
     /// # Errors
-    /// If rows are not whole blocks, or a source has not the bytes that its rows need, or there is no memory.
+    /// If rows are not whole blocks, or a source has not the bytes that its rows need, or there is
+    /// no memory.
     pub fn pack(sources: &[MatrixSource<'_>], num_cols: usize) -> Result<Self> {
         let mut matrix = Self { segments: Vec::new(), num_rows: 0, num_cols };
         let mut num_panels = 0;
@@ -177,7 +182,8 @@ impl<T> SharedMut<T> {
     }
 }
 
-/// `x * w^T + bias`: `[num_tokens, num_rows]` from `x: [num_tokens, num_cols]` and `bias: [num_rows]`.
+/// `x * w^T + bias`: `[num_tokens, num_rows]` from `x: [num_tokens, num_cols]` and `bias:
+/// [num_rows]`.
 ///
 /// # Errors
 /// If a shape or a type does not fit, or a tensor is not contiguous on the CPU.
@@ -381,8 +387,8 @@ impl Plan<'_> {
                 for first in (0..num_blocks).step_by(CHUNK_BLOCKS) {
                     let blocks = first..num_blocks.min(first + CHUNK_BLOCKS);
                     for panel in 0..num_panels {
-                        // SAFETY: the kernels are of a detected instruction set and of the segment's format; the
-                        // scratch has room for a chunk of two panels.
+                        // SAFETY: the kernels are of a detected instruction set and of the
+                        // segment's format; the scratch has room for a chunk of two panels.
                         unsafe {
                             let to = to.add(panel * stride);
                             (unpacking.unpack)(packed(panel), num_blocks, blocks.clone(), to);
@@ -436,8 +442,8 @@ impl Plan<'_> {
             let kernel = slice.by_width[width.trailing_zeros() as usize];
             for (&weights, tile) in slice.weights.iter().zip(tiles) {
                 args.panel = weights;
-                // SAFETY: the kernel is of a detected instruction set, of the segment's format and of the group's width,
-                // for which the weights and the activations were made.
+                // SAFETY: the kernel is of a detected instruction set, of the segment's format and
+                // of the group's width, for which the weights and the activations were made.
                 unsafe { kernel(&args, tile) };
             }
         }
@@ -472,7 +478,8 @@ impl Plan<'_> {
         let num_rows = LANES.min(segment.num_rows - panel * LANES);
         for (t, sums) in tile.iter().enumerate().take(group.width) {
             let at = (group.first + t) * self.w.num_rows + row;
-            // SAFETY: the rows of a panel and the tokens of a group belong to one task, and lie in the output.
+            // SAFETY: the rows of a panel and the tokens of a group belong to one task, and lie in
+            // the output.
             let output = unsafe {
                 std::slice::from_raw_parts_mut(
                     self.output.get().add(at).cast::<MaybeUninit<f32>>(),
@@ -516,8 +523,8 @@ mod tests {
         (weights, PackedMatrix::pack(&[source], num_cols).unwrap())
     }
 
-    /// The squared error of the products, relative to the sum of the squares of their terms: unlike the square of the sum
-    /// that does not vanish when terms cancel.
+    /// The squared error of the products, relative to the sum of the squares of their terms: unlike
+    /// the square of the sum that does not vanish when terms cancel.
     fn error(found: &[f32], x: &[f32], weights: &[f32], num_cols: usize) -> f64 {
         let mut found = found.iter();
         let (mut errors, mut squares) = (0.0, 0.0);
@@ -532,8 +539,9 @@ mod tests {
         errors / squares
     }
 
-    /// Goal: the product of every format is right at every shape. Method: an `f64` loop over dequantised weights; the
-    /// tolerance is for the quantised activations, floats get a much smaller one.
+    /// Goal: the product of every format is right at every shape. Method: an `f64` loop over
+    /// dequantised weights; the tolerance is for the quantised activations, floats get a much
+    /// smaller one.
     #[test]
     fn every_format_and_shape_agrees_with_a_loop() {
         for dtype in ALL_DTYPES {
@@ -551,11 +559,12 @@ mod tests {
         }
     }
 
-    /// Goal: the instruction set does not change a bit. Method: all that are here, odd shapes, few and many tokens.
+    /// Goal: the instruction set does not change a bit. Method: all that are here, odd shapes, few
+    /// and many tokens.
     #[test]
     fn instruction_sets_agree_bit_by_bit() {
         for dtype in ALL_DTYPES {
-            let num_cols = 512;
+            let num_cols = 768;
             let (_, packed) = pack(dtype, 35, num_cols);
             for num_tokens in [1, 7, 31] {
                 let x = random_x(num_tokens, num_cols);
@@ -571,7 +580,7 @@ mod tests {
     fn a_token_alone_and_in_a_batch_is_the_same_bits() {
         for dtype in ALL_DTYPES {
             for isa in Isa::available() {
-                let num_cols = 256;
+                let num_cols = 768;
                 let (_, packed) = pack(dtype, 40, num_cols);
                 let x = random_x(29, num_cols);
                 for num_tokens in [29, 13, 6] {

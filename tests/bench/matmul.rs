@@ -1,8 +1,9 @@
 //! Matrix products of Qwen2.5-0.5B beside the memory's bandwidth and candle's `QMatMul`.
 //!
-//! Run with `cargo bench --bench matmul`; names of matrices or formats and numbers of tokens after `--` pick rows of
-//! the table, `alone` leaves candle out. Each figure is the median of several runs with minimum and maximum. Both sides go over several copies of
-//! the weights in turn, so that no cache holds them.
+//! Run with `cargo bench --bench matmul`; names of matrices or formats and numbers of tokens after
+//! `--` pick rows of the table, `alone` leaves candle out. Each figure is the median of several
+//! runs with minimum and maximum. Both sides go over several copies of the weights in turn, so that
+//! no cache holds them.
 
 use std::borrow::Cow;
 use std::fmt::{self, Display, Formatter};
@@ -52,7 +53,7 @@ fn main() {
         let bandwidth = read_bandwidth();
         println!("{num_threads} threads, reading {:.1} GB/s", bandwidth / 1e9);
         println!(
-            "| matrix | format | tokens | ms (min, max) | GB/s | of read | G MAC/s | candle ms | ratio |"
+            "| matrix | format | tokens | ms (min, max) | GB/s | of read | G MAC/s | candle | ratio |"
         );
         println!("|---|---|---|---|---|---|---|---|---|");
         for case in &CASES {
@@ -71,6 +72,11 @@ fn run(case: &Case, bandwidth: f64, counts: &[usize], with_candle: bool) {
     let packed: Vec<_> = (0..num_copies)
         .map(|_| Arc::new(PackedMatrix::pack(&[source], case.num_cols).expect("a valid matrix")))
         .collect();
+    let packing = times(|_| {
+        let packed = PackedMatrix::pack(&[source], case.num_cols);
+        black_box(packed.expect("a valid matrix"));
+    });
+    println!("| {} | {:?} | packing | {packing} | | | | | |", case.name, case.dtype);
     let num_candles = if with_candle { num_copies } else { 0 };
     let candles: Vec<_> = (0..num_candles).map(|_| candle_matrix(case, &data)).collect();
     for &num_tokens in counts {

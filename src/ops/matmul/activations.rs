@@ -1,7 +1,8 @@
 //! Activations as the kernels read them.
 //!
-//! Tokens go in groups of 8, then 4, 2 and 1, and what the tokens of a group need for one block lies together. For integer
-//! weights each 32 values become signed bytes with one `f32` scale (the largest magnitude over 127).
+//! Tokens go in groups of 8, then 4, 2 and 1, and what the tokens of a group need for one block
+//! lies together. For integer weights each 32 values become signed bytes with one `f32` scale (the
+//! largest magnitude over 127).
 
 use super::format::BLOCK;
 use super::kernel::MAX_WIDTH;
@@ -156,8 +157,8 @@ unsafe fn fill_avx512(activations: &mut Activations, x: &[f32], num_cols: usize)
     unsafe { activations.fill::<Avx512>(x, num_cols) };
 }
 
-/// Rounds `values / scale` to integers; returns the scale and the sums of both halves. Not-a-number and infinity make the
-/// scale not finite, so that they reach the output.
+/// Rounds `values / scale` to integers; returns the scale and the sums of both halves. Not-a-number
+/// and infinity make the scale not finite, so that they reach the output.
 ///
 /// # Safety
 /// The processor has the instruction set.

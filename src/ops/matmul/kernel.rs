@@ -1,7 +1,8 @@
 //! The inner loops, written once over instruction set, format and number of tokens.
 //!
-//! **Invariant:** each output is accumulated over the blocks of its row in ascending order with the same float
-//! operations, whatever the instruction set, the number of tokens, and whether the panel was unpacked before.
+//! **Invariant:** each output is accumulated over the blocks of its row in ascending order with the
+//! same float operations, whatever the instruction set, the number of tokens, and whether the panel
+//! was unpacked before.
 
 use std::ops::Range;
 
@@ -11,6 +12,8 @@ use super::format::{
     BLOCK, Format, GROUP_BYTES, GROUPS, Half, HalfMin, SuperHalves, SuperMin, SuperNibbles,
     Unpacked, load_groups, unpacked_min_at, unpacked_scale_at,
 };
+#[cfg(target_arch = "x86_64")]
+use super::pair::{PAIR_WIDTH, pair};
 #[cfg(target_arch = "x86_64")]
 use super::simd::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
@@ -35,18 +38,20 @@ pub(super) struct PanelArgs {
     pub(super) x: *const u8,
     /// `[block][token]`.
     pub(super) x_scales: *const f32,
-    /// `[block][half][token]`: negative sums of the integers, or the same times the scale as `f32` for formats with a minimum.
+    /// `[block][half][token]`: negative sums of the integers, or the same times the scale as `f32`
+    /// for formats with a minimum.
     pub(super) x_sums: *const i32,
 }
 
 /// Adds the products to one tile.
 ///
 /// # Safety
-/// The processor has the kernel's instruction set, and the pointers of the arguments are valid for the format and the
-/// number of tokens.
+/// The processor has the kernel's instruction set, and the pointers of the arguments are valid for
+/// the format and the number of tokens.
 pub(super) type PanelKernel = unsafe fn(&PanelArgs, &mut Tile);
 
-/// Adds the products of two panels of integers to their tiles: that of the arguments and one that lies so many bytes behind.
+/// Adds the products of two panels of integers to their tiles: that of the arguments and one that
+/// lies so many bytes behind.
 ///
 /// # Safety
 /// As for [`PanelKernel`].
@@ -55,7 +60,8 @@ pub(super) type PairKernel = unsafe fn(&PanelArgs, usize, &mut [Tile; 2]);
 /// Expands the integers and scales of some blocks of a panel that has so many.
 ///
 /// # Safety
-/// As for [`PanelKernel`]; there is room for [`super::format::max_unpacked_bytes`], aligned to `f32`.
+/// As for [`PanelKernel`]; there is room for [`super::format::max_unpacked_bytes`], aligned to
+/// `f32`.
 pub(super) type UnpackKernel = unsafe fn(*const u8, usize, Range<usize>, *mut u8);
 
 /// The code for one format on one instruction set.
@@ -249,18 +255,21 @@ unsafe fn pair_avx512<F: Format>(args: &PanelArgs, stride: usize, tiles: &mut [T
     }
 }
 
-/// How far ahead of the weights in use to ask for the next ones. Hardware alone reaches a third of this bandwidth: while
-/// the arithmetic of a block fills the processor's window, it sees too few addresses.
+/// How far ahead of the weights in use to ask for the next ones. Hardware alone reaches a third of
+/// this bandwidth: while the arithmetic of a block fills the processor's window, it sees too few
+/// addresses.
 const PREFETCH_BYTES: usize = 4096;
 
-/// Integer weights. Loops count with `while` and use no closures: those would be compiled without the instruction set.
+/// Integer weights. Loops count with `while` and use no closures: those would be compiled without
+/// the instruction set.
 ///
 /// # Safety
 /// See [`PanelKernel`].
 #[inline(always)]
 unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut Tile) {
     let quants = args.panel;
-    // SAFETY: the caller's promise: `num_blocks` blocks of integers, then their scales; activations as described.
+    // SAFETY: the caller's promise: `num_blocks` blocks of integers, then their scales; activations
+    // as described.
     unsafe {
         let scales = quants.add(args.num_blocks * F::BITS * GROUP_BYTES);
         let mut sums = load_tile::<S, T>(tile);
@@ -295,107 +304,6 @@ unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut
             S::store_f32(sums[t], tile[t].as_mut_ptr());
             t += 1;
         }
-    }
-}
-
-/// Tokens of a group of 8 that [`pair`] computes at a time.
-const PAIR_WIDTH: usize = 4;
-
-/// Two panels and four tokens of a group of eight, from `first` on: each load of activations serves two products. With one
-/// panel the loads, not the products, take the time.
-///
-/// # Safety
-/// See [`PairKernel`].
-#[inline(always)]
-unsafe fn pair<S: Simd, F: Format>(
-    args: &PanelArgs,
-    stride: usize,
-    tiles: &mut [Tile; 2],
-    first: usize,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let quants = [args.panel, args.panel.add(stride)];
-        let quant_bytes = args.num_blocks * F::BITS * GROUP_BYTES;
-        let mut sums = [[S::splat(0.0); 2]; PAIR_WIDTH];
-        let mut t = 0;
-        while t < PAIR_WIDTH {
-            sums[t][0] = S::load_f32(tiles[0][first + t].as_ptr());
-            sums[t][1] = S::load_f32(tiles[1][first + t].as_ptr());
-            t += 1;
-        }
-        let mut block = 0;
-        while block < args.num_blocks {
-            let mut half = 0;
-            while half < F::HALVES {
-                let token = block * MAX_WIDTH + first;
-                let x = args.x.add(token * BLOCK).cast::<i8>();
-                let x_sums = args.x_sums.add((block * F::HALVES + half) * MAX_WIDTH + first);
-                let dots = pair_dots::<S, F>(quants, (block, half), x, x_sums);
-                let mut p = 0;
-                while p < 2 {
-                    let scales = quants[p].add(quant_bytes);
-                    let scale = F::scale::<S>(scales, block, half);
-                    let min = F::min::<S>(scales, block, half);
-                    t = 0;
-                    while t < PAIR_WIDTH {
-                        let x_scale = S::splat(*args.x_scales.add(token + t));
-                        let dot = S::to_floats(dots[t][p]);
-                        sums[t][p] = S::mul_add(dot, S::mul(scale, x_scale), sums[t][p]);
-                        if F::HAS_MIN {
-                            let x_sum = S::splat(f32::from_bits(*x_sums.add(t) as u32));
-                            sums[t][p] = S::mul_add(min, x_sum, sums[t][p]);
-                        }
-                        t += 1;
-                    }
-                    p += 1;
-                }
-                half += 1;
-            }
-            block += 1;
-        }
-        t = 0;
-        while t < PAIR_WIDTH {
-            S::store_f32(sums[t][0], tiles[0][first + t].as_mut_ptr());
-            S::store_f32(sums[t][1], tiles[1][first + t].as_mut_ptr());
-            t += 1;
-        }
-    }
-}
-
-/// The integer products of half a block.
-///
-/// # Safety
-/// See [`PairKernel`]; `x` and `x_sums` point to the first of the tokens.
-#[inline(always)]
-unsafe fn pair_dots<S: Simd, F: Format>(
-    quants: [*const u8; 2],
-    (block, half): (usize, usize),
-    x: *const i8,
-    x_sums: *const i32,
-) -> [[S::Ints; 2]; PAIR_WIDTH] {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut dots = [[S::splat_int(0); 2]; PAIR_WIDTH];
-        let mut t = 0;
-        while t < PAIR_WIDTH {
-            dots[t] = [begin::<S, F>(*x_sums.add(t)); 2];
-            t += 1;
-        }
-        let mut g = half * GROUPS / F::HALVES;
-        while g < (half + 1) * GROUPS / F::HALVES {
-            let at = (block * GROUPS + g) * GROUP_BYTES;
-            let first = S::load_bytes(quants[0].add(at));
-            let second = S::load_bytes(quants[1].add(at));
-            t = 0;
-            while t < PAIR_WIDTH {
-                let x = S::load_activations(x.add(t * BLOCK + 4 * g));
-                dots[t] = [S::dot(dots[t][0], first, x), S::dot(dots[t][1], second, x)];
-                t += 1;
-            }
-            g += 1;
-        }
-        dots
     }
 }
 
@@ -496,7 +404,7 @@ unsafe fn dot<S: Simd, F: Format>(
 /// # Safety
 /// As for [`Simd`].
 #[inline(always)]
-unsafe fn begin<S: Simd, F: Format>(x_sum: i32) -> S::Ints {
+pub(super) unsafe fn begin<S: Simd, F: Format>(x_sum: i32) -> S::Ints {
     // SAFETY: the caller's promise.
     unsafe {
         if F::OFFSET_LOG2 == 7 {

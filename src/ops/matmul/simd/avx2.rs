@@ -1,5 +1,7 @@
-//! [`Simd`] with AVX2, FMA and F16C, with or without VNNI: one vector is a pair of registers, eight rows each.
+//! [`Simd`] with AVX2, FMA and F16C, with or without VNNI: one vector is a pair of registers, eight
+//! rows each.
 
+#[allow(clippy::wildcard_imports, reason = "intrinsics carry their module in their names")]
 use std::arch::x86_64::*;
 
 use super::{MAGNITUDE, ROUNDER, Simd};
@@ -8,7 +10,8 @@ use super::{MAGNITUDE, ROUNDER, Simd};
 #[derive(Clone, Copy)]
 pub(in super::super) struct Avx2<const VNNI: bool>;
 
-/// Adds the products of four unsigned and four signed bytes. Two neighbouring products must fit in an `i16`.
+/// Adds the products of four unsigned and four signed bytes. Two neighbouring products must fit in
+/// an `i16`.
 ///
 /// # Safety
 /// The contract of [`Simd`].
@@ -93,7 +96,8 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             if VNNI {
                 return value;
             }
-            // As signed numbers: with sign and magnitude two neighbouring products stay below 2 * 128 * 127, which fits.
+            // As signed numbers: with sign and magnitude two neighbouring products stay below 2 *
+            // 128 * 127, which fits.
             let flip = _mm256_set1_epi8(-128);
             [_mm256_xor_si256(value[0], flip), _mm256_xor_si256(value[1], flip)]
         }

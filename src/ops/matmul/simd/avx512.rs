@@ -1,5 +1,6 @@
 //! [`Simd`] with AVX-512 F, BW and VNNI: one vector is one register.
 
+#[allow(clippy::wildcard_imports, reason = "intrinsics carry their module in their names")]
 use std::arch::x86_64::*;
 
 use super::{MAGNITUDE, ROUNDER, Simd};

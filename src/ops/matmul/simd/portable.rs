@@ -1,4 +1,5 @@
-//! [`Simd`] in plain Rust, for processors without anything better and as the reference of the others.
+//! [`Simd`] in plain Rust, for processors without anything better and as the reference of the
+//! others.
 
 use half::{bf16, f16};
 
