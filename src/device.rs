@@ -2,6 +2,7 @@
 
 pub mod host;
 pub mod mapped_file;
+pub mod memory;
 pub mod threads;
 
 pub use mapped_file::MappedFile;

@@ -1,4 +1,5 @@
-//! Embedding: `out[i] = table[ids[i]]`, with the rows kept as the file has them and dequantised on the way out.
+//! Embedding: `out[i] = table[ids[i]]`, with the rows kept as the file has them and dequantised on
+//! the way out.
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Result, Tensor, bail};

@@ -1,8 +1,8 @@
 //! The weight blocks of GGUF files, decoded.
 //!
-//! Every integer format is affine on short runs of weights: `weight = scale * (q - offset) - min`, where `q` is an unsigned
-//! integer of two to eight bits. [`read_block`] takes one block of a file apart; [`dequantize_row`] turns blocks of any
-//! format, floats included, into `f32`.
+//! Every integer format is affine on short runs of weights: `weight = scale * (q - offset) - min`,
+//! where `q` is an unsigned integer of two to eight bits. [`read_block`] takes one block of a file
+//! apart; [`dequantize_row`] turns blocks of any format, floats included, into `f32`.
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{Result, bail};
@@ -200,8 +200,8 @@ fn read_signed(bytes: &[u8], quants: &mut [u8]) {
     }
 }
 
-/// `[scales 16][2-bit integers 64][d][dmin]`. Each half of 128 weights takes 32 bytes: four rounds of 32 weights, one for
-/// each pair of bits.
+/// `[scales 16][2-bit integers 64][d][dmin]`. Each half of 128 weights takes 32 bytes: four rounds
+/// of 32 weights, one for each pair of bits.
 fn read_q2k(bytes: &[u8], block: &mut QuantBlock) {
     block.scale = read_f16(bytes, 80);
     block.min = read_f16(bytes, 82);
@@ -261,8 +261,8 @@ fn read_chunked_nibbles(bytes: &[u8], quants: &mut [u8]) {
     }
 }
 
-/// Eight scales and eight minima. The first four of each have a byte of their own, whose two top bits belong to the last
-/// four.
+/// Eight scales and eight minima. The first four of each have a byte of their own, whose two top
+/// bits belong to the last four.
 fn read_six_bit_scales(packed: &[u8], block: &mut QuantBlock) {
     for i in 0..4 {
         block.run_scales[i] = (packed[i] & 63) as i8;
@@ -272,8 +272,8 @@ fn read_six_bit_scales(packed: &[u8], block: &mut QuantBlock) {
     }
 }
 
-/// `[nibbles 128][high bit pairs 64][scales 16][d]`. Each half of 128 weights takes 64 bytes of nibbles (low ones first)
-/// and 32 bytes of pairs, one round of 32 weights for each pair.
+/// `[nibbles 128][high bit pairs 64][scales 16][d]`. Each half of 128 weights takes 64 bytes of
+/// nibbles (low ones first) and 32 bytes of pairs, one round of 32 weights for each pair.
 fn read_q6k(bytes: &[u8], block: &mut QuantBlock) {
     block.scale = read_f16(bytes, 208);
     for (scale, &byte) in block.run_scales.iter_mut().zip(&bytes[192..208]) {
@@ -353,8 +353,11 @@ pub(crate) mod tests {
                 &[]
             }
             GgmlDType::F16 | GgmlDType::Q4_0 | GgmlDType::Q5_0 | GgmlDType::Q8_0 => &[0],
-            GgmlDType::Q4_1 | GgmlDType::Q5_1 | GgmlDType::Q8_1 => &[0, 2],
-            GgmlDType::Q4K | GgmlDType::Q5K => &[0, 2],
+            GgmlDType::Q4_1
+            | GgmlDType::Q5_1
+            | GgmlDType::Q8_1
+            | GgmlDType::Q4K
+            | GgmlDType::Q5K => &[0, 2],
             GgmlDType::Q2K => &[80, 82],
             GgmlDType::Q3K => &[108],
             GgmlDType::Q6K => &[208],
@@ -368,7 +371,8 @@ pub(crate) mod tests {
         data
     }
 
-    /// Goal: every format decodes to the numbers that candle finds. Method: random blocks, exact comparison.
+    /// Goal: every format decodes to the numbers that candle finds. Method: random blocks, exact
+    /// comparison.
     #[test]
     fn every_format_decodes_as_candle_does() {
         for dtype in ALL_DTYPES {

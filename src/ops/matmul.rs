@@ -1,17 +1,26 @@
 //! Matrix product with the weights of a checkpoint: `y[t, r] = sum_k x[t, k] * w[r, k] + bias[r]`.
 //!
-//! [`PackedMatrix`] holds the weights in the form that the kernels stream: panels of sixteen rows, in the precision of the
-//! file. Integer weights meet activations that are quantised to eight bits, 32 values at a time; float weights meet them
-//! as they are.
+//! [`PackedMatrix`] holds the weights in the form that the kernels stream: panels of sixteen rows,
+//! in the precision of the file. Integer weights meet activations that are quantised to eight bits,
+//! 32 values at a time; float weights meet them as they are.
 //!
-//! **Invariant:** a row of the result is the same bits whatever other rows there are, however many threads work, and
-//! whatever instruction set the processor has. Start reading at `format`, then `kernel`.
+//! **Invariant:** a row of the result is the same bits whatever other rows there are, however many
+//! threads work, and whatever instruction set the processor has. Start reading at `format`, then
+//! `kernel`.
+
+#![expect(
+    clippy::inline_always,
+    reason = "parts of a kernel must be compiled into the function that enables the features"
+)]
+#![expect(clippy::cast_ptr_alignment, reason = "vector loads and stores need no alignment")]
 
 mod activations;
 mod buffer;
 mod format;
 mod kernel;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+mod pair;
 mod simd;
 
 use std::mem::MaybeUninit;
@@ -21,18 +30,22 @@ use std::sync::Arc;
 use candle_core::quantized::GgmlDType;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
 
-use self::activations::{Activations, Group, SumKind, SumKinds, groups};
+use self::activations::{Activations, Group, SumFactor, SumKind, groups};
 use self::buffer::Buffer;
 use self::format::{BLOCK, GROUP_BYTES, max_unpacked_bytes, packed_layout, panel_bytes};
-use self::kernel::{Kernels, MAX_WIDTH, PanelArgs, PanelKernel, Tile};
+use self::kernel::{Kernels, MAX_WIDTH, PairKernel, PanelArgs, PanelKernel, Tile};
 use self::simd::{Isa, LANES};
 use crate::device::threads::{current_num_threads, parallel_for};
 use crate::ops::gguf_blocks::{block_layout, row_bytes};
 
-/// Up to this many tokens the kernels read the packed weights themselves; beyond, each panel is unpacked first.
+/// Up to this many tokens the kernels read the packed weights themselves; beyond, each panel is
+/// unpacked first.
 const MAX_DIRECT_TOKENS: usize = 16;
 /// Activations that one task goes over for each panel; they should stay in the second-level cache.
-const TILE_BYTES: usize = 256 << 10;
+const TILE_BYTES: usize = 512 << 10;
+/// Blocks of a panel that are unpacked at a time; they should stay in the first-level cache. A
+/// multiple of the eight blocks that share scales.
+const CHUNK_BLOCKS: usize = 16;
 /// Tasks for each thread: enough to even out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -70,9 +83,16 @@ impl Segment {
         self.num_rows.div_ceil(LANES)
     }
 
+    /// Blocks of a panel, or columns for floats.
+    fn num_blocks(&self, num_cols: usize) -> usize {
+        if packed_layout(self.dtype).is_some() { num_cols / BLOCK } else { num_cols }
+    }
+
     fn sum_kind(&self) -> Option<SumKind> {
         let layout = block_layout(self.dtype)?;
-        Some(SumKind { halves: BLOCK / layout.run_len, is_scaled: layout.offset == 0 })
+        let factor =
+            if layout.offset == 0 { SumFactor::Scale } else { SumFactor::Offset(layout.offset) };
+        Some(SumKind { halves: BLOCK / layout.run_len, factor })
     }
 }
 
@@ -80,7 +100,8 @@ impl PackedMatrix {
     /// Packs the sources, one below the other. Uses the current thread pool.
     ///
     /// # Errors
-    /// If rows are not whole blocks, or a source has not the bytes that its rows need, or there is no memory.
+    /// If rows are not whole blocks, or a source has not the bytes that its rows need, or there is
+    /// no memory.
     pub fn pack(sources: &[MatrixSource<'_>], num_cols: usize) -> Result<Self> {
         let mut matrix = Self { segments: Vec::new(), num_rows: 0, num_cols };
         let mut num_panels = 0;
@@ -161,7 +182,8 @@ impl<T> SharedMut<T> {
     }
 }
 
-/// `x * w^T + bias`: `[num_tokens, num_rows]` from `x: [num_tokens, num_cols]` and `bias: [num_rows]`.
+/// `x * w^T + bias`: `[num_tokens, num_rows]` from `x: [num_tokens, num_cols]` and `bias:
+/// [num_rows]`.
 ///
 /// # Errors
 /// If a shape or a type does not fit, or a tensor is not contiguous on the CPU.
@@ -237,11 +259,12 @@ fn multiply(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>) -> Vec<
 
 /// Activations of each group in the forms that the segments need.
 fn prepare(isa: Isa, x: &[f32], w: &PackedMatrix, groups: &[Group]) -> Vec<Activations> {
-    let mut kinds = SumKinds::default();
+    let mut kinds: Vec<SumKind> = Vec::new();
     let mut has_floats = false;
     for segment in &w.segments {
         match segment.sum_kind() {
-            Some(kind) => kinds.insert(kind),
+            Some(kind) if !kinds.contains(&kind) => kinds.push(kind),
+            Some(_) => {}
             None => has_floats = true,
         }
     }
@@ -253,7 +276,7 @@ fn prepare(isa: Isa, x: &[f32], w: &PackedMatrix, groups: &[Group]) -> Vec<Activ
         // SAFETY: tasks have elements of their own.
         let activations = unsafe { &mut *shared.get().add(index) };
         if !kinds.is_empty() {
-            activations.quantize(isa, x, w.num_cols, kinds);
+            activations.quantize(isa, x, w.num_cols, &kinds);
         }
         if has_floats {
             activations.transpose(x, w.num_cols);
@@ -276,11 +299,37 @@ struct Plan<'a> {
     is_direct: bool,
 }
 
-/// Memory for an unpacked panel.
+/// Consecutive blocks of one or two panels, or columns for floats, and the code for them.
+struct PanelSlice<'a> {
+    weights: &'a [*const u8],
+    blocks: Range<usize>,
+    by_width: &'a [PanelKernel; 4],
+    pair: Option<PairKernel>,
+}
+
+/// What a task needs besides its input.
+struct Workspace {
+    /// A chunk of two unpacked panels.
+    scratch: Vec<CacheLine>,
+    /// Results of two panels for each group.
+    tiles: Vec<[Tile; 2]>,
+}
+
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct CacheLine {
     _bytes: [u8; GROUP_BYTES],
+}
+
+impl Workspace {
+    fn new(num_groups: usize, is_direct: bool) -> Self {
+        let num_bytes = if is_direct { 0 } else { 2 * max_unpacked_bytes(CHUNK_BLOCKS) };
+        let line = CacheLine { _bytes: [0; GROUP_BYTES] };
+        Self {
+            scratch: vec![line; num_bytes / GROUP_BYTES],
+            tiles: vec![[[[0.0; LANES]; MAX_WIDTH]; 2]; num_groups],
+        }
+    }
 }
 
 impl Plan<'_> {
@@ -291,73 +340,133 @@ impl Plan<'_> {
         let num_tiles = self.groups.len().div_ceil(groups_per_tile);
         let num_panels = self.w.num_panels();
         let num_tasks = current_num_threads() * TASKS_PER_THREAD;
-        let panels_per_task = num_panels.div_ceil(num_tasks).max(1);
+        // Even, because panels are computed in pairs.
+        let panels_per_task = num_panels.div_ceil(num_tasks).next_multiple_of(2).max(2);
         let num_chunks = num_panels.div_ceil(panels_per_task);
         parallel_for(num_tiles * num_chunks, |task| {
             let tile = task / num_chunks * groups_per_tile;
             let tile = tile..self.groups.len().min(tile + groups_per_tile);
             let first = task % num_chunks * panels_per_task;
             let last = num_panels.min(first + panels_per_task);
-            let mut scratch = Vec::new();
-            if !self.is_direct {
-                let num_bytes = max_unpacked_bytes(self.w.num_cols / BLOCK);
-                scratch.resize(num_bytes / GROUP_BYTES, CacheLine { _bytes: [0; GROUP_BYTES] });
-            }
+            let mut workspace = Workspace::new(tile.len(), self.is_direct);
             for (index, segment) in self.w.segments.iter().enumerate() {
                 let end = last.min(segment.first_panel + segment.num_panels());
-                for panel in first.max(segment.first_panel)..end {
-                    let panel = panel - segment.first_panel;
-                    self.run_panel((index, panel), tile.clone(), &mut scratch);
+                let mut panel = first.max(segment.first_panel);
+                while panel < end {
+                    let next = end.min(panel + 2);
+                    let panels = panel - segment.first_panel..next - segment.first_panel;
+                    self.run_panels(index, panels, tile.clone(), &mut workspace);
+                    panel = next;
                 }
             }
         });
     }
 
-    /// One panel of a segment and a range of groups.
-    fn run_panel(
+    /// One or two panels of a segment and a range of groups.
+    fn run_panels(
         &self,
-        (segment, panel): (usize, usize),
+        segment: usize,
+        panels: Range<usize>,
         groups: Range<usize>,
-        scratch: &mut [CacheLine],
+        workspace: &mut Workspace,
     ) {
         let kernels = &self.kernels[segment];
         let segment = &self.w.segments[segment];
-        let weights = &segment.data[panel * segment.panel_bytes..][..segment.panel_bytes];
-        let mut weights = weights.as_ptr();
-        let mut by_width = &kernels.by_width;
-        if let (false, Some(unpacking)) = (self.is_direct, &kernels.unpacking) {
-            let to = scratch.as_mut_ptr().cast();
-            // SAFETY: the kernels are of a detected instruction set and of the segment's format; the scratch has room.
-            unsafe { (unpacking.unpack)(weights, self.w.num_cols / BLOCK, to) };
-            weights = to;
-            by_width = &unpacking.by_width;
+        let (first_panel, num_panels) = (panels.start, panels.len());
+        let packed = |panel: usize| {
+            segment.data[(first_panel + panel) * segment.panel_bytes..][..segment.panel_bytes]
+                .as_ptr()
+        };
+        let Workspace { scratch, tiles } = workspace;
+        tiles.fill([[[0.0; LANES]; MAX_WIDTH]; 2]);
+        match &kernels.unpacking {
+            Some(unpacking) if !self.is_direct => {
+                let num_blocks = self.w.num_cols / BLOCK;
+                let stride = max_unpacked_bytes(CHUNK_BLOCKS);
+                let to: *mut u8 = scratch.as_mut_ptr().cast();
+                for first in (0..num_blocks).step_by(CHUNK_BLOCKS) {
+                    let blocks = first..num_blocks.min(first + CHUNK_BLOCKS);
+                    for panel in 0..num_panels {
+                        // SAFETY: the kernels are of a detected instruction set and of the
+                        // segment's format; the scratch has room for a chunk of two panels.
+                        unsafe {
+                            let to = to.add(panel * stride);
+                            (unpacking.unpack)(packed(panel), num_blocks, blocks.clone(), to);
+                        }
+                    }
+                    let weights = [to.cast_const(), to.wrapping_add(stride)];
+                    let slice = PanelSlice {
+                        weights: &weights[..num_panels],
+                        blocks,
+                        by_width: &unpacking.by_width,
+                        pair: unpacking.pair,
+                    };
+                    self.run_groups(segment, &slice, groups.clone(), tiles);
+                }
+            }
+            _ => {
+                let weights = [packed(0), packed(num_panels - 1)];
+                let slice = PanelSlice {
+                    weights: &weights[..num_panels],
+                    blocks: 0..segment.num_blocks(self.w.num_cols),
+                    by_width: &kernels.by_width,
+                    pair: None,
+                };
+                self.run_groups(segment, &slice, groups.clone(), tiles);
+            }
         }
-        let mut tile: Tile = [[0.0; LANES]; MAX_WIDTH];
-        for index in groups {
-            let group = self.groups[index];
-            let args = self.panel_args(segment, weights, index);
-            let kernel: PanelKernel = by_width[group.width.trailing_zeros() as usize];
-            // SAFETY: the kernel is of a detected instruction set, of the segment's format and of the group's width, for
-            // which the panel and the activations were made.
-            unsafe { kernel(&args, &mut tile) };
-            self.write(segment, panel, group, &tile);
+        for (group, tiles) in groups.zip(tiles) {
+            for (panel, tile) in panels.clone().zip(tiles) {
+                self.write(segment, panel, self.groups[group], tile);
+            }
         }
     }
 
-    fn panel_args(&self, segment: &Segment, panel: *const u8, group: usize) -> PanelArgs {
+    /// Adds what a slice of one or two panels contributes to the tiles of some groups.
+    fn run_groups(
+        &self,
+        segment: &Segment,
+        slice: &PanelSlice,
+        groups: Range<usize>,
+        tiles: &mut [[Tile; 2]],
+    ) {
+        for (index, tiles) in groups.zip(tiles) {
+            let width = self.groups[index].width;
+            let mut args = self.panel_args(segment, slice, index);
+            if let (&[first, second], MAX_WIDTH, Some(pair)) = (slice.weights, width, slice.pair) {
+                let stride = second as usize - first as usize;
+                // SAFETY: as below, for both panels.
+                unsafe { pair(&args, stride, tiles) };
+                continue;
+            }
+            let kernel = slice.by_width[width.trailing_zeros() as usize];
+            for (&weights, tile) in slice.weights.iter().zip(tiles) {
+                args.panel = weights;
+                // SAFETY: the kernel is of a detected instruction set, of the segment's format and
+                // of the group's width, for which the weights and the activations were made.
+                unsafe { kernel(&args, tile) };
+            }
+        }
+    }
+
+    fn panel_args(&self, segment: &Segment, slice: &PanelSlice, group: usize) -> PanelArgs {
         let activations = &self.activations[group];
+        let width = self.groups[group].width;
+        let panel = slice.weights[0];
+        let num_blocks = slice.blocks.len();
+        let first = slice.blocks.start * width;
         match segment.sum_kind() {
             Some(kind) => PanelArgs {
                 panel,
-                num_blocks: self.w.num_cols / BLOCK,
-                x: activations.quants.as_ptr().cast(),
-                x_scales: activations.scales.as_ptr(),
-                x_sums: activations.sums(kind).as_ptr(),
+                num_blocks,
+                x: activations.quants[first * BLOCK..].as_ptr().cast(),
+                x_scales: activations.scales[first..].as_ptr(),
+                x_sums: activations.sums(kind)[first * kind.halves..].as_ptr(),
             },
             None => PanelArgs {
                 panel,
-                num_blocks: self.w.num_cols,
-                x: activations.floats.as_ptr().cast(),
+                num_blocks,
+                x: activations.floats[first..].as_ptr().cast(),
                 x_scales: std::ptr::null(),
                 x_sums: std::ptr::null(),
             },
@@ -369,7 +478,8 @@ impl Plan<'_> {
         let num_rows = LANES.min(segment.num_rows - panel * LANES);
         for (t, sums) in tile.iter().enumerate().take(group.width) {
             let at = (group.first + t) * self.w.num_rows + row;
-            // SAFETY: the rows of a panel and the tokens of a group belong to one task, and lie in the output.
+            // SAFETY: the rows of a panel and the tokens of a group belong to one task, and lie in
+            // the output.
             let output = unsafe {
                 std::slice::from_raw_parts_mut(
                     self.output.get().add(at).cast::<MaybeUninit<f32>>(),
@@ -413,8 +523,8 @@ mod tests {
         (weights, PackedMatrix::pack(&[source], num_cols).unwrap())
     }
 
-    /// The squared error of the products, relative to the sum of the squares of their terms: unlike the square of the sum
-    /// that does not vanish when terms cancel.
+    /// The squared error of the products, relative to the sum of the squares of their terms: unlike
+    /// the square of the sum that does not vanish when terms cancel.
     fn error(found: &[f32], x: &[f32], weights: &[f32], num_cols: usize) -> f64 {
         let mut found = found.iter();
         let (mut errors, mut squares) = (0.0, 0.0);
@@ -429,8 +539,9 @@ mod tests {
         errors / squares
     }
 
-    /// Goal: the product of every format is right at every shape. Method: an `f64` loop over dequantised weights; the
-    /// tolerance is for the quantised activations, floats get a much smaller one.
+    /// Goal: the product of every format is right at every shape. Method: an `f64` loop over
+    /// dequantised weights; the tolerance is for the quantised activations, floats get a much
+    /// smaller one.
     #[test]
     fn every_format_and_shape_agrees_with_a_loop() {
         for dtype in ALL_DTYPES {
@@ -448,11 +559,12 @@ mod tests {
         }
     }
 
-    /// Goal: the instruction set does not change a bit. Method: all that are here, odd shapes, few and many tokens.
+    /// Goal: the instruction set does not change a bit. Method: all that are here, odd shapes, few
+    /// and many tokens.
     #[test]
     fn instruction_sets_agree_bit_by_bit() {
         for dtype in ALL_DTYPES {
-            let num_cols = 512;
+            let num_cols = 768;
             let (_, packed) = pack(dtype, 35, num_cols);
             for num_tokens in [1, 7, 31] {
                 let x = random_x(num_tokens, num_cols);
@@ -468,7 +580,7 @@ mod tests {
     fn a_token_alone_and_in_a_batch_is_the_same_bits() {
         for dtype in ALL_DTYPES {
             for isa in Isa::available() {
-                let num_cols = 256;
+                let num_cols = 768;
                 let (_, packed) = pack(dtype, 40, num_cols);
                 let x = random_x(29, num_cols);
                 for num_tokens in [29, 13, 6] {

@@ -1,15 +1,19 @@
 //! Matrix products of Qwen2.5-0.5B beside the memory's bandwidth and candle's `QMatMul`.
 //!
-//! Run with `cargo bench --bench matmul`. `QWEN_BENCH_THREADS` sets the number of threads (default: all), words of the command line pick
-//! the rows of the table. Each figure is the median of several runs; the weights rotate so that no cache holds them.
+//! Run with `cargo bench --bench matmul`; names of matrices or formats and numbers of tokens after
+//! `--` pick rows of the table, `alone` leaves candle out. Each figure is the median of several
+//! runs with minimum and maximum. Both sides go over several copies of the weights in turn, so that
+//! no cache holds them.
 
 use std::borrow::Cow;
+use std::fmt::{self, Display, Formatter};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{Device, Module, Tensor};
+use qwen_server::device::memory::keep_freed_memory;
 use qwen_server::device::threads::{ThreadPool, parallel_for};
 use qwen_server::ops::matmul::{MatrixSource, PackedMatrix, matmul};
 
@@ -36,108 +40,125 @@ fn main() {
     let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
     let words: Vec<String> =
         std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let is_wanted = |words_of_case: &[&str]| {
-        words.is_empty() || words.iter().any(|word| words_of_case.contains(&word.as_str()))
-    };
-    let with_candle = !words.iter().any(|word| word == "alone");
-    let words: Vec<&String> = words.iter().filter(|word| *word != "alone").collect();
-    let _ = &words;
+    let (alone, words): (Vec<_>, Vec<_>) = words.into_iter().partition(|word| word == "alone");
+    let (counts, words): (Vec<_>, Vec<_>) =
+        words.into_iter().partition(|word| word.parse::<usize>().is_ok());
+    let mut counts: Vec<usize> = counts.iter().filter_map(|word| word.parse().ok()).collect();
+    if counts.is_empty() {
+        counts = vec![1, 8, 64, 512];
+    }
+    keep_freed_memory();
     let pool = ThreadPool::new(num_threads);
     pool.install(|| {
         let bandwidth = read_bandwidth();
         println!("{num_threads} threads, reading {:.1} GB/s", bandwidth / 1e9);
         println!(
-            "| matrix | format | tokens | ms | GB/s | of read | G MAC/s | candle ms | ratio |"
+            "| matrix | format | tokens | ms (min, max) | GB/s | of read | G MAC/s | candle | ratio |"
         );
         println!("|---|---|---|---|---|---|---|---|---|");
         for case in &CASES {
-            let dtype = format!("{:?}", case.dtype);
-            if is_wanted(&[case.name, &dtype, "alone"]) {
-                run(case, bandwidth, with_candle);
+            let format = format!("{:?}", case.dtype);
+            if words.is_empty() || words.iter().any(|word| *word == case.name || *word == format) {
+                run(case, bandwidth, &counts, alone.is_empty());
             }
         }
     });
 }
 
-fn run(case: &Case, bandwidth: f64, with_candle: bool) {
+fn run(case: &Case, bandwidth: f64, counts: &[usize], with_candle: bool) {
     let data = random_blocks(case);
     let source = MatrixSource { dtype: case.dtype, data: &data, num_rows: case.num_rows };
     let num_copies = (WORKING_SET / data.len()).clamp(1, 64);
     let packed: Vec<_> = (0..num_copies)
         .map(|_| Arc::new(PackedMatrix::pack(&[source], case.num_cols).expect("a valid matrix")))
         .collect();
-    let storage = QStorage::from_data(Cow::Borrowed(&data), &Device::Cpu, case.dtype);
-    let theirs = QTensor::new(storage.expect("valid data"), (case.num_rows, case.num_cols));
-    let theirs = QMatMul::from_qtensor(theirs.expect("a valid shape")).expect("a valid matrix");
-    for num_tokens in [1usize, 8, 64, 512] {
+    let packing = times(|_| {
+        let packed = PackedMatrix::pack(&[source], case.num_cols);
+        black_box(packed.expect("a valid matrix"));
+    });
+    println!("| {} | {:?} | packing | {packing} | | | | | |", case.name, case.dtype);
+    let num_candles = if with_candle { num_copies } else { 0 };
+    let candles: Vec<_> = (0..num_candles).map(|_| candle_matrix(case, &data)).collect();
+    for &num_tokens in counts {
         if case.name == "head" && 64 < num_tokens {
             continue;
         }
         let x = Tensor::randn(0f32, 1.0, (num_tokens, case.num_cols), &Device::Cpu);
         let x = x.expect("a valid shape");
-        let mut turn = 0;
-        let ours = median(|| {
-            turn += 1;
+        let ours = times(|turn| {
             black_box(matmul(&x, &packed[turn % num_copies], None).expect("shapes fit"));
         });
-        let theirs = with_candle.then(|| {
-            median(|| {
-                black_box(theirs.forward(&x).expect("shapes fit"));
+        let candle = with_candle.then(|| {
+            times(|turn| {
+                black_box(candles[turn % num_copies].forward(&x).expect("shapes fit"));
             })
         });
-        report(case, num_tokens, (ours, theirs), (packed[0].num_bytes(), bandwidth));
+        let num_bytes = packed[0].num_bytes();
+        let seconds = ours.median.as_secs_f64();
+        let rate = num_bytes as f64 / seconds;
+        let macs = (num_tokens * case.num_rows * case.num_cols) as f64 / seconds;
+        print!(
+            "| {} | {:?} | {num_tokens} | {ours} | {:.1} | {:.0} % | {:.0} |",
+            case.name,
+            case.dtype,
+            rate / 1e9,
+            100.0 * rate / bandwidth,
+            macs / 1e9,
+        );
+        match candle {
+            Some(candle) => {
+                println!(" {candle} | {:.2} |", candle.median.as_secs_f64() / seconds);
+            }
+            None => println!(" - | - |"),
+        }
     }
 }
 
-fn report(
-    case: &Case,
-    num_tokens: usize,
-    (ours, theirs): (Duration, Option<Duration>),
-    (num_bytes, bandwidth): (usize, f64),
-) {
-    let seconds = ours.as_secs_f64();
-    let rate = num_bytes as f64 / seconds;
-    let macs = (num_tokens * case.num_rows * case.num_cols) as f64 / seconds;
-    print!(
-        "| {} | {:?} | {num_tokens} | {:.3} | {:.1} | {:.0} % | {:.0} |",
-        case.name,
-        case.dtype,
-        seconds * 1e3,
-        rate / 1e9,
-        100.0 * rate / bandwidth,
-        macs / 1e9,
-    );
-    match theirs.map(|theirs| theirs.as_secs_f64()) {
-        Some(theirs) => println!(" {:.3} | {:.2} |", theirs * 1e3, theirs / seconds),
-        None => println!(" - | - |"),
+fn candle_matrix(case: &Case, data: &[u8]) -> QMatMul {
+    let storage = QStorage::from_data(Cow::Borrowed(data), &Device::Cpu, case.dtype);
+    let tensor = QTensor::new(storage.expect("valid data"), (case.num_rows, case.num_cols));
+    QMatMul::from_qtensor(tensor.expect("a valid shape")).expect("a valid matrix")
+}
+
+struct Times {
+    median: Duration,
+    min: Duration,
+    max: Duration,
+}
+
+impl Display for Times {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let [median, min, max] =
+            [self.median, self.min, self.max].map(|time| time.as_secs_f64() * 1e3);
+        write!(f, "{median:.3} ({min:.3}, {max:.3})")
     }
 }
 
-/// Median of at least five runs and about half a second, after one to warm up.
-fn median(mut work: impl FnMut()) -> Duration {
-    work();
+/// At least five runs and about half a second, after one to warm up.
+fn times(mut work: impl FnMut(usize)) -> Times {
+    work(0);
     let start = Instant::now();
     let mut times = Vec::new();
     while times.len() < 5 || start.elapsed() < Duration::from_millis(500) {
         let before = Instant::now();
-        work();
+        work(times.len() + 1);
         times.push(before.elapsed());
     }
     times.sort();
-    times[times.len() / 2]
+    Times { median: times[times.len() / 2], min: times[0], max: times[times.len() - 1] }
 }
 
 /// Bytes a second that all threads together read from memory.
 fn read_bandwidth() -> f64 {
     let words = vec![1u64; WORKING_SET / 8];
     let chunk = words.len() / 64;
-    let time = median(|| {
+    let time = times(|_| {
         parallel_for(64, |task| {
             let sum: u64 = words[task * chunk..(task + 1) * chunk].iter().sum();
             black_box(sum);
         });
     });
-    WORKING_SET as f64 / time.as_secs_f64()
+    WORKING_SET as f64 / time.median.as_secs_f64()
 }
 
 /// Random bits with scales of about `0.001`.

@@ -1,11 +1,17 @@
 //! Activations as the kernels read them.
 //!
-//! Tokens go in groups of 8, then 4, 2 and 1, and what the tokens of a group need for one block lies together. For integer
-//! weights each 32 values become signed bytes with one `f32` scale (the largest magnitude over 127).
+//! Tokens go in groups of 8, then 4, 2 and 1, and what the tokens of a group need for one block
+//! lies together. For integer weights each 32 values become signed bytes with one `f32` scale (the
+//! largest magnitude over 127).
 
 use super::format::BLOCK;
 use super::kernel::MAX_WIDTH;
-use super::simd::Isa;
+#[cfg(target_arch = "x86_64")]
+use super::simd::avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+use super::simd::avx512::Avx512;
+use super::simd::portable::Portable;
+use super::simd::{Isa, Simd};
 
 /// Tokens that a kernel computes together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,33 +36,22 @@ pub(super) fn groups(num_tokens: usize) -> Vec<Group> {
     groups
 }
 
-/// Which sums over the integers of a token the weights need.
+/// Sums over the integers of a token that some weights need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct SumKind {
     /// Sums a block of 32: 1 or 2.
     pub(super) halves: usize,
-    /// Times the scale, for formats with a minimum; otherwise integers.
-    pub(super) is_scaled: bool,
+    /// What the sums are multiplied by.
+    pub(super) factor: SumFactor,
 }
 
-/// A set of [`SumKind`].
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct SumKinds([bool; 4]);
-
-impl SumKind {
-    fn index(self) -> usize {
-        self.halves - 1 + 2 * usize::from(self.is_scaled)
-    }
-}
-
-impl SumKinds {
-    pub(super) fn insert(&mut self, kind: SumKind) {
-        self.0[kind.index()] = true;
-    }
-
-    pub(super) fn is_empty(self) -> bool {
-        self.0 == [false; 4]
-    }
+/// What turns a sum of integers into the correction that a format needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SumFactor {
+    /// Minus the offset of the format: where the integer products begin.
+    Offset(u8),
+    /// Minus the scale of the activations: what the minimum is multiplied by.
+    Scale,
 }
 
 /// The activations of a group of tokens.
@@ -66,30 +61,29 @@ pub(super) struct Activations {
     pub(super) quants: Vec<i8>,
     /// `[block][token]`.
     pub(super) scales: Vec<f32>,
-    /// `[block][half][token]`, negative; scaled ones as the bits of an `f32`. Empty where not needed.
-    sums: [Vec<i32>; 4],
+    /// `[block][half][token]`, those with [`SumFactor::Scale`] as the bits of an `f32`.
+    sums: Vec<(SumKind, Vec<i32>)>,
     /// `[column][token]`, for float weights.
     pub(super) floats: Vec<f32>,
 }
 
 impl Activations {
+    /// Sums of a kind that [`Activations::quantize`] was asked for.
     pub(super) fn sums(&self, kind: SumKind) -> &[i32] {
-        &self.sums[kind.index()]
+        let found = self.sums.iter().find(|(other, _)| *other == kind);
+        &found.expect("made for all segments of the matrix").1
     }
 
     /// Quantises the rows `x`, each `num_cols` long, a multiple of 32.
-    pub(super) fn quantize(&mut self, isa: Isa, x: &[f32], num_cols: usize, kinds: SumKinds) {
+    pub(super) fn quantize(&mut self, isa: Isa, x: &[f32], num_cols: usize, kinds: &[SumKind]) {
         let num_runs = x.len() / BLOCK;
         self.quants.resize(x.len(), 0);
         self.scales.resize(num_runs, 0.0);
-        for (index, sums) in self.sums.iter_mut().enumerate() {
-            if kinds.0[index] {
-                sums.resize(num_runs * (1 + index % 2), 0);
-            }
-        }
+        self.sums = kinds.iter().map(|&kind| (kind, vec![0; num_runs * kind.halves])).collect();
         match isa {
-            Isa::Portable => self.fill(x, num_cols),
-            // SAFETY: the instruction set is one that `Isa::available` found.
+            // SAFETY: the portable functions need nothing from the processor.
+            Isa::Portable => unsafe { self.fill::<Portable>(x, num_cols) },
+            // SAFETY: the instruction set is one that the processor was found to have.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 | Isa::AvxVnni => unsafe { fill_avx2(self, x, num_cols) },
             // SAFETY: as above.
@@ -109,32 +103,38 @@ impl Activations {
         }
     }
 
+    /// # Safety
+    /// The processor has the instruction set.
     #[inline(always)]
-    fn fill(&mut self, x: &[f32], num_cols: usize) {
+    unsafe fn fill<S: Simd>(&mut self, x: &[f32], num_cols: usize) {
         let width = x.len() / num_cols;
-        let runs = self.quants.chunks_exact_mut(BLOCK).zip(&mut self.scales);
-        for (run, (quants, scale)) in runs.enumerate() {
-            let (block, t) = (run / width, run % width);
-            let values = &x[t * num_cols + block * BLOCK..][..BLOCK];
-            *scale = quantize_run(values, quants);
-            let (low, high) = quants.split_at(BLOCK / 2);
-            let (low, high) = (negative_sum(low), negative_sum(high));
-            let scaled = |sum: i32| (*scale * sum as f32).to_bits() as i32;
-            let [whole, halves, scaled_whole, scaled_halves] = &mut self.sums;
-            if !whole.is_empty() {
-                whole[run] = low + high;
+        for (t, row) in x.chunks_exact(num_cols).enumerate() {
+            for (block, values) in row.chunks_exact(BLOCK).enumerate() {
+                let run = block * width + t;
+                let values = values.first_chunk().expect("a whole block");
+                let quants = self.quants[run * BLOCK..].first_chunk_mut().expect("a whole block");
+                // SAFETY: the caller's promise.
+                let (scale, [low, high]) = unsafe { quantize_run::<S>(values, quants) };
+                self.scales[run] = scale;
+                for (kind, sums) in &mut self.sums {
+                    if kind.halves == 1 {
+                        sums[run] = kind.factor.correction(low + high, scale);
+                    } else {
+                        let at = 2 * block * width + t;
+                        sums[at] = kind.factor.correction(low, scale);
+                        sums[at + width] = kind.factor.correction(high, scale);
+                    }
+                }
             }
-            if !halves.is_empty() {
-                halves[2 * block * width + t] = low;
-                halves[(2 * block + 1) * width + t] = high;
-            }
-            if !scaled_whole.is_empty() {
-                scaled_whole[run] = scaled(low + high);
-            }
-            if !scaled_halves.is_empty() {
-                scaled_halves[2 * block * width + t] = scaled(low);
-                scaled_halves[(2 * block + 1) * width + t] = scaled(high);
-            }
+        }
+    }
+}
+
+impl SumFactor {
+    fn correction(self, sum: i32, scale: f32) -> i32 {
+        match self {
+            Self::Offset(offset) => -sum * i32::from(offset),
+            Self::Scale => (-scale * sum as f32).to_bits() as i32,
         }
     }
 }
@@ -142,51 +142,42 @@ impl Activations {
 /// # Safety
 /// The processor has the instruction set.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn fill_avx2(activations: &mut Activations, x: &[f32], num_cols: usize) {
-    activations.fill(x, num_cols);
+    // SAFETY: the caller's promise.
+    unsafe { activations.fill::<Avx2<false>>(x, num_cols) };
 }
 
 /// # Safety
 /// The processor has the instruction set.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn fill_avx512(activations: &mut Activations, x: &[f32], num_cols: usize) {
-    activations.fill(x, num_cols);
+    // SAFETY: the caller's promise.
+    unsafe { activations.fill::<Avx512>(x, num_cols) };
 }
 
-/// Rounds `values / scale` to integers and returns the scale. Not-a-number and infinity make the scale not finite, so
-/// that they reach the output.
+/// Rounds `values / scale` to integers; returns the scale and the sums of both halves. Not-a-number
+/// and infinity make the scale not finite, so that they reach the output.
+///
+/// # Safety
+/// The processor has the instruction set.
 #[inline(always)]
-fn quantize_run(values: &[f32], quants: &mut [i8]) -> f32 {
-    /// Adding this to a small number leaves its nearest integer in the low bits of the sum.
-    const ROUNDER: f32 = 12_582_912.0;
+unsafe fn quantize_run<S: Simd>(
+    values: &[f32; BLOCK],
+    quants: &mut [i8; BLOCK],
+) -> (f32, [i32; 2]) {
     /// Below this the reciprocal overflows; such values are zeros.
     const SMALLEST: f32 = 1e-30;
-    let mut largest = 0u32;
-    for value in values {
-        // The bits of magnitudes compare as the magnitudes do, and not-a-number is above all.
-        largest = largest.max(value.to_bits() & 0x7FFF_FFFF);
-    }
-    let largest = f32::from_bits(largest);
+    // SAFETY: the caller's promise.
+    let largest = unsafe { S::largest_magnitude(values) };
     if largest < SMALLEST {
         quants.fill(0);
-        return 0.0;
+        return (0.0, [0, 0]);
     }
-    let reciprocal = 127.0 / largest;
-    for (quant, value) in quants.iter_mut().zip(values) {
-        *quant = (value * reciprocal + ROUNDER).to_bits() as i8;
-    }
-    largest / 127.0
-}
-
-#[inline(always)]
-fn negative_sum(quants: &[i8]) -> i32 {
-    let mut sum = 0;
-    for &quant in quants {
-        sum -= i32::from(quant);
-    }
-    sum
+    // SAFETY: the caller's promise.
+    let sums = unsafe { S::round(values, 127.0 / largest, quants) };
+    (largest / 127.0, sums)
 }
 
 #[cfg(test)]
@@ -212,14 +203,11 @@ mod tests {
         let mut random = Random::new(5);
         let (num_cols, width) = (64, 4);
         let x: Vec<f32> = (0..num_cols * width).map(|_| random.float()).collect();
-        let mut kinds = SumKinds::default();
-        let whole = SumKind { halves: 1, is_scaled: false };
-        let halves = SumKind { halves: 2, is_scaled: true };
-        kinds.insert(whole);
-        kinds.insert(halves);
+        let whole = SumKind { halves: 1, factor: SumFactor::Offset(16) };
+        let halves = SumKind { halves: 2, factor: SumFactor::Scale };
         for isa in Isa::available() {
             let mut activations = Activations::default();
-            activations.quantize(isa, &x, num_cols, kinds);
+            activations.quantize(isa, &x, num_cols, &[whole, halves]);
             for run in 0..8 {
                 let (block, t) = (run / width, run % width);
                 let (scale, quants) =
@@ -228,21 +216,24 @@ mod tests {
                     let value = x[t * num_cols + block * 32 + i];
                     assert!((f32::from(quant) * scale - value).abs() <= scale * 0.501);
                 }
-                let sum = |quants: &[i8]| -quants.iter().map(|&q| i32::from(q)).sum::<i32>();
-                assert_eq!(activations.sums(whole)[run], sum(quants));
+                let sum_of = |quants: &[i8]| -quants.iter().map(|&q| i32::from(q)).sum::<i32>();
+                assert_eq!(activations.sums(whole)[run], sum_of(quants) * 16);
                 let high = activations.sums(halves)[(2 * block + 1) * width + t];
-                assert_eq!(f32::from_bits(high as u32), scale * sum(&quants[16..]) as f32);
+                assert_eq!(f32::from_bits(high as u32), scale * sum_of(&quants[16..]) as f32);
             }
         }
     }
 
     #[test]
     fn zeros_stay_zero_and_a_nan_is_not_lost() {
-        let mut quants = [1; 32];
-        assert_eq!(quantize_run(&[1e-40; 32], &mut quants), 0.0);
-        assert_eq!(quants, [0; 32]);
-        let mut values = [1.0; 32];
-        values[7] = f32::NAN;
-        assert!(quantize_run(&values, &mut quants).is_nan());
+        for isa in Isa::available() {
+            let mut x = [1e-40; 64];
+            x[40] = f32::NAN;
+            let mut activations = Activations::default();
+            activations.quantize(isa, &x, 64, &[]);
+            assert_eq!(activations.quants[..32], [0; 32]);
+            assert_eq!(activations.scales[0], 0.0);
+            assert!(activations.scales[1].is_nan());
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! Memory for packed weights: zeroed, aligned to huge pages, and backed by them where the system has any.
+//! Memory for packed weights: zeroed, aligned to huge pages, and backed by them where the system
+//! has any.
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -22,7 +23,8 @@ impl Buffer {
     pub(super) fn zeroed(len: usize) -> std::io::Result<Self> {
         let mapping_len =
             len.max(1).checked_add(HUGE_PAGE).ok_or(std::io::ErrorKind::OutOfMemory)?;
-        // SAFETY: a private anonymous mapping at an address of the system's choice touches nothing that exists.
+        // SAFETY: a private anonymous mapping at an address of the system's choice touches nothing
+        // that exists.
         let mapping = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),

@@ -1,23 +1,27 @@
 //! How packed weights lie in memory.
 //!
-//! A panel holds sixteen rows. Its integers come first, block after block of 32 columns; its scales follow. The integers
-//! of a block are eight groups of 64 bytes, each the same four columns of all sixteen rows:
+//! A panel holds sixteen rows. Its integers come first, block after block of 32 columns; its scales
+//! follow. The integers of a block are eight groups of 64 bytes, each the same four columns of all
+//! sixteen rows:
 //!
 //! ```text
 //! group g:   row 0: k=4g..4g+4 | row 1: k=4g..4g+4 | ... | row 15: k=4g..4g+4
 //! ```
 //!
-//! Eight-bit formats store the groups as they are. The others take each byte of all groups apart and store the parts:
+//! Eight-bit formats store the groups as they are. The others take each byte of all groups apart
+//! and store the parts:
 //!
 //! ```text
-//! nibbles  4 vectors: vector i holds the low four bits of group i, and above them those of group i + 4
-//! pairs    2 vectors: vector i holds two bits of group 4i, above them those of groups 4i + 1, 4i + 2 and 4i + 3
+//! nibbles  4 vectors: vector i holds the low four bits of groups i (low half of a byte) and i + 4
+//! pairs    2 vectors: vector i holds two bits of groups 4i (lowest), 4i + 1, 4i + 2 and 4i + 3
 //! plane    1 vector:  bit g is one bit of group g
 //!
-//! 2 bits = pairs    3 bits = pairs, plane    4 bits = nibbles    5 bits = nibbles, plane    6 bits = nibbles, pairs
+//! 2 bits = pairs            3 bits = pairs, plane       4 bits = nibbles
+//! 5 bits = nibbles, plane   6 bits = nibbles, pairs
 //! ```
 //!
-//! Scales are those of the file, so that a packed matrix is about as large as its file and loses nothing.
+//! Scales are those of the file, so that a packed matrix is about as large as its file and loses
+//! nothing.
 
 use candle_core::quantized::GgmlDType;
 
@@ -45,7 +49,8 @@ pub(super) enum ScaleKind {
     SuperMin,
     /// For 256 columns an `f16` scale, for each 16 an eight-bit signed scale.
     SuperHalves,
-    /// For 256 columns an `f16` scale and minimum, for each 16 a byte of two nibbles, scale and minimum.
+    /// For 256 columns an `f16` scale and minimum, for each 16 a byte of two nibbles, scale and
+    /// minimum.
     SuperNibbles,
 }
 
@@ -65,6 +70,11 @@ impl ScaleKind {
             Self::SuperMin | Self::SuperNibbles => (4 + 2 * SUPER) * LANES,
             Self::SuperHalves => (2 + 2 * SUPER) * LANES,
         }
+    }
+
+    /// Bytes of a block of integers and its share of the scales.
+    const fn block_bytes(self, bits: usize) -> usize {
+        bits * GROUP_BYTES + self.entry_bytes() / self.entry_blocks()
     }
 
     /// Bytes of the scales of a panel.
@@ -99,8 +109,8 @@ pub(super) const fn panel_bytes(bits: usize, kind: ScaleKind, num_blocks: usize)
 /// A packed format as the kernels see it: `weight = scale * (q - offset)` or `scale * q - min`.
 ///
 /// # Safety
-/// As for [`Simd`]; `scales` points to the scales of a panel that has a block `block`, and `half` is below
-/// [`Format::HALVES`].
+/// As for [`Simd`]; `scales` points to the scales of a panel that has a block `block`, and `half`
+/// is below [`Format::HALVES`].
 pub(super) trait Format {
     /// Bits of an integer.
     const BITS: usize;
@@ -110,6 +120,10 @@ pub(super) trait Format {
     const OFFSET_LOG2: u32;
     /// Whether there is a minimum to subtract.
     const HAS_MIN: bool;
+    /// Bytes of a block, its share of the scales included.
+    const BLOCK_BYTES: usize;
+    /// Whether the weights come from memory rather than from a cache.
+    const IS_STREAMED: bool = true;
     /// The same format with integers as bytes and scales as `f32`.
     type Unpacked: Format;
 
@@ -125,6 +139,7 @@ impl<const BITS: usize, const OFFSET_LOG2: u32> Format for Half<BITS, OFFSET_LOG
     const HALVES: usize = 1;
     const OFFSET_LOG2: u32 = OFFSET_LOG2;
     const HAS_MIN: bool = false;
+    const BLOCK_BYTES: usize = ScaleKind::Half.block_bytes(BITS);
     type Unpacked = Unpacked<1, OFFSET_LOG2, false>;
 
     #[inline(always)]
@@ -148,6 +163,7 @@ impl<const BITS: usize> Format for HalfMin<BITS> {
     const HALVES: usize = 1;
     const OFFSET_LOG2: u32 = 0;
     const HAS_MIN: bool = true;
+    const BLOCK_BYTES: usize = ScaleKind::HalfMin.block_bytes(BITS);
     type Unpacked = Unpacked<1, 0, true>;
 
     #[inline(always)]
@@ -171,6 +187,7 @@ impl<const BITS: usize> Format for SuperMin<BITS> {
     const HALVES: usize = 1;
     const OFFSET_LOG2: u32 = 0;
     const HAS_MIN: bool = true;
+    const BLOCK_BYTES: usize = ScaleKind::SuperMin.block_bytes(BITS);
     type Unpacked = Unpacked<1, 0, true>;
 
     #[inline(always)]
@@ -202,6 +219,7 @@ impl<const BITS: usize, const OFFSET_LOG2: u32> Format for SuperHalves<BITS, OFF
     const HALVES: usize = 2;
     const OFFSET_LOG2: u32 = OFFSET_LOG2;
     const HAS_MIN: bool = false;
+    const BLOCK_BYTES: usize = ScaleKind::SuperHalves.block_bytes(BITS);
     type Unpacked = Unpacked<2, OFFSET_LOG2, false>;
 
     #[inline(always)]
@@ -229,6 +247,7 @@ impl<const BITS: usize> Format for SuperNibbles<BITS> {
     const HALVES: usize = 2;
     const OFFSET_LOG2: u32 = 0;
     const HAS_MIN: bool = true;
+    const BLOCK_BYTES: usize = ScaleKind::SuperNibbles.block_bytes(BITS);
     type Unpacked = Unpacked<2, 0, true>;
 
     #[inline(always)]
@@ -262,6 +281,8 @@ impl<const HALVES: usize, const OFFSET_LOG2: u32, const HAS_MIN: bool> Format
     const HALVES: usize = HALVES;
     const OFFSET_LOG2: u32 = OFFSET_LOG2;
     const HAS_MIN: bool = HAS_MIN;
+    const BLOCK_BYTES: usize = GROUPS * GROUP_BYTES + 4 * LANES;
+    const IS_STREAMED: bool = false;
     type Unpacked = Self;
 
     #[inline(always)]

@@ -1,7 +1,10 @@
 //! The inner loops, written once over instruction set, format and number of tokens.
 //!
-//! **Invariant:** each output is accumulated over the blocks of its row in ascending order with the same float
-//! operations, whatever the instruction set, the number of tokens, and whether the panel was unpacked before.
+//! **Invariant:** each output is accumulated over the blocks of its row in ascending order with the
+//! same float operations, whatever the instruction set, the number of tokens, and whether the panel
+//! was unpacked before.
+
+use std::ops::Range;
 
 use candle_core::quantized::GgmlDType;
 
@@ -9,6 +12,8 @@ use super::format::{
     BLOCK, Format, GROUP_BYTES, GROUPS, Half, HalfMin, SuperHalves, SuperMin, SuperNibbles,
     Unpacked, load_groups, unpacked_min_at, unpacked_scale_at,
 };
+#[cfg(target_arch = "x86_64")]
+use super::pair::{PAIR_WIDTH, pair};
 #[cfg(target_arch = "x86_64")]
 use super::simd::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
@@ -33,22 +38,31 @@ pub(super) struct PanelArgs {
     pub(super) x: *const u8,
     /// `[block][token]`.
     pub(super) x_scales: *const f32,
-    /// `[block][half][token]`: negative sums of the integers, or the same times the scale as `f32` for formats with a minimum.
+    /// `[block][half][token]`: negative sums of the integers, or the same times the scale as `f32`
+    /// for formats with a minimum.
     pub(super) x_sums: *const i32,
 }
 
-/// Computes one tile.
+/// Adds the products to one tile.
 ///
 /// # Safety
-/// The processor has the kernel's instruction set, and the pointers of the arguments are valid for the format and the
-/// number of tokens.
+/// The processor has the kernel's instruction set, and the pointers of the arguments are valid for
+/// the format and the number of tokens.
 pub(super) type PanelKernel = unsafe fn(&PanelArgs, &mut Tile);
 
-/// Expands the integers and scales of a panel of so many blocks.
+/// Adds the products of two panels of integers to their tiles: that of the arguments and one that
+/// lies so many bytes behind.
 ///
 /// # Safety
-/// As for [`PanelKernel`]; there is room for [`super::format::max_unpacked_bytes`], aligned to `f32`.
-pub(super) type UnpackKernel = unsafe fn(*const u8, usize, *mut u8);
+/// As for [`PanelKernel`].
+pub(super) type PairKernel = unsafe fn(&PanelArgs, usize, &mut [Tile; 2]);
+
+/// Expands the integers and scales of some blocks of a panel that has so many.
+///
+/// # Safety
+/// As for [`PanelKernel`]; there is room for [`super::format::max_unpacked_bytes`], aligned to
+/// `f32`.
+pub(super) type UnpackKernel = unsafe fn(*const u8, usize, Range<usize>, *mut u8);
 
 /// The code for one format on one instruction set.
 #[derive(Clone, Copy)]
@@ -64,6 +78,8 @@ pub(super) struct Kernels {
 pub(super) struct Unpacking {
     pub(super) unpack: UnpackKernel,
     pub(super) by_width: [PanelKernel; 4],
+    /// For two panels and a group of 8 tokens, where there are registers enough.
+    pub(super) pair: Option<PairKernel>,
 }
 
 impl Kernels {
@@ -99,6 +115,11 @@ fn quantized<F: Format>(isa: Isa) -> Kernels {
                 Isa::Avx512 => unpack_avx512::<F>,
             },
             by_width: quantized_by_width::<F::Unpacked>(isa),
+            pair: match isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => Some(pair_avx512::<F::Unpacked>),
+                _ => None,
+            },
         }),
     }
 }
@@ -180,18 +201,28 @@ unsafe fn panel_avx512<F: Format, const T: usize>(args: &PanelArgs, tile: &mut T
 /// See [`UnpackKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn unpack_avx2<F: Format>(from: *const u8, num_blocks: usize, to: *mut u8) {
+unsafe fn unpack_avx2<F: Format>(
+    from: *const u8,
+    num_blocks: usize,
+    blocks: Range<usize>,
+    to: *mut u8,
+) {
     // SAFETY: the caller's promise.
-    unsafe { unpack::<Avx2<false>, F>(from, num_blocks, to) };
+    unsafe { unpack::<Avx2<false>, F>(from, num_blocks, blocks, to) };
 }
 
 /// # Safety
 /// See [`UnpackKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn unpack_avx512<F: Format>(from: *const u8, num_blocks: usize, to: *mut u8) {
+unsafe fn unpack_avx512<F: Format>(
+    from: *const u8,
+    num_blocks: usize,
+    blocks: Range<usize>,
+    to: *mut u8,
+) {
     // SAFETY: the caller's promise.
-    unsafe { unpack::<Avx512, F>(from, num_blocks, to) };
+    unsafe { unpack::<Avx512, F>(from, num_blocks, blocks, to) };
 }
 
 /// # Safety
@@ -212,24 +243,41 @@ unsafe fn dense_avx512<E: Element, const T: usize>(args: &PanelArgs, tile: &mut 
     unsafe { dense_panel::<Avx512, E, T>(args, tile) };
 }
 
-/// How far ahead of the integers in use to ask for the next ones.
-const PREFETCH_BYTES: usize = 2048;
+/// # Safety
+/// See [`PairKernel`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn pair_avx512<F: Format>(args: &PanelArgs, stride: usize, tiles: &mut [Tile; 2]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        pair::<Avx512, F>(args, stride, tiles, 0);
+        pair::<Avx512, F>(args, stride, tiles, PAIR_WIDTH);
+    }
+}
 
-/// Integer weights. Loops count with `while` and use no closures: those would be compiled without the instruction set.
+/// How far ahead of the weights in use to ask for the next ones. Hardware alone reaches a third of
+/// this bandwidth: while the arithmetic of a block fills the processor's window, it sees too few
+/// addresses.
+const PREFETCH_BYTES: usize = 4096;
+
+/// Integer weights. Loops count with `while` and use no closures: those would be compiled without
+/// the instruction set.
 ///
 /// # Safety
 /// See [`PanelKernel`].
 #[inline(always)]
 unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut Tile) {
     let quants = args.panel;
-    // SAFETY: the caller's promise: `num_blocks` blocks of integers, then their scales; activations as described.
+    // SAFETY: the caller's promise: `num_blocks` blocks of integers, then their scales; activations
+    // as described.
     unsafe {
         let scales = quants.add(args.num_blocks * F::BITS * GROUP_BYTES);
-        let mut sums = [S::splat(0.0); T];
+        let mut sums = load_tile::<S, T>(tile);
         let mut block = 0;
         while block < args.num_blocks {
             let from = quants.add(block * F::BITS * GROUP_BYTES);
-            let groups = load_block::<S, F, T>(from);
+            prefetch_block::<S, F>(quants, block);
+            let groups = load_block::<S, F>(from);
             let mut half = 0;
             while half < F::HALVES {
                 let scale = F::scale::<S>(scales, block, half);
@@ -260,18 +308,43 @@ unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut
 }
 
 /// # Safety
-/// See [`load_groups`].
+/// As for [`Simd`].
 #[inline(always)]
-unsafe fn load_block<S: Simd, F: Format, const T: usize>(from: *const u8) -> [S::Bytes; GROUPS] {
+unsafe fn load_tile<S: Simd, const T: usize>(tile: &Tile) -> [S::Floats; T] {
     // SAFETY: the caller's promise.
     unsafe {
-        if T == 1 {
-            let mut line = 0;
-            while line < F::BITS {
-                S::prefetch(from.wrapping_add(PREFETCH_BYTES + line * GROUP_BYTES));
-                line += 1;
-            }
+        let mut sums = [S::splat(0.0); T];
+        let mut t = 0;
+        while t < T {
+            sums[t] = S::load_f32(tile[t].as_ptr());
+            t += 1;
         }
+        sums
+    }
+}
+
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+unsafe fn prefetch_block<S: Simd, F: Format>(panel: *const u8, block: usize) {
+    if !F::IS_STREAMED {
+        return;
+    }
+    let ahead = panel.wrapping_add(block * F::BLOCK_BYTES + PREFETCH_BYTES);
+    let mut at = 0;
+    while at < F::BLOCK_BYTES {
+        // SAFETY: the caller's promise.
+        unsafe { S::prefetch(ahead.wrapping_add(at)) };
+        at += 64;
+    }
+}
+
+/// # Safety
+/// See [`load_groups`].
+#[inline(always)]
+unsafe fn load_block<S: Simd, F: Format>(from: *const u8) -> [S::Bytes; GROUPS] {
+    // SAFETY: the caller's promise.
+    unsafe {
         let mut groups = load_groups_of::<S, F>(from);
         if F::OFFSET_LOG2 == 7 {
             let mut g = 0;
@@ -315,48 +388,64 @@ unsafe fn dot<S: Simd, F: Format>(
     // SAFETY: the caller's promise.
     unsafe {
         let is_wide = F::OFFSET_LOG2 == 7;
-        let mut dot = if is_wide {
-            S::begin_wide(x_sum)
-        } else if F::HAS_MIN {
-            S::splat_int(0)
-        } else {
-            S::shift_left(S::splat_int(x_sum), F::OFFSET_LOG2)
-        };
+        let mut dot = begin::<S, F>(x_sum);
         let mut g = half * GROUPS / F::HALVES;
         while g < (half + 1) * GROUPS / F::HALVES {
-            dot = if is_wide {
-                S::dot_wide(dot, groups[g], x.add(4 * g))
-            } else {
-                S::dot(dot, groups[g], x.add(4 * g))
-            };
+            let x = S::load_activations(x.add(4 * g));
+            dot = if is_wide { S::dot_wide(dot, groups[g], x) } else { S::dot(dot, groups[g], x) };
             g += 1;
         }
         dot
     }
 }
 
+/// Where the integer products begin.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn begin<S: Simd, F: Format>(x_sum: i32) -> S::Ints {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if F::OFFSET_LOG2 == 7 {
+            S::begin_wide(x_sum)
+        } else if F::HAS_MIN {
+            S::splat_int(0)
+        } else {
+            S::splat_int(x_sum)
+        }
+    }
+}
+
 /// # Safety
 /// See [`UnpackKernel`].
 #[inline(always)]
-unsafe fn unpack<S: Simd, F: Format>(from: *const u8, num_blocks: usize, to: *mut u8) {
+unsafe fn unpack<S: Simd, F: Format>(
+    from: *const u8,
+    num_blocks: usize,
+    blocks: Range<usize>,
+    to: *mut u8,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         let scales = from.add(num_blocks * F::BITS * GROUP_BYTES);
-        let scales_to = to.add(num_blocks * GROUPS * GROUP_BYTES).cast::<f32>();
-        let mut block = 0;
-        while block < num_blocks {
+        let scales_to = to.add(blocks.len() * GROUPS * GROUP_BYTES).cast::<f32>();
+        let mut block = blocks.start;
+        while block < blocks.end {
+            prefetch_block::<S, F>(from, block);
             let groups = load_groups_of::<S, F>(from.add(block * F::BITS * GROUP_BYTES));
+            let block_to = block - blocks.start;
             let mut g = 0;
             while g < GROUPS {
-                S::store_bytes(groups[g], to.add((block * GROUPS + g) * GROUP_BYTES));
+                S::store_bytes(groups[g], to.add((block_to * GROUPS + g) * GROUP_BYTES));
                 g += 1;
             }
             let mut half = 0;
             while half < F::HALVES {
-                let scale_at = unpacked_scale_at::<F>(block, half);
+                let scale_at = unpacked_scale_at::<F>(block_to, half);
                 S::store_f32(F::scale::<S>(scales, block, half), scales_to.add(scale_at));
                 if F::HAS_MIN {
-                    let min_at = unpacked_min_at::<F>(block, half);
+                    let min_at = unpacked_min_at::<F>(block_to, half);
                     S::store_f32(F::min::<S>(scales, block, half), scales_to.add(min_at));
                 }
                 half += 1;
@@ -416,7 +505,7 @@ unsafe fn dense_panel<S: Simd, E: Element, const T: usize>(args: &PanelArgs, til
     let x = args.x.cast::<f32>();
     // SAFETY: the caller's promise: `num_blocks` columns of sixteen weights and `T` activations.
     unsafe {
-        let mut sums = [S::splat(0.0); T];
+        let mut sums = load_tile::<S, T>(tile);
         let mut column = 0;
         while column < args.num_blocks {
             let weights = E::load::<S>(args.panel.add(column * LANES * E::BYTES));

@@ -87,12 +87,11 @@ fn put_scales(
         scales[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
     };
     match kind {
-        ScaleKind::Half => put_half(0, block.scale),
+        ScaleKind::Half | ScaleKind::SuperHalves => put_half(0, block.scale),
         ScaleKind::HalfMin | ScaleKind::SuperMin | ScaleKind::SuperNibbles => {
             put_half(0, block.scale);
             put_half(1, block.min);
         }
-        ScaleKind::SuperHalves => put_half(0, block.scale),
         ScaleKind::Single => {}
     }
     for run in 0..num_runs {

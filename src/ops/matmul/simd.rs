@@ -1,7 +1,8 @@
 //! What the kernels need from a processor: sixteen rows at a time, four weights of each.
 //!
-//! The kernels are written once over [`Simd`]; each instruction set implements some twenty functions. All sets compute
-//! the same bits: integer sums are exact, and each float operation is one rounding everywhere.
+//! The kernels are written once over [`Simd`]; each instruction set implements some twenty
+//! functions. All sets compute the same bits: integer sums are exact, and each float operation is
+//! one rounding everywhere.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;
@@ -84,14 +85,24 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vnni")
 }
 
+/// Adding this to a number of small magnitude leaves its nearest integer in the low bits of the
+/// sum.
+const ROUNDER: f32 = 12_582_912.0;
+/// All bits of an `f32` but the sign. Magnitudes compare as their bits do, and not-a-number is
+/// above all.
+const MAGNITUDE: u32 = 0x7FFF_FFFF;
+
 /// Vectors of one instruction set.
 ///
 /// # Safety
-/// All functions may be called only where the processor has the instruction set, and are inlined into a function that is
-/// compiled for it. Pointers must be valid for what the function reads or writes; they need no alignment.
+/// All functions may be called only where the processor has the instruction set, and are inlined
+/// into a function that is compiled for it. Pointers must be valid for what the function reads or
+/// writes; they need no alignment.
 pub(super) trait Simd: Copy {
     /// Sixty-four bytes: four consecutive weights of each of sixteen rows.
     type Bytes: Copy;
+    /// Four signed bytes for all rows.
+    type Activations: Copy;
     /// Sixteen `i32`.
     type Ints: Copy;
     /// Sixteen `f32`.
@@ -99,21 +110,23 @@ pub(super) trait Simd: Copy {
 
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
     unsafe fn store_bytes(value: Self::Bytes, to: *mut u8);
-    /// Each byte is shifted left, or right where `left` is negative, then masked. Bits that come from a neighbouring byte
-    /// must be masked out.
+    /// Each byte is shifted left, or right where `left` is negative, then masked. Bits that come
+    /// from a neighbouring byte must be masked out.
     unsafe fn shift_and_mask(value: Self::Bytes, left: i32, mask: u8) -> Self::Bytes;
     unsafe fn or(a: Self::Bytes, b: Self::Bytes) -> Self::Bytes;
 
     /// What [`Simd::dot_wide`] wants instead of bytes above 127.
     unsafe fn widen(value: Self::Bytes) -> Self::Bytes;
     unsafe fn splat_int(value: i32) -> Self::Ints;
-    unsafe fn shift_left(value: Self::Ints, by: u32) -> Self::Ints;
-    /// Adds to each lane the product of its four unsigned bytes, below 128, with the four signed bytes at `x`.
-    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints;
-    /// As [`Simd::dot`] for a sum that began with [`Simd::begin_wide`] and weights that went through [`Simd::widen`].
-    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints;
-    /// The beginning of a sum of `(weight - 128) * x`, from the negative sum of the `x`.
-    unsafe fn begin_wide(negative_sum: i32) -> Self::Ints;
+    unsafe fn load_activations(from: *const i8) -> Self::Activations;
+    /// Adds to each lane the product of its four unsigned bytes, below 128, with the four signed
+    /// bytes `x`.
+    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints;
+    /// As [`Simd::dot`] for a sum that began with [`Simd::begin_wide`] and weights that went
+    /// through [`Simd::widen`].
+    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints;
+    /// The beginning of a sum of `(weight - 128) * x`, given the sum of `-128 * x`.
+    unsafe fn begin_wide(correction: i32) -> Self::Ints;
 
     unsafe fn to_floats(value: Self::Ints) -> Self::Floats;
     unsafe fn splat(value: f32) -> Self::Floats;
@@ -129,6 +142,11 @@ pub(super) trait Simd: Copy {
     /// The high four bits of each byte.
     unsafe fn load_high_nibbles(from: *const u8) -> Self::Floats;
     unsafe fn store_f32(value: Self::Floats, to: *mut f32);
+    /// The largest magnitude, or not-a-number if there is one.
+    unsafe fn largest_magnitude(values: &[f32; 32]) -> f32;
+    /// Rounds `values * factor`, at most 127 in magnitude, to the nearest integers. Returns the
+    /// sums of both halves.
+    unsafe fn round(values: &[f32; 32], factor: f32, to: &mut [i8; 32]) -> [i32; 2];
     /// Asks for the cache line, which need not exist.
     unsafe fn prefetch(from: *const u8);
 }

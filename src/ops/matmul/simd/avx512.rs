@@ -1,14 +1,16 @@
 //! [`Simd`] with AVX-512 F, BW and VNNI: one vector is one register.
 
+#[allow(clippy::wildcard_imports, reason = "intrinsics carry their module in their names")]
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{MAGNITUDE, ROUNDER, Simd};
 
 #[derive(Clone, Copy)]
 pub(in super::super) struct Avx512;
 
 impl Simd for Avx512 {
     type Bytes = __m512i;
+    type Activations = __m512i;
     type Ints = __m512i;
     type Floats = __m512;
 
@@ -55,29 +57,27 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn shift_left(value: Self::Ints, by: u32) -> Self::Ints {
+    unsafe fn load_activations(from: *const i8) -> Self::Activations {
         // SAFETY: the trait's contract.
-        unsafe { _mm512_sll_epi32(value, _mm_cvtsi32_si128(by as i32)) }
+        unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
     }
 
     #[inline(always)]
-    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+    unsafe fn dot(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints {
         // SAFETY: the trait's contract.
-        unsafe {
-            _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.cast::<i32>().read_unaligned()))
-        }
+        unsafe { _mm512_dpbusd_epi32(sum, weights, x) }
     }
 
     #[inline(always)]
-    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints {
         // SAFETY: the trait's contract.
         unsafe { Self::dot(sum, weights, x) }
     }
 
     #[inline(always)]
-    unsafe fn begin_wide(negative_sum: i32) -> Self::Ints {
+    unsafe fn begin_wide(correction: i32) -> Self::Ints {
         // SAFETY: the trait's contract.
-        unsafe { Self::splat_int(negative_sum << 7) }
+        unsafe { Self::splat_int(correction) }
     }
 
     #[inline(always)]
@@ -153,6 +153,37 @@ impl Simd for Avx512 {
     unsafe fn store_f32(value: Self::Floats, to: *mut f32) {
         // SAFETY: the trait's contract.
         unsafe { _mm512_storeu_ps(to, value) };
+    }
+
+    #[inline(always)]
+    unsafe fn largest_magnitude(values: &[f32; 32]) -> f32 {
+        // SAFETY: the trait's contract; the loads are within the array.
+        unsafe {
+            let mask = _mm512_set1_epi32(MAGNITUDE as i32);
+            let low = _mm512_and_si512(_mm512_loadu_si512(values.as_ptr().cast()), mask);
+            let high = _mm512_and_si512(_mm512_loadu_si512(values[16..].as_ptr().cast()), mask);
+            f32::from_bits(_mm512_reduce_max_epu32(_mm512_max_epu32(low, high)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn round(values: &[f32; 32], factor: f32, to: &mut [i8; 32]) -> [i32; 2] {
+        let mut sums = [0; 2];
+        let mut half = 0;
+        while half < 2 {
+            // SAFETY: the trait's contract; loads and stores are within the arrays.
+            unsafe {
+                let values = _mm512_loadu_ps(values[16 * half..].as_ptr());
+                // Two roundings, not one, as everywhere.
+                let scaled = _mm512_mul_ps(values, _mm512_set1_ps(factor));
+                let rounded = _mm512_add_ps(scaled, _mm512_set1_ps(ROUNDER));
+                let bytes = _mm512_cvtepi32_epi8(_mm512_castps_si512(rounded));
+                _mm_storeu_si128(to[16 * half..].as_mut_ptr().cast(), bytes);
+                sums[half] = super::avx2::sum_bytes(bytes);
+            }
+            half += 1;
+        }
+        sums
     }
 
     #[inline(always)]

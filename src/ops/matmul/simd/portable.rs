@@ -1,8 +1,9 @@
-//! [`Simd`] in plain Rust, for processors without anything better and as the reference of the others.
+//! [`Simd`] in plain Rust, for processors without anything better and as the reference of the
+//! others.
 
 use half::{bf16, f16};
 
-use super::{LANES, Simd};
+use super::{LANES, MAGNITUDE, ROUNDER, Simd};
 
 #[derive(Clone, Copy)]
 pub(in super::super) struct Portable;
@@ -26,6 +27,7 @@ unsafe fn read<const N: usize>(from: *const u8) -> [u8; N] {
 
 impl Simd for Portable {
     type Bytes = [u8; 64];
+    type Activations = [i8; 4];
     type Ints = [i32; LANES];
     type Floats = [f32; LANES];
 
@@ -68,31 +70,30 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn shift_left(value: Self::Ints, by: u32) -> Self::Ints {
-        lanes(value, |lane| lane << by)
+    unsafe fn load_activations(from: *const i8) -> Self::Activations {
+        // SAFETY: the caller's promise; byte arrays need no alignment.
+        unsafe { from.cast::<[i8; 4]>().read() }
     }
 
     #[inline(always)]
-    unsafe fn dot(mut sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
-        // SAFETY: the caller's promise.
-        let x: [u8; 4] = unsafe { read(x.cast()) };
+    unsafe fn dot(mut sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints {
         for (lane, weights) in sum.iter_mut().zip(weights.chunks_exact(4)) {
             for (&weight, &x) in weights.iter().zip(&x) {
-                *lane += i32::from(weight) * i32::from(x as i8);
+                *lane += i32::from(weight) * i32::from(x);
             }
         }
         sum
     }
 
     #[inline(always)]
-    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: *const i8) -> Self::Ints {
+    unsafe fn dot_wide(sum: Self::Ints, weights: Self::Bytes, x: Self::Activations) -> Self::Ints {
         // SAFETY: the caller's promise.
         unsafe { Self::dot(sum, weights, x) }
     }
 
     #[inline(always)]
-    unsafe fn begin_wide(negative_sum: i32) -> Self::Ints {
-        [negative_sum << 7; LANES]
+    unsafe fn begin_wide(correction: i32) -> Self::Ints {
+        [correction; LANES]
     }
 
     #[inline(always)]
@@ -163,6 +164,21 @@ impl Simd for Portable {
     unsafe fn store_f32(value: Self::Floats, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(value) };
+    }
+
+    #[inline(always)]
+    unsafe fn largest_magnitude(values: &[f32; 32]) -> f32 {
+        f32::from_bits(values.iter().fold(0, |max, value| max.max(value.to_bits() & MAGNITUDE)))
+    }
+
+    #[inline(always)]
+    unsafe fn round(values: &[f32; 32], factor: f32, to: &mut [i8; 32]) -> [i32; 2] {
+        let mut sums = [0; 2];
+        for (i, (value, to)) in values.iter().zip(to).enumerate() {
+            *to = (value * factor + ROUNDER).to_bits() as i8;
+            sums[i / 16] += i32::from(*to);
+        }
+        sums
     }
 
     #[inline(always)]
