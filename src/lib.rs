@@ -1,7 +1,9 @@
 //! qwen-server: a self-hosted inference server for Qwen open weights.
 
+pub mod device;
 pub mod engine;
 pub mod kv;
+pub mod ops;
 pub mod sampling;
 pub mod scheduler;
 pub mod text;

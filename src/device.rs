@@ -1,0 +1,3 @@
+//! What runs the tensors: CPU threads, later accelerators.
+
+pub mod threads;

@@ -1,0 +1,13 @@
+//! Tensor operations, one file per op: the public function, the CPU code, the unit test.
+//!
+//! **Invariant:** an op's result for one row depends on nothing but that row: not on the other rows
+//! of the batch, on how a prompt was cut into steps, on the number of threads or on where in the
+//! cache a block lies. Every float operation of an output element has a fixed order.
+
+mod operand;
+pub mod paged_attention;
+pub mod rms_norm;
+pub mod rope;
+mod rows;
+pub mod silu_mul;
+mod simd;

@@ -1,0 +1,351 @@
+//! Causal attention over a paged KV cache, for batches of sequences of any lengths.
+//!
+//! For query `i` of `n` of a sequence of length `len`, at position `p = len - n + i`, and each head:
+//!
+//! ```text
+//!   out = sum over j <= p of softmax_j(scale * q . k_j) * v_j
+//! ```
+//!
+//! where `k_j` and `v_j` lie in slot `j % block_size` of the sequence's block `j / block_size`, and
+//! every `num_heads / num_kv_heads` consecutive heads share a KV head. Arithmetic is in f32; its
+//! order per query and head is fixed, see the tile module.
+
+mod product;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+use std::cmp::Reverse;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{
+    CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail,
+};
+use half::{bf16, f16};
+
+use super::operand::contiguous;
+use super::rows::parallel_chunks_mut;
+use super::simd::{Element, Isa};
+use tile::{
+    Attend, AttendPartition, CacheView, MergePartitions, PARTITION, Partial, QueryTile, Scratch,
+};
+
+/// Rows (queries times heads) that share one reading of the keys.
+const MAX_TILE_ROWS: usize = 128;
+
+/// Which tokens of a step belong to which sequence and where their keys and values live.
+///
+/// The tokens of all sequences stand one after the other, without padding.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AttentionMetadata {
+    /// First token of each sequence, then the number of tokens: [num_seqs + 1].
+    pub query_start_loc: Vec<u32>,
+    /// Tokens of each sequence up to and including this step: [num_seqs].
+    pub seq_lens: Vec<u32>,
+    /// Blocks of each sequence in token order, padded: [num_seqs, max_blocks_per_seq].
+    pub block_table: Vec<u32>,
+    /// Row length of `block_table`.
+    pub max_blocks_per_seq: usize,
+    /// Cache slot of each token, `block * block_size + offset`: [num_tokens].
+    pub slot_mapping: Vec<u32>,
+    /// Position of each token in its sequence: [num_tokens].
+    pub positions: Vec<u32>,
+    /// The most tokens that a sequence has in this step.
+    pub max_query_len: u32,
+    /// The largest of `seq_lens`.
+    pub max_seq_len: u32,
+}
+
+impl AttentionMetadata {
+    /// Checks everything that attention reads, so that no index can be out of range later.
+    fn check(&self, num_tokens: usize, num_blocks: usize, block_size: usize) -> Result<()> {
+        let num_seqs = self.seq_lens.len();
+        let starts = &self.query_start_loc;
+        if starts.len() != num_seqs + 1 {
+            bail!("query_start_loc has {} entries for {num_seqs} sequences", starts.len());
+        }
+        let (first, end) = (starts[0], starts[num_seqs]);
+        if first != 0 || end as usize != num_tokens {
+            bail!("query_start_loc covers {first}..{end} of {num_tokens} tokens");
+        }
+        let row_len = self.max_blocks_per_seq;
+        if Some(self.block_table.len()) != num_seqs.checked_mul(row_len) {
+            let num_entries = self.block_table.len();
+            bail!("block_table has {num_entries} entries for {num_seqs} sequences of {row_len}");
+        }
+        for (seq, &seq_len) in self.seq_lens.iter().enumerate() {
+            let (start, end) = (starts[seq], starts[seq + 1]);
+            if end < start {
+                bail!("query_start_loc falls from {start} to {end}");
+            }
+            if seq_len < end - start {
+                bail!("sequence {seq} has {} queries but {seq_len} tokens", end - start);
+            }
+            let num_needed = (seq_len as usize).div_ceil(block_size);
+            if row_len < num_needed {
+                bail!("sequence {seq} needs {num_needed} blocks, block_table has {row_len}");
+            }
+            let blocks = &self.block_table[seq * row_len..][..num_needed];
+            if let Some(block) = blocks.iter().find(|&&block| num_blocks <= block as usize) {
+                bail!("sequence {seq} has block {block}, the cache has {num_blocks}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Dimensions of one layer's cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvCacheShape {
+    /// How many blocks there are.
+    pub num_blocks: usize,
+    /// Heads that keys and values have.
+    pub num_kv_heads: usize,
+    /// Tokens per block.
+    pub block_size: usize,
+    /// Values per head; a multiple of 8.
+    pub head_dim: usize,
+}
+
+/// Keys and values of one layer.
+#[derive(Clone, Debug)]
+pub struct KvCache {
+    /// [num_blocks, num_kv_heads, block_size, head_dim]
+    pub k: Tensor,
+    /// [num_blocks, num_kv_heads, block_size, head_dim]
+    pub v: Tensor,
+    /// Tokens per block.
+    pub block_size: usize,
+}
+
+impl KvCache {
+    /// An empty cache in `f16`, `bf16` or `f32`. On the CPU, blocks take up memory once written.
+    pub fn new(shape: KvCacheShape, dtype: DType, device: &Device) -> Result<Self> {
+        let KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim } = shape;
+        if num_kv_heads == 0 || block_size == 0 || head_dim == 0 || head_dim % 8 != 0 {
+            bail!("a KV cache of {shape:?} is not supported");
+        }
+        if num_blocks.checked_mul(block_size).is_none_or(|slots| u32::MAX as usize <= slots) {
+            bail!("a KV cache of {shape:?} has too many slots");
+        }
+        let dims = (num_blocks, num_kv_heads, block_size, head_dim);
+        let zeros = || match (device, dtype) {
+            (Device::Cpu, DType::F16) => lazy_zeros::<f16>(dims),
+            (Device::Cpu, DType::BF16) => lazy_zeros::<bf16>(dims),
+            (Device::Cpu, DType::F32) => lazy_zeros::<f32>(dims),
+            (_, DType::F16 | DType::BF16 | DType::F32) => Tensor::zeros(dims, dtype, device),
+            _ => bail!("a KV cache of {dtype:?} is not supported"),
+        };
+        Ok(Self { k: zeros()?, v: zeros()?, block_size })
+    }
+
+    /// The cache's dimensions.
+    pub fn shape(&self) -> Result<KvCacheShape> {
+        let (num_blocks, num_kv_heads, block_size, head_dim) = self.k.dims4()?;
+        if block_size != self.block_size || self.v.dims() != self.k.dims() {
+            let (k, v) = (self.k.dims(), self.v.dims());
+            bail!("the cache's keys are {k:?} and its values {v:?}, not blocks of {block_size}");
+        }
+        Ok(KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim })
+    }
+}
+
+fn lazy_zeros<T: WithDType + bytemuck::Zeroable>(
+    dims: (usize, usize, usize, usize),
+) -> Result<Tensor> {
+    let Ok(zeros) = bytemuck::allocation::try_zeroed_vec::<T>(Shape::from(dims).elem_count())
+    else {
+        bail!("no memory for a KV cache of {dims:?}")
+    };
+    Tensor::from_vec(zeros, dims, &Device::Cpu)
+}
+
+/// Causal attention of the step's tokens over everything cached of their sequences.
+///
+/// Takes queries `[num_tokens, num_heads * head_dim]` in `f32` and yields the same shape. Keys and
+/// values of the step's tokens must be in the cache already.
+pub fn paged_attention(
+    q: &Tensor,
+    kv: &KvCache,
+    meta: &AttentionMetadata,
+    scale: f32,
+) -> Result<Tensor> {
+    let op = PagedAttention { shape: kv.shape()?, meta, scale, isa: Isa::best() };
+    q.apply_op3_no_bwd(&kv.k, &kv.v, &op)
+}
+
+struct PagedAttention<'a> {
+    shape: KvCacheShape,
+    meta: &'a AttentionMetadata,
+    scale: f32,
+    isa: Isa,
+}
+
+impl CustomOp3 for PagedAttention<'_> {
+    fn name(&self) -> &'static str {
+        "paged_attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim } = self.shape;
+        let (num_tokens, width) = q_layout.shape().dims2()?;
+        if width == 0 || width % (num_kv_heads * head_dim) != 0 {
+            bail!("queries of {width} values do not fit {num_kv_heads} KV heads of {head_dim}");
+        }
+        self.meta.check(num_tokens, num_blocks, block_size)?;
+        let queries = contiguous::<f32>("q", q, q_layout)?;
+        let out = match k {
+            CpuStorage::F16(_) => self.run::<f16>(queries, (k, k_layout), (v, v_layout), width),
+            CpuStorage::BF16(_) => self.run::<bf16>(queries, (k, k_layout), (v, v_layout), width),
+            CpuStorage::F32(_) => self.run::<f32>(queries, (k, k_layout), (v, v_layout), width),
+            _ => bail!("a KV cache of this type is not supported"),
+        }?;
+        Ok((CpuStorage::F32(out), (num_tokens, width).into()))
+    }
+}
+
+/// A tile of queries, where its results go and its partitions if threads share it.
+struct WorkItem<'a> {
+    tile: QueryTile<'a>,
+    /// Per query: [group, head_dim].
+    outputs: Vec<&'a mut [f32]>,
+    /// One per partition of the keys; none if one thread goes over all of them.
+    partials: Vec<Partial>,
+}
+
+/// What one thread does at a time.
+enum Task<'a, 'o> {
+    Whole { tile: &'a QueryTile<'o>, outputs: &'a mut [&'o mut [f32]] },
+    Partition { tile: &'a QueryTile<'o>, start: usize, partial: &'a mut Partial },
+}
+
+impl Task<'_, '_> {
+    fn cost(&self) -> usize {
+        match self {
+            Self::Whole { tile, .. } => tile.num_rows() * tile.num_keys(),
+            Self::Partition { tile, start, .. } => {
+                tile.num_rows() * PARTITION.min(tile.num_keys() - start)
+            }
+        }
+    }
+}
+
+impl PagedAttention<'_> {
+    fn run<E: Element + WithDType>(
+        &self,
+        queries: &[f32],
+        keys: (&CpuStorage, &Layout),
+        values: (&CpuStorage, &Layout),
+        width: usize,
+    ) -> Result<Vec<f32>> {
+        let cache = CacheView {
+            keys: contiguous::<E>("the key cache", keys.0, keys.1)?,
+            values: contiguous::<E>("the value cache", values.0, values.1)?,
+            num_kv_heads: self.shape.num_kv_heads,
+            block_size: self.shape.block_size,
+            head_dim: self.shape.head_dim,
+        };
+        let mut out = vec![0.0; queries.len()];
+        let mut items = self.work_items(queries, &mut out, width);
+        let mut tasks: Vec<Task<'_, '_>> = items.iter_mut().flat_map(WorkItem::tasks).collect();
+        // The longest first, so that no thread is left with a long one at the end.
+        tasks.sort_by_key(|task| Reverse(task.cost()));
+
+        let scratches = Mutex::new(Vec::<Scratch>::new());
+        parallel_chunks_mut(&mut tasks, 1, |_, task| {
+            let lock = || scratches.lock().unwrap_or_else(PoisonError::into_inner);
+            let scratch = &mut lock().pop().unwrap_or_default();
+            match &mut task[0] {
+                Task::Whole { tile, outputs } => {
+                    self.isa.run(Attend { cache, tile, scratch, outputs });
+                }
+                Task::Partition { tile, start, partial } => {
+                    self.isa.run(AttendPartition { cache, tile, scratch, start: *start, partial });
+                }
+            }
+            lock().push(std::mem::take(scratch));
+        });
+        drop(tasks);
+
+        items.retain(|item| !item.partials.is_empty());
+        parallel_chunks_mut(&mut items, 1, |_, item| {
+            let WorkItem { tile, outputs, partials } = &mut item[0];
+            self.isa.run(MergePartitions { tile, head_dim: cache.head_dim, partials, outputs });
+        });
+        drop(items);
+        Ok(out)
+    }
+
+    /// Cuts the batch into tiles of queries of one sequence and one KV head.
+    fn work_items<'a>(
+        &'a self,
+        queries: &'a [f32],
+        out: &'a mut [f32],
+        width: usize,
+    ) -> Vec<WorkItem<'a>> {
+        let KvCacheShape { num_kv_heads, block_size, head_dim, .. } = self.shape;
+        let group = width / (num_kv_heads * head_dim);
+        let queries_per_tile = (MAX_TILE_ROWS / group).max(1);
+        let meta = self.meta;
+        let mut items = Vec::new();
+        let mut rest = out.chunks_exact_mut(group * head_dim);
+        for (seq, &seq_len) in meta.seq_lens.iter().enumerate() {
+            let (start, end) = (meta.query_start_loc[seq], meta.query_start_loc[seq + 1]);
+            let query_len = (end - start) as usize;
+            let num_blocks = (seq_len as usize).div_ceil(block_size);
+            for first in (0..query_len).step_by(queries_per_tile) {
+                let num_queries = queries_per_tile.min(query_len - first);
+                let first_position = seq_len as usize - query_len + first;
+                let new_item = |kv_head| {
+                    let offset = (start as usize + first) * width + kv_head * group * head_dim;
+                    let rows = queries[offset..].chunks(width).take(num_queries);
+                    let tile = QueryTile {
+                        queries: rows.map(|row| &row[..group * head_dim]).collect(),
+                        first_position,
+                        group,
+                        kv_head,
+                        blocks: &meta.block_table[seq * meta.max_blocks_per_seq..][..num_blocks],
+                        scale: self.scale,
+                    };
+                    // Sharing one tile among threads pays only where there are few tiles.
+                    let num_partitions = tile.num_keys().div_ceil(PARTITION);
+                    let is_shared = query_len <= queries_per_tile && 1 < num_partitions;
+                    let num_partials = if is_shared { num_partitions } else { 0 };
+                    WorkItem {
+                        tile,
+                        outputs: Vec::with_capacity(num_queries),
+                        partials: vec![Partial::default(); num_partials],
+                    }
+                };
+                let first_item = items.len();
+                items.extend((0..num_kv_heads).map(new_item));
+                for _ in 0..num_queries {
+                    for (item, output) in items[first_item..].iter_mut().zip(&mut rest) {
+                        item.outputs.push(output);
+                    }
+                }
+            }
+        }
+        items
+    }
+}
+
+impl<'o> WorkItem<'o> {
+    fn tasks<'a>(&'a mut self) -> Vec<Task<'a, 'o>> {
+        let Self { tile, outputs, partials } = self;
+        if partials.is_empty() {
+            return vec![Task::Whole { tile, outputs }];
+        }
+        let new_task =
+            |(index, partial)| Task::Partition { tile, start: index * PARTITION, partial };
+        partials.iter_mut().enumerate().map(new_task).collect()
+    }
+}

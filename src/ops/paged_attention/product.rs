@@ -1,0 +1,105 @@
+//! Small matrix products whose sums have one order, whatever the shape of the rest.
+#![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
+
+use crate::ops::simd::{LANES, Simd};
+
+/// Rows of a matrix.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) stride: usize,
+}
+
+/// The part of a matrix to add to; a multiple of 16 columns.
+pub(super) struct RowsMut<'a> {
+    pub(super) data: &'a mut [f32],
+    pub(super) stride: usize,
+    /// At most [`Simd::PRODUCT_ROWS`].
+    pub(super) num_rows: usize,
+    pub(super) num_columns: usize,
+}
+
+/// `c[i][j] += sum of a[i][k] * b[k][j]` over `k` from 0 to `depth`, in this order.
+#[inline(always)]
+pub(super) fn accumulate_rows<S: Simd>(
+    simd: S,
+    a: Rows<'_>,
+    b: Rows<'_>,
+    c: RowsMut<'_>,
+    depth: usize,
+) {
+    match c.num_rows {
+        1 => accumulate_columns::<S, 1>(simd, a, b, c, depth),
+        2 => accumulate_columns::<S, 2>(simd, a, b, c, depth),
+        3 => accumulate_columns::<S, 3>(simd, a, b, c, depth),
+        4 => accumulate_columns::<S, 4>(simd, a, b, c, depth),
+        5 => accumulate_columns::<S, 5>(simd, a, b, c, depth),
+        6 => accumulate_columns::<S, 6>(simd, a, b, c, depth),
+        7 => accumulate_columns::<S, 7>(simd, a, b, c, depth),
+        8 => accumulate_columns::<S, 8>(simd, a, b, c, depth),
+        num_rows => unreachable!("{num_rows} rows in a block"),
+    }
+}
+
+#[inline(always)]
+fn accumulate_columns<S: Simd, const ROWS: usize>(
+    simd: S,
+    a: Rows<'_>,
+    b: Rows<'_>,
+    c: RowsMut<'_>,
+    depth: usize,
+) {
+    assert!(ROWS <= S::PRODUCT_ROWS, "{ROWS} rows in a block");
+    let a: [&[f32]; ROWS] = std::array::from_fn(|i| &a.data[i * a.stride..][..depth]);
+    let mut column = 0;
+    while column < c.num_columns {
+        let place = Place { column, stride: c.stride };
+        if S::PRODUCT_VECTORS == 2 && column + 2 * LANES <= c.num_columns {
+            accumulate::<S, ROWS, 2>(simd, a, b, c.data, place);
+            column += 2 * LANES;
+        } else {
+            accumulate::<S, ROWS, 1>(simd, a, b, c.data, place);
+            column += LANES;
+        }
+    }
+}
+
+/// Where in the result a block lies.
+struct Place {
+    column: usize,
+    stride: usize,
+}
+
+#[inline(always)]
+fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    a: [&[f32]; ROWS],
+    b: Rows<'_>,
+    c: &mut [f32],
+    place: Place,
+) {
+    let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
+    for (i, sums) in sums.iter_mut().enumerate() {
+        for (j, sum) in sums.iter_mut().enumerate() {
+            *sum = simd.load(&c[i * place.stride + place.column + j * LANES..]);
+        }
+    }
+    for k in 0..a[0].len() {
+        let b = &b.data[k * b.stride + place.column..][..VECTORS * LANES];
+        let mut columns = [simd.splat(0.0); VECTORS];
+        for (j, column) in columns.iter_mut().enumerate() {
+            *column = simd.load(&b[j * LANES..]);
+        }
+        for i in 0..ROWS {
+            let factor = simd.splat(a[i][k]);
+            for j in 0..VECTORS {
+                sums[i][j] = simd.mul_add(factor, columns[j], sums[i][j]);
+            }
+        }
+    }
+    for (i, sums) in sums.into_iter().enumerate() {
+        for (j, sum) in sums.into_iter().enumerate() {
+            simd.store(&mut c[i * place.stride + place.column + j * LANES..], sum);
+        }
+    }
+}

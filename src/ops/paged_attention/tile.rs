@@ -1,0 +1,378 @@
+//! The arithmetic of attention: online softmax over tiles of 64 keys.
+//!
+//! A work item is a tile of queries of one sequence with all query heads that share a KV head; a
+//! (query, head) pair is a *row*. Per tile of keys:
+//!
+//! ```text
+//!   keys [head_dim, 64]   (transposed)        values [64, head_dim]
+//!   scores = queries x keys                    acc = acc * exp(old max - new max) + p x values
+//!   [rows, 64]  ->  p = exp(scores - max)      [rows, head_dim]
+//! ```
+//!
+//! **Invariant:** tiles lie at multiples of 64 from position 0 and partitions at multiples of
+//! [`PARTITION`], whatever is computed together; a row meets exactly the keys up to its position,
+//! one product sum after the other. So its result has always the same bits.
+#![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
+
+use std::ops::Range;
+
+use super::product::{Rows, RowsMut, accumulate_rows};
+use crate::ops::simd::{Element, Kernel, LANES, Simd, load_padded};
+
+/// Keys per tile.
+const TILE: usize = 64;
+/// Keys per partition: the unit that different threads can do for one query.
+pub(super) const PARTITION: usize = 512;
+/// Rows of scores that are computed before they are used: the largest `Simd::PRODUCT_ROWS`.
+const MAX_PRODUCT_ROWS: usize = 8;
+
+/// How one layer's keys and values lie in memory.
+#[derive(Clone, Copy)]
+pub(super) struct CacheView<'a, E> {
+    /// [num_blocks, num_kv_heads, block_size, head_dim]
+    pub(super) keys: &'a [E],
+    /// [num_blocks, num_kv_heads, block_size, head_dim]
+    pub(super) values: &'a [E],
+    pub(super) num_kv_heads: usize,
+    pub(super) block_size: usize,
+    pub(super) head_dim: usize,
+}
+
+/// The queries of a work item and what they look at.
+#[derive(Clone)]
+pub(super) struct QueryTile<'a> {
+    /// Per query: the heads that share the KV head, [group, head_dim].
+    pub(super) queries: Vec<&'a [f32]>,
+    /// Position of the first query; the others follow it.
+    pub(super) first_position: usize,
+    /// Query heads per KV head.
+    pub(super) group: usize,
+    pub(super) kv_head: usize,
+    /// The sequence's blocks; all that the last query needs exist.
+    pub(super) blocks: &'a [u32],
+    pub(super) scale: f32,
+}
+
+impl QueryTile<'_> {
+    pub(super) fn num_rows(&self) -> usize {
+        self.queries.len() * self.group
+    }
+
+    /// One past the last key that any query looks at.
+    pub(super) fn num_keys(&self) -> usize {
+        self.first_position + self.queries.len()
+    }
+}
+
+/// Softmax state of some rows over some keys: maximum, sum and weighted values.
+#[derive(Clone, Default)]
+pub(super) struct Partial {
+    max: Vec<f32>,
+    sum: Vec<f32>,
+    /// [rows, padded head_dim]
+    acc: Vec<f32>,
+}
+
+impl Partial {
+    /// The state over no keys.
+    pub(super) fn reset(&mut self, num_rows: usize, head_dim: usize) {
+        refill(&mut self.max, num_rows, f32::NEG_INFINITY);
+        refill(&mut self.sum, num_rows, 0.0);
+        refill(&mut self.acc, num_rows * padded(head_dim), 0.0);
+    }
+
+    /// Adds the state over the following keys. `first_row`: earlier rows see none of them.
+    #[inline(always)]
+    fn merge<S: Simd>(&mut self, simd: S, next: &Self, first_row: usize) {
+        let width = self.acc.len() / self.max.len();
+        for row in first_row..self.max.len() {
+            let max = if self.max[row] > next.max[row] { self.max[row] } else { next.max[row] };
+            let (scale, next_scale) =
+                (exp(simd, self.max[row] - max), exp(simd, next.max[row] - max));
+            self.max[row] = max;
+            self.sum[row] = self.sum[row] * scale + next.sum[row] * next_scale;
+            let acc = &mut self.acc[row * width..][..width];
+            let next_acc = &next.acc[row * width..][..width];
+            for (acc, next_acc) in acc.chunks_exact_mut(LANES).zip(next_acc.chunks_exact(LANES)) {
+                let scaled = simd.mul(simd.load(acc), simd.splat(scale));
+                let next_acc = simd.load(next_acc);
+                simd.store(acc, simd.mul_add(next_acc, simd.splat(next_scale), scaled));
+            }
+        }
+    }
+
+    /// Divides by the sums: the attention's result, per query [group, head_dim].
+    fn write(&self, outputs: &mut [&mut [f32]], group: usize, head_dim: usize) {
+        let width = padded(head_dim);
+        for (query, output) in outputs.iter_mut().enumerate() {
+            for (head, output) in output.chunks_exact_mut(head_dim).enumerate() {
+                let row = query * group + head;
+                let sum = self.sum[row];
+                for (output, acc) in output.iter_mut().zip(&self.acc[row * width..]) {
+                    *output = acc / sum;
+                }
+            }
+        }
+    }
+}
+
+/// Working memory of a thread.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// [rows, head_dim], scaled
+    queries: Vec<f32>,
+    /// [head_dim, TILE]
+    keys: Vec<f32>,
+    /// [TILE, padded head_dim]
+    values: Vec<f32>,
+    /// Where the tile's keys start in the cache.
+    offsets: Vec<usize>,
+    total: Partial,
+    partition: Partial,
+}
+
+/// Attention of a query tile over all its keys.
+pub(super) struct Attend<'a, 'o, E> {
+    pub(super) cache: CacheView<'a, E>,
+    pub(super) tile: &'a QueryTile<'a>,
+    pub(super) scratch: &'a mut Scratch,
+    /// Per query: [group, head_dim].
+    pub(super) outputs: &'a mut [&'o mut [f32]],
+}
+
+impl<E: Element> Kernel for Attend<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { cache, tile, scratch, outputs } = self;
+        let mut total = std::mem::take(&mut scratch.total);
+        let mut partition = std::mem::take(&mut scratch.partition);
+        total.reset(tile.num_rows(), cache.head_dim);
+        scratch.set_queries(tile, cache.head_dim);
+        for start in (0..tile.num_keys()).step_by(PARTITION) {
+            partition.reset(tile.num_rows(), cache.head_dim);
+            attend_partition(simd, cache, tile, (scratch, &mut partition), start);
+            total.merge(simd, &partition, first_row(tile, start));
+        }
+        total.write(outputs, tile.group, cache.head_dim);
+        scratch.total = total;
+        scratch.partition = partition;
+    }
+}
+
+/// Attention of a query tile over the keys of one partition.
+pub(super) struct AttendPartition<'a, E> {
+    pub(super) cache: CacheView<'a, E>,
+    pub(super) tile: &'a QueryTile<'a>,
+    pub(super) scratch: &'a mut Scratch,
+    /// The partition's first key.
+    pub(super) start: usize,
+    pub(super) partial: &'a mut Partial,
+}
+
+impl<E: Element> Kernel for AttendPartition<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { cache, tile, scratch, start, partial } = self;
+        partial.reset(tile.num_rows(), cache.head_dim);
+        scratch.set_queries(tile, cache.head_dim);
+        attend_partition(simd, cache, tile, (scratch, partial), start);
+    }
+}
+
+/// Joins the partitions of a query tile.
+pub(super) struct MergePartitions<'a, 'o> {
+    pub(super) tile: &'a QueryTile<'a>,
+    pub(super) head_dim: usize,
+    /// In key order.
+    pub(super) partials: &'a [Partial],
+    pub(super) outputs: &'a mut [&'o mut [f32]],
+}
+
+impl Kernel for MergePartitions<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let mut total = Partial::default();
+        total.reset(self.tile.num_rows(), self.head_dim);
+        for (index, partial) in self.partials.iter().enumerate() {
+            total.merge(simd, partial, first_row(self.tile, index * PARTITION));
+        }
+        total.write(self.outputs, self.tile.group, self.head_dim);
+    }
+}
+
+impl Scratch {
+    fn set_queries(&mut self, tile: &QueryTile<'_>, head_dim: usize) {
+        self.queries.clear();
+        for query in &tile.queries {
+            self.queries.extend(query.iter().map(|value| value * tile.scale));
+        }
+        // What an earlier tile left behind is overwritten before it is read.
+        self.keys.resize(head_dim * TILE, 0.0);
+        self.values.resize(TILE * padded(head_dim), 0.0);
+    }
+}
+
+/// The first row that sees the key.
+fn first_row(tile: &QueryTile<'_>, key: usize) -> usize {
+    key.saturating_sub(tile.first_position) * tile.group
+}
+
+#[inline(always)]
+fn attend_partition<S: Simd, E: Element>(
+    simd: S,
+    cache: CacheView<'_, E>,
+    tile: &QueryTile<'_>,
+    (scratch, partial): (&mut Scratch, &mut Partial),
+    start: usize,
+) {
+    let end = tile.num_keys().min(start + PARTITION);
+    for first_key in (start..end).step_by(TILE) {
+        let num_keys = TILE.min(end - first_key);
+        load_tile(simd, cache, tile, scratch, first_key..first_key + num_keys);
+        // Queries from `full` on see the whole tile; those before it one key more than their
+        // predecessor, so that their heads only are computed together.
+        let first = first_key.saturating_sub(tile.first_position);
+        let full = (first_key + TILE - 1).saturating_sub(tile.first_position);
+        let full = full.clamp(first, tile.queries.len());
+        for query in first..full {
+            let visible = tile.first_position + query + 1 - first_key;
+            let rows = query * tile.group..(query + 1) * tile.group;
+            attend_rows(simd, scratch, partial, rows, visible);
+        }
+        attend_rows(simd, scratch, partial, full * tile.group..tile.num_rows(), TILE);
+    }
+}
+
+/// Adds the tile in `scratch` to the rows' state; all of them see the tile's first `visible` keys.
+#[inline(always)]
+fn attend_rows<S: Simd>(
+    simd: S,
+    scratch: &Scratch,
+    partial: &mut Partial,
+    rows: Range<usize>,
+    visible: usize,
+) {
+    let (head_dim, width) = (scratch.keys.len() / TILE, scratch.values.len() / TILE);
+    let num_columns = visible.next_multiple_of(LANES);
+    let num_blocks = rows.len().div_ceil(S::PRODUCT_ROWS);
+    let mut row = rows.start;
+    for block in 0..num_blocks {
+        let num_rows = (rows.end - row).div_ceil(num_blocks - block);
+        let mut scores = [0.0; MAX_PRODUCT_ROWS * TILE];
+        accumulate_rows(
+            simd,
+            Rows { data: &scratch.queries[row * head_dim..], stride: head_dim },
+            Rows { data: &scratch.keys, stride: TILE },
+            RowsMut { data: &mut scores, stride: TILE, num_rows, num_columns },
+            head_dim,
+        );
+        for (index, scores) in scores.chunks_exact_mut(TILE).take(num_rows).enumerate() {
+            let row = row + index;
+            scores[visible..num_columns].fill(f32::NEG_INFINITY);
+            let scale = softmax(
+                simd,
+                &mut scores[..num_columns],
+                &mut partial.max[row],
+                &mut partial.sum[row],
+            );
+            for acc in partial.acc[row * width..][..width].chunks_exact_mut(LANES) {
+                simd.store(acc, simd.mul(simd.load(acc), simd.splat(scale)));
+            }
+        }
+        accumulate_rows(
+            simd,
+            Rows { data: &scores, stride: TILE },
+            Rows { data: &scratch.values, stride: width },
+            RowsMut {
+                data: &mut partial.acc[row * width..],
+                stride: width,
+                num_rows,
+                num_columns: width,
+            },
+            visible,
+        );
+        row += num_rows;
+    }
+}
+
+/// Replaces scores by weights relative to the new maximum. Returns the factor for earlier weights.
+#[inline(always)]
+fn softmax<S: Simd>(simd: S, scores: &mut [f32], max: &mut f32, sum: &mut f32) -> f32 {
+    let mut largest = simd.splat(*max);
+    for scores in scores.chunks_exact(LANES) {
+        largest = simd.max(simd.load(scores), largest);
+    }
+    let new_max = simd.max_of_lanes(largest);
+    let scale = exp(simd, *max - new_max);
+    let mut weight_sum = simd.splat(0.0);
+    for scores in scores.chunks_exact_mut(LANES) {
+        let weights = simd.exp(simd.sub(simd.load(scores), simd.splat(new_max)));
+        weight_sum = simd.add(weight_sum, weights);
+        simd.store(scores, weights);
+    }
+    *max = new_max;
+    *sum = *sum * scale + simd.sum_of_lanes(weight_sum);
+    scale
+}
+
+/// Reads keys (transposed) and values of a tile into the scratch memory.
+#[inline(always)]
+fn load_tile<S: Simd, E: Element>(
+    simd: S,
+    cache: CacheView<'_, E>,
+    tile: &QueryTile<'_>,
+    scratch: &mut Scratch,
+    keys: Range<usize>,
+) {
+    let Scratch { keys: key_tile, values: value_tile, offsets, .. } = scratch;
+    let head_dim = cache.head_dim;
+    offsets.clear();
+    offsets.extend(keys.map(|key| {
+        let block = tile.blocks[key / cache.block_size] as usize;
+        let row = (block * cache.num_kv_heads + tile.kv_head) * cache.block_size;
+        (row + key % cache.block_size) * head_dim
+    }));
+    for (group, offsets) in offsets.chunks(LANES).enumerate() {
+        for dim in (0..head_dim).step_by(LANES) {
+            let num_dims = LANES.min(head_dim - dim);
+            let mut rows = [simd.splat(0.0); LANES];
+            for (row, offset) in rows.iter_mut().zip(offsets) {
+                *row = load_padded(simd, &cache.keys[offset + dim..][..num_dims]);
+            }
+            simd.transpose(&mut rows);
+            for (index, row) in rows.into_iter().take(num_dims).enumerate() {
+                simd.store(&mut key_tile[(dim + index) * TILE + group * LANES..], row);
+            }
+        }
+    }
+    let width = padded(head_dim);
+    for (offset, values) in offsets.iter().zip(value_tile.chunks_exact_mut(width)) {
+        let row = &cache.values[*offset..][..head_dim];
+        for (row, values) in row.chunks(LANES).zip(values.chunks_exact_mut(LANES)) {
+            simd.store(values, load_padded(simd, row));
+        }
+    }
+}
+
+/// `e^x` of one number, as the vectors have it.
+#[inline(always)]
+fn exp<S: Simd>(simd: S, x: f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    simd.store(&mut lanes, simd.exp(simd.splat(x)));
+    lanes[0]
+}
+
+fn padded(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(LANES)
+}
+
+fn refill(values: &mut Vec<f32>, len: usize, value: f32) {
+    values.clear();
+    values.resize(len, value);
+}
