@@ -1,3 +1,3 @@
-//! What runs the tensors: CPU threads, later accelerators.
+//! What the machine is made of: threads today, accelerators beside them.
 
 pub mod threads;

@@ -59,6 +59,8 @@ pub(super) trait Simd: Copy {
     fn exp2_of_integer(self, n: Self::V) -> Self::V;
     /// `value` where `x` is at least `limit` or NaN, else zero.
     fn zero_below(self, x: Self::V, limit: Self::V, value: Self::V) -> Self::V;
+    /// Announces that the first value's cache line will be read soon.
+    fn prefetch<T>(self, values: &[T]);
     /// Swaps rows and columns.
     fn transpose(self, rows: &mut [Self::V; LANES]);
 
@@ -96,9 +98,9 @@ pub(super) trait Simd: Copy {
 }
 
 /// ln 2 to 9 bits.
-const LN_2_HIGH: f32 = 0.693_359_375;
+const LN_2_HIGH: f32 = 0.693_359_4;
 /// ln 2 - `LN_2_HIGH`.
-const LN_2_LOW: f32 = -2.121_944_4e-4;
+const LN_2_LOW: f32 = -0.000_212_194_44;
 /// Highest power first; least error of e^r with |r| <= ln(2)/2, 1.1e-8 before rounding.
 const EXP_COEFFICIENTS: [f32; 7] =
     [0.001_392_625, 0.008_363_233, 0.041_666_552, 0.166_665_76, 0.5, 1.0, 1.0];

@@ -25,7 +25,7 @@ pub(super) fn accumulate_rows<S: Simd>(
     simd: S,
     a: Rows<'_>,
     b: Rows<'_>,
-    c: RowsMut<'_>,
+    c: &mut RowsMut<'_>,
     depth: usize,
 ) {
     match c.num_rows {
@@ -46,7 +46,7 @@ fn accumulate_columns<S: Simd, const ROWS: usize>(
     simd: S,
     a: Rows<'_>,
     b: Rows<'_>,
-    c: RowsMut<'_>,
+    c: &mut RowsMut<'_>,
     depth: usize,
 ) {
     assert!(ROWS <= S::PRODUCT_ROWS, "{ROWS} rows in a block");
@@ -65,6 +65,7 @@ fn accumulate_columns<S: Simd, const ROWS: usize>(
 }
 
 /// Where in the result a block lies.
+#[derive(Clone, Copy)]
 struct Place {
     column: usize,
     stride: usize,
@@ -90,16 +91,16 @@ fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
         for (j, column) in columns.iter_mut().enumerate() {
             *column = simd.load(&b[j * LANES..]);
         }
-        for i in 0..ROWS {
-            let factor = simd.splat(a[i][k]);
-            for j in 0..VECTORS {
-                sums[i][j] = simd.mul_add(factor, columns[j], sums[i][j]);
+        for (sums, a) in sums.iter_mut().zip(&a) {
+            let factor = simd.splat(a[k]);
+            for (sum, column) in sums.iter_mut().zip(&columns) {
+                *sum = simd.mul_add(factor, *column, *sum);
             }
         }
     }
-    for (i, sums) in sums.into_iter().enumerate() {
-        for (j, sum) in sums.into_iter().enumerate() {
-            simd.store(&mut c[i * place.stride + place.column + j * LANES..], sum);
+    for (i, sums) in sums.iter().enumerate() {
+        for (j, sum) in sums.iter().enumerate() {
+            simd.store(&mut c[i * place.stride + place.column + j * LANES..], *sum);
         }
     }
 }

@@ -127,6 +127,8 @@ pub(super) struct Scratch {
     values: Vec<f32>,
     /// Where the tile's keys start in the cache.
     offsets: Vec<usize>,
+    /// Where the following tile's do.
+    next_offsets: Vec<usize>,
     total: Partial,
     partition: Partial,
 }
@@ -233,8 +235,7 @@ fn attend_partition<S: Simd, E: Element>(
 ) {
     let end = tile.num_keys().min(start + PARTITION);
     for first_key in (start..end).step_by(TILE) {
-        let num_keys = TILE.min(end - first_key);
-        load_tile(simd, cache, tile, scratch, first_key..first_key + num_keys);
+        load_tile(simd, cache, tile, scratch, first_key);
         // Queries from `full` on see the whole tile; those before it one key more than their
         // predecessor, so that their heads only are computed together.
         let first = first_key.saturating_sub(tile.first_position);
@@ -269,7 +270,7 @@ fn attend_rows<S: Simd>(
             simd,
             Rows { data: &scratch.queries[row * head_dim..], stride: head_dim },
             Rows { data: &scratch.keys, stride: TILE },
-            RowsMut { data: &mut scores, stride: TILE, num_rows, num_columns },
+            &mut RowsMut { data: &mut scores, stride: TILE, num_rows, num_columns },
             head_dim,
         );
         for (index, scores) in scores.chunks_exact_mut(TILE).take(num_rows).enumerate() {
@@ -289,7 +290,7 @@ fn attend_rows<S: Simd>(
             simd,
             Rows { data: &scores, stride: TILE },
             Rows { data: &scratch.values, stride: width },
-            RowsMut {
+            &mut RowsMut {
                 data: &mut partial.acc[row * width..],
                 stride: width,
                 num_rows,
@@ -328,34 +329,78 @@ fn load_tile<S: Simd, E: Element>(
     cache: CacheView<'_, E>,
     tile: &QueryTile<'_>,
     scratch: &mut Scratch,
-    keys: Range<usize>,
+    first_key: usize,
 ) {
-    let Scratch { keys: key_tile, values: value_tile, offsets, .. } = scratch;
-    let head_dim = cache.head_dim;
+    let Scratch { keys, values, offsets, next_offsets, .. } = scratch;
+    if first_key % PARTITION == 0 {
+        find_keys(cache, tile, first_key, next_offsets);
+    }
+    std::mem::swap(offsets, next_offsets);
+    find_keys(cache, tile, first_key + TILE, next_offsets);
+
+    load_keys(simd, cache, keys, offsets);
+    for offset in &*next_offsets {
+        prefetch(simd, &cache.keys[*offset..][..cache.head_dim]);
+    }
+    let width = padded(cache.head_dim);
+    for (offset, values) in offsets.iter().zip(values.chunks_exact_mut(width)) {
+        let row = &cache.values[*offset..][..cache.head_dim];
+        for (row, values) in row.chunks(LANES).zip(values.chunks_exact_mut(LANES)) {
+            simd.store(values, load_padded(simd, row));
+        }
+    }
+    for offset in &*next_offsets {
+        prefetch(simd, &cache.values[*offset..][..cache.head_dim]);
+    }
+}
+
+/// Where the keys of the tile from `first_key` on start in the cache.
+fn find_keys<E>(
+    cache: CacheView<'_, E>,
+    tile: &QueryTile<'_>,
+    first_key: usize,
+    offsets: &mut Vec<usize>,
+) {
     offsets.clear();
-    offsets.extend(keys.map(|key| {
-        let block = tile.blocks[key / cache.block_size] as usize;
-        let row = (block * cache.num_kv_heads + tile.kv_head) * cache.block_size;
-        (row + key % cache.block_size) * head_dim
-    }));
+    let end = tile.num_keys().min(first_key + TILE);
+    let mut key = first_key;
+    while key < end {
+        let (block, slot) = (key / cache.block_size, key % cache.block_size);
+        let row =
+            (tile.blocks[block] as usize * cache.num_kv_heads + tile.kv_head) * cache.block_size;
+        let num_keys = (cache.block_size - slot).min(end - key);
+        offsets.extend((slot..slot + num_keys).map(|slot| (row + slot) * cache.head_dim));
+        key += num_keys;
+    }
+}
+
+#[inline(always)]
+fn prefetch<S: Simd, E>(simd: S, row: &[E]) {
+    const CACHE_LINE: usize = 64;
+    for part in row.chunks(CACHE_LINE / size_of::<E>()) {
+        simd.prefetch(part);
+    }
+}
+
+/// Writes the keys as columns of `[head_dim, TILE]`, with zeros up to a multiple of 16 columns.
+#[inline(always)]
+fn load_keys<S: Simd, E: Element>(
+    simd: S,
+    cache: CacheView<'_, E>,
+    columns: &mut [f32],
+    offsets: &[usize],
+) {
     for (group, offsets) in offsets.chunks(LANES).enumerate() {
-        for dim in (0..head_dim).step_by(LANES) {
-            let num_dims = LANES.min(head_dim - dim);
+        for dim in (0..cache.head_dim).step_by(LANES) {
+            let num_dims = LANES.min(cache.head_dim - dim);
             let mut rows = [simd.splat(0.0); LANES];
             for (row, offset) in rows.iter_mut().zip(offsets) {
                 *row = load_padded(simd, &cache.keys[offset + dim..][..num_dims]);
             }
             simd.transpose(&mut rows);
-            for (index, row) in rows.into_iter().take(num_dims).enumerate() {
-                simd.store(&mut key_tile[(dim + index) * TILE + group * LANES..], row);
+            for (index, row) in rows.iter().take(num_dims).enumerate() {
+                simd.store(&mut columns[(dim + index) * TILE + group * LANES..], *row);
             }
-        }
-    }
-    let width = padded(head_dim);
-    for (offset, values) in offsets.iter().zip(value_tile.chunks_exact_mut(width)) {
-        let row = &cache.values[*offset..][..head_dim];
-        for (row, values) in row.chunks(LANES).zip(values.chunks_exact_mut(LANES)) {
-            simd.store(values, load_padded(simd, row));
         }
     }
 }

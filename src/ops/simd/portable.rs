@@ -98,6 +98,9 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn prefetch<T>(self, _values: &[T]) {}
+
+    #[inline(always)]
     fn transpose(self, rows: &mut [Self::V; LANES]) {
         *rows = std::array::from_fn(|i| std::array::from_fn(|j| rows[j][i]));
     }
