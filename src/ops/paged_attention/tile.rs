@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use super::product::{Rows, RowsMut, accumulate_rows};
+use super::product::{Rows, RowsMut, Start, accumulate_rows};
 use crate::ops::simd::{Element, Kernel, LANES, Simd, load_padded};
 
 /// Keys per tile.
@@ -268,58 +268,62 @@ fn attend_rows<S: Simd>(
         let mut scores = [0.0; MAX_PRODUCT_ROWS * TILE];
         accumulate_rows(
             simd,
-            Rows { data: &scratch.queries[row * head_dim..], stride: head_dim },
-            Rows { data: &scratch.keys, stride: TILE },
+            Rows { data: &scratch.queries[row * head_dim..], stride: head_dim, len: head_dim },
+            Rows { data: &scratch.keys, stride: TILE, len: num_columns },
             &mut RowsMut { data: &mut scores, stride: TILE, num_rows, num_columns },
-            head_dim,
+            Start::Zero,
         );
-        for (index, scores) in scores.chunks_exact_mut(TILE).take(num_rows).enumerate() {
-            let row = row + index;
+        for scores in scores.chunks_exact_mut(TILE).take(num_rows) {
             scores[visible..num_columns].fill(f32::NEG_INFINITY);
-            let scale = softmax(
-                simd,
-                &mut scores[..num_columns],
-                &mut partial.max[row],
-                &mut partial.sum[row],
-            );
-            for acc in partial.acc[row * width..][..width].chunks_exact_mut(LANES) {
-                simd.store(acc, simd.mul(simd.load(acc), simd.splat(scale)));
-            }
         }
+        let (max, sum) = (&mut partial.max[row..], &mut partial.sum[row..]);
+        let factors =
+            softmax(simd, &mut scores, num_columns, &mut max[..num_rows], &mut sum[..num_rows]);
+        let acc = &mut partial.acc[row * width..];
         accumulate_rows(
             simd,
-            Rows { data: &scores, stride: TILE },
-            Rows { data: &scratch.values, stride: width },
-            &mut RowsMut {
-                data: &mut partial.acc[row * width..],
-                stride: width,
-                num_rows,
-                num_columns: width,
-            },
-            visible,
+            Rows { data: &scores, stride: TILE, len: visible },
+            Rows { data: &scratch.values, stride: width, len: width },
+            &mut RowsMut { data: acc, stride: width, num_rows, num_columns: width },
+            Start::Scaled(&factors),
         );
         row += num_rows;
     }
 }
 
-/// Replaces scores by weights relative to the new maximum. Returns the factor for earlier weights.
+/// Replaces rows of scores by weights relative to the rows' maxima, which it updates along with
+/// the sums of weights. Returns the factors for earlier weights.
 #[inline(always)]
-fn softmax<S: Simd>(simd: S, scores: &mut [f32], max: &mut f32, sum: &mut f32) -> f32 {
-    let mut largest = simd.splat(*max);
-    for scores in scores.chunks_exact(LANES) {
-        largest = simd.max(simd.load(scores), largest);
+fn softmax<S: Simd>(
+    simd: S,
+    scores: &mut [f32; MAX_PRODUCT_ROWS * TILE],
+    num_columns: usize,
+    max: &mut [f32],
+    sum: &mut [f32],
+) -> [f32; LANES] {
+    let mut changes = [0.0; LANES];
+    for ((scores, max), change) in scores.chunks_exact(TILE).zip(&mut *max).zip(&mut changes) {
+        let mut largest = simd.splat(*max);
+        for scores in scores[..num_columns].as_chunks::<LANES>().0 {
+            largest = simd.max(simd.load(scores), largest);
+        }
+        let new_max = simd.max_of_lanes(largest);
+        *change = *max - new_max;
+        *max = new_max;
     }
-    let new_max = simd.max_of_lanes(largest);
-    let scale = exp(simd, *max - new_max);
-    let mut weight_sum = simd.splat(0.0);
-    for scores in scores.chunks_exact_mut(LANES) {
-        let weights = simd.exp(simd.sub(simd.load(scores), simd.splat(new_max)));
-        weight_sum = simd.add(weight_sum, weights);
-        simd.store(scores, weights);
+    let mut factors = [0.0; LANES];
+    simd.store(&mut factors, simd.exp(simd.load(&changes)));
+    let states = max.iter().zip(sum).zip(&factors);
+    for (scores, ((max, sum), factor)) in scores.chunks_exact_mut(TILE).zip(states) {
+        let mut weight_sum = simd.splat(0.0);
+        for scores in scores[..num_columns].as_chunks_mut::<LANES>().0 {
+            let weights = simd.exp(simd.sub(simd.load(scores), simd.splat(*max)));
+            weight_sum = simd.add(weight_sum, weights);
+            simd.store(scores, weights);
+        }
+        *sum = *sum * factor + simd.sum_of_lanes(weight_sum);
     }
-    *max = new_max;
-    *sum = *sum * scale + simd.sum_of_lanes(weight_sum);
-    scale
+    factors
 }
 
 /// Reads keys (transposed) and values of a tile into the scratch memory.
@@ -344,9 +348,13 @@ fn load_tile<S: Simd, E: Element>(
     }
     let width = padded(cache.head_dim);
     for (offset, values) in offsets.iter().zip(values.chunks_exact_mut(width)) {
-        let row = &cache.values[*offset..][..cache.head_dim];
-        for (row, values) in row.chunks(LANES).zip(values.chunks_exact_mut(LANES)) {
-            simd.store(values, load_padded(simd, row));
+        let (chunks, rest) = cache.values[*offset..][..cache.head_dim].as_chunks::<LANES>();
+        let values = values.as_chunks_mut::<LANES>().0;
+        for (chunk, values) in chunks.iter().zip(&mut *values) {
+            simd.store(values, E::load(simd, chunk));
+        }
+        if !rest.is_empty() {
+            simd.store(&mut values[chunks.len()], load_padded(simd, rest));
         }
     }
     for offset in &*next_offsets {
@@ -391,15 +399,19 @@ fn load_keys<S: Simd, E: Element>(
     offsets: &[usize],
 ) {
     for (group, offsets) in offsets.chunks(LANES).enumerate() {
-        for dim in (0..cache.head_dim).step_by(LANES) {
-            let num_dims = LANES.min(cache.head_dim - dim);
+        let mut keys: [&[E]; LANES] = [&[]; LANES];
+        for (key, offset) in keys.iter_mut().zip(offsets) {
+            *key = &cache.keys[*offset..][..cache.head_dim];
+        }
+        let columns = columns[group * LANES..].chunks_mut(TILE * LANES);
+        for (chunk, columns) in columns.enumerate() {
             let mut rows = [simd.splat(0.0); LANES];
-            for (row, offset) in rows.iter_mut().zip(offsets) {
-                *row = load_padded(simd, &cache.keys[offset + dim..][..num_dims]);
+            for (row, key) in rows.iter_mut().zip(&keys[..offsets.len()]) {
+                *row = load_padded(simd, &key[chunk * LANES..]);
             }
             simd.transpose(&mut rows);
-            for (index, row) in rows.iter().take(num_dims).enumerate() {
-                simd.store(&mut columns[(dim + index) * TILE + group * LANES..], *row);
+            for (column, row) in columns.chunks_mut(TILE).zip(&rows) {
+                simd.store(column, *row);
             }
         }
     }
