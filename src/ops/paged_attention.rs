@@ -26,12 +26,17 @@ use half::{bf16, f16};
 use super::operand::contiguous;
 use super::rows::parallel_chunks_mut;
 use super::simd::{Element, Isa};
+use crate::device::threads::current_num_threads;
 use tile::{
-    Attend, AttendPartition, CacheView, MergePartitions, PARTITION, Partial, QueryTile, Scratch,
+    Attend, CacheView, Destination, MergePartitions, PARTITION, Partial, QueryTile, Scratch,
 };
 
 /// Rows (queries times heads) that share one reading of the keys.
 const MAX_TILE_ROWS: usize = 128;
+/// Enough for threads of different speed to finish together.
+const TASKS_PER_THREAD: usize = 4;
+/// More partitions in a task would hardly save any more of its start.
+const MAX_PARTIALS_PER_TASK: usize = 8;
 
 /// Which tokens of a step belong to which sequence and where their keys and values live.
 ///
@@ -222,19 +227,14 @@ struct WorkItem<'a> {
 }
 
 /// What one thread does at a time.
-enum Task<'a, 'o> {
-    Whole { tile: &'a QueryTile<'o>, outputs: &'a mut [&'o mut [f32]] },
-    Partition { tile: &'a QueryTile<'o>, start: usize, partial: &'a mut Partial },
+struct Task<'a, 'o> {
+    tile: &'a QueryTile<'o>,
+    destination: Destination<'a, 'o>,
 }
 
 impl Task<'_, '_> {
     fn cost(&self) -> usize {
-        match self {
-            Self::Whole { tile, .. } => tile.num_rows() * tile.num_keys(),
-            Self::Partition { tile, start, .. } => {
-                tile.num_rows() * PARTITION.min(tile.num_keys() - start)
-            }
-        }
+        self.tile.num_rows() * self.destination.partitions(self.tile).len()
     }
 }
 
@@ -255,7 +255,11 @@ impl PagedAttention<'_> {
         };
         let mut out = vec![0.0; queries.len()];
         let mut items = self.work_items(queries, &mut out, width);
-        let mut tasks: Vec<Task<'_, '_>> = items.iter_mut().flat_map(WorkItem::tasks).collect();
+        let num_partials: usize = items.iter().map(|item| item.partials.len()).sum();
+        let wanted_tasks = TASKS_PER_THREAD * current_num_threads();
+        let partials_per_task = (num_partials / wanted_tasks).clamp(1, MAX_PARTIALS_PER_TASK);
+        let mut tasks: Vec<Task<'_, '_>> =
+            items.iter_mut().flat_map(|item| item.tasks(partials_per_task)).collect();
         // The longest first, so that no thread is left with a long one at the end.
         tasks.sort_by_key(|task| Reverse(task.cost()));
 
@@ -263,14 +267,8 @@ impl PagedAttention<'_> {
         parallel_chunks_mut(&mut tasks, 1, |_, task| {
             let lock = || scratches.lock().unwrap_or_else(PoisonError::into_inner);
             let scratch = &mut lock().pop().unwrap_or_default();
-            match &mut task[0] {
-                Task::Whole { tile, outputs } => {
-                    self.isa.run(Attend { cache, tile, scratch, outputs });
-                }
-                Task::Partition { tile, start, partial } => {
-                    self.isa.run(AttendPartition { cache, tile, scratch, start: *start, partial });
-                }
-            }
+            let Task { tile, destination } = &mut task[0];
+            self.isa.run(Attend { cache, tile, scratch, destination });
             lock().push(std::mem::take(scratch));
         });
         drop(tasks);
@@ -339,13 +337,16 @@ impl PagedAttention<'_> {
 }
 
 impl<'o> WorkItem<'o> {
-    fn tasks<'a>(&'a mut self) -> Vec<Task<'a, 'o>> {
+    fn tasks<'a>(&'a mut self, partials_per_task: usize) -> Vec<Task<'a, 'o>> {
         let Self { tile, outputs, partials } = self;
+        let tile = &*tile;
         if partials.is_empty() {
-            return vec![Task::Whole { tile, outputs }];
+            return vec![Task { tile, destination: Destination::Outputs(outputs) }];
         }
-        let new_task =
-            |(index, partial)| Task::Partition { tile, start: index * PARTITION, partial };
-        partials.iter_mut().enumerate().map(new_task).collect()
+        let new_task = |(index, partials)| {
+            let first = index * partials_per_task;
+            Task { tile, destination: Destination::Partials { first, partials } }
+        };
+        partials.chunks_mut(partials_per_task).enumerate().map(new_task).collect()
     }
 }

@@ -1,7 +1,7 @@
 //! Small matrix products whose sums have one order, whatever the shape of the rest.
 #![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
 
-use crate::ops::simd::{LANES, Simd};
+use crate::ops::simd::{Element, LANES, Simd};
 
 /// Rows of a matrix.
 #[derive(Clone, Copy)]
@@ -29,79 +29,91 @@ pub(super) enum Start<'a> {
     Scaled(&'a [f32]),
 }
 
-/// `c[i][j] = start + sum of a[i][k] * b[k][j]` over `k` from 0 to `a`'s row length, in this order.
+/// Cache lines to fetch during a product, one per step, for what comes after it.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead<'a, E> {
+    pub(super) data: &'a [E],
+    /// Where in `data` the lines start.
+    pub(super) lines: &'a [usize],
+}
+
+/// `start + a * b`: each sum runs over `a`'s columns in order.
+#[derive(Clone, Copy)]
+pub(super) struct Product<'a, E> {
+    pub(super) a: Rows<'a>,
+    pub(super) b: Rows<'a>,
+    pub(super) start: Start<'a>,
+    pub(super) ahead: Ahead<'a, E>,
+}
+
+/// Computes the product into `c`.
 #[inline(always)]
-pub(super) fn accumulate_rows<S: Simd>(
+pub(super) fn multiply<S: Simd, E: Element>(
     simd: S,
-    a: Rows<'_>,
-    b: Rows<'_>,
+    product: &Product<'_, E>,
     c: &mut RowsMut<'_>,
-    start: Start<'_>,
 ) {
     match c.num_rows {
-        1 => accumulate_columns::<S, 1>(simd, a, b, c, start),
-        2 => accumulate_columns::<S, 2>(simd, a, b, c, start),
-        3 => accumulate_columns::<S, 3>(simd, a, b, c, start),
-        4 => accumulate_columns::<S, 4>(simd, a, b, c, start),
-        5 => accumulate_columns::<S, 5>(simd, a, b, c, start),
-        6 => accumulate_columns::<S, 6>(simd, a, b, c, start),
-        7 => accumulate_columns::<S, 7>(simd, a, b, c, start),
-        8 => accumulate_columns::<S, 8>(simd, a, b, c, start),
+        1 => multiply_rows::<S, E, 1>(simd, product, c),
+        2 => multiply_rows::<S, E, 2>(simd, product, c),
+        3 => multiply_rows::<S, E, 3>(simd, product, c),
+        4 => multiply_rows::<S, E, 4>(simd, product, c),
+        5 => multiply_rows::<S, E, 5>(simd, product, c),
+        6 => multiply_rows::<S, E, 6>(simd, product, c),
+        7 => multiply_rows::<S, E, 7>(simd, product, c),
+        8 => multiply_rows::<S, E, 8>(simd, product, c),
         num_rows => unreachable!("{num_rows} rows in a block"),
     }
 }
 
 #[inline(always)]
-fn accumulate_columns<S: Simd, const ROWS: usize>(
+fn multiply_rows<S: Simd, E: Element, const ROWS: usize>(
     simd: S,
-    a: Rows<'_>,
-    b: Rows<'_>,
+    product: &Product<'_, E>,
     c: &mut RowsMut<'_>,
-    start: Start<'_>,
 ) {
     assert!(ROWS <= S::PRODUCT_ROWS, "{ROWS} rows in a block");
+    let a = product.a;
     let a: [&[f32]; ROWS] = std::array::from_fn(|i| &a.data[i * a.stride..][..a.len]);
+    let mut product = *product;
     let mut column = 0;
     while column < c.num_columns {
-        let place = Place { column, stride: c.stride, start };
         if S::PRODUCT_VECTORS == 2 && column + 2 * LANES <= c.num_columns {
-            accumulate::<S, ROWS, 2>(simd, &a, b, c.data, place);
+            multiply_block::<S, E, ROWS, 2>(simd, &a, &product, c, column);
             column += 2 * LANES;
         } else {
-            accumulate::<S, ROWS, 1>(simd, &a, b, c.data, place);
+            multiply_block::<S, E, ROWS, 1>(simd, &a, &product, c, column);
             column += LANES;
         }
+        let lines = product.ahead.lines;
+        product.ahead.lines = &lines[product.a.len.min(lines.len())..];
     }
 }
 
-/// Where in the result a block lies.
-#[derive(Clone, Copy)]
-struct Place<'a> {
-    column: usize,
-    stride: usize,
-    start: Start<'a>,
-}
-
 #[inline(always)]
-fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
+fn multiply_block<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
     simd: S,
     a: &[&[f32]; ROWS],
-    b: Rows<'_>,
-    c: &mut [f32],
-    place: Place<'_>,
+    product: &Product<'_, E>,
+    c: &mut RowsMut<'_>,
+    first_column: usize,
 ) {
+    let Product { b, ahead, start, .. } = *product;
     let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
-    if let Start::Scaled(factors) = place.start {
+    if let Start::Scaled(factors) = start {
         for (i, sums) in sums.iter_mut().enumerate() {
             let factor = simd.splat(factors[i]);
             for (j, sum) in sums.iter_mut().enumerate() {
-                let before = simd.load(&c[i * place.stride + place.column + j * LANES..]);
+                let before = simd.load(&c.data[i * c.stride + first_column + j * LANES..]);
                 *sum = simd.mul(before, factor);
             }
         }
     }
     for k in 0..a[0].len() {
-        let b = &b.data[k * b.stride + place.column..][..VECTORS * LANES];
+        if let Some(line) = ahead.lines.get(k) {
+            simd.prefetch(&ahead.data[*line..]);
+        }
+        let b = &b.data[k * b.stride + first_column..][..VECTORS * LANES];
         let mut columns = [simd.splat(0.0); VECTORS];
         for (j, column) in columns.iter_mut().enumerate() {
             *column = simd.load(&b[j * LANES..]);
@@ -115,7 +127,7 @@ fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
     }
     for (i, sums) in sums.iter().enumerate() {
         for (j, sum) in sums.iter().enumerate() {
-            simd.store(&mut c[i * place.stride + place.column + j * LANES..], *sum);
+            simd.store(&mut c.data[i * c.stride + first_column + j * LANES..], *sum);
         }
     }
 }

@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use super::product::{Rows, RowsMut, Start, accumulate_rows};
+use super::product::{Ahead, Product, Rows, RowsMut, Start, multiply};
 use crate::ops::simd::{Element, Kernel, LANES, Simd, load_padded};
 
 /// Keys per tile.
@@ -127,61 +127,67 @@ pub(super) struct Scratch {
     values: Vec<f32>,
     /// Where the tile's keys start in the cache.
     offsets: Vec<usize>,
-    /// Where the following tile's do.
-    next_offsets: Vec<usize>,
+    /// Where their cache lines do; empty if they need not be fetched.
+    lines: Vec<usize>,
     total: Partial,
     partition: Partial,
 }
 
-/// Attention of a query tile over all its keys.
-pub(super) struct Attend<'a, 'o, E> {
+/// Attention of a query tile over all its keys or over some partitions of them.
+pub(super) struct Attend<'a, 'd, 'o, E> {
     pub(super) cache: CacheView<'a, E>,
-    pub(super) tile: &'a QueryTile<'a>,
+    pub(super) tile: &'a QueryTile<'o>,
     pub(super) scratch: &'a mut Scratch,
-    /// Per query: [group, head_dim].
-    pub(super) outputs: &'a mut [&'o mut [f32]],
+    pub(super) destination: &'a mut Destination<'d, 'o>,
 }
 
-impl<E: Element> Kernel for Attend<'_, '_, E> {
+/// Where the results go.
+pub(super) enum Destination<'a, 'o> {
+    /// All partitions together, per query [group, head_dim].
+    Outputs(&'a mut [&'o mut [f32]]),
+    /// Some consecutive partitions, each by itself.
+    Partials { first: usize, partials: &'a mut [Partial] },
+}
+
+impl<E: Element> Kernel for Attend<'_, '_, '_, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { cache, tile, scratch, outputs } = self;
+        let Self { cache, tile, scratch, destination } = self;
         let mut total = std::mem::take(&mut scratch.total);
         let mut partition = std::mem::take(&mut scratch.partition);
         total.reset(tile.num_rows(), cache.head_dim);
         scratch.set_queries(tile, cache.head_dim);
-        for start in (0..tile.num_keys()).step_by(PARTITION) {
-            partition.reset(tile.num_rows(), cache.head_dim);
-            attend_partition(simd, cache, tile, (scratch, &mut partition), start);
-            total.merge(simd, &partition, first_row(tile, start));
+        let range = destination.partitions(tile);
+        scratch.find_keys(cache, tile, range.start * PARTITION);
+        for index in range.clone() {
+            let partial = match destination {
+                Destination::Outputs(_) => &mut partition,
+                Destination::Partials { first, partials } => &mut partials[index - *first],
+            };
+            partial.reset(tile.num_rows(), cache.head_dim);
+            let keys = index * PARTITION..tile.num_keys().min(range.end * PARTITION);
+            attend_partition(simd, cache, tile, (scratch, partial), keys);
+            if let Destination::Outputs(_) = destination {
+                total.merge(simd, &partition, first_row(tile, index * PARTITION));
+            }
         }
-        total.write(outputs, tile.group, cache.head_dim);
+        if let Destination::Outputs(outputs) = destination {
+            total.write(outputs, tile.group, cache.head_dim);
+        }
         scratch.total = total;
         scratch.partition = partition;
     }
 }
 
-/// Attention of a query tile over the keys of one partition.
-pub(super) struct AttendPartition<'a, E> {
-    pub(super) cache: CacheView<'a, E>,
-    pub(super) tile: &'a QueryTile<'a>,
-    pub(super) scratch: &'a mut Scratch,
-    /// The partition's first key.
-    pub(super) start: usize,
-    pub(super) partial: &'a mut Partial,
-}
-
-impl<E: Element> Kernel for AttendPartition<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { cache, tile, scratch, start, partial } = self;
-        partial.reset(tile.num_rows(), cache.head_dim);
-        scratch.set_queries(tile, cache.head_dim);
-        attend_partition(simd, cache, tile, (scratch, partial), start);
+impl Destination<'_, '_> {
+    /// The partitions that this is about.
+    pub(super) fn partitions(&self, tile: &QueryTile<'_>) -> Range<usize> {
+        match self {
+            Self::Outputs(_) => 0..tile.num_keys().div_ceil(PARTITION),
+            Self::Partials { first, partials } => *first..first + partials.len(),
+        }
     }
 }
 
@@ -218,6 +224,25 @@ impl Scratch {
         self.keys.resize(head_dim * TILE, 0.0);
         self.values.resize(TILE * padded(head_dim), 0.0);
     }
+
+    /// Looks up where the keys from `first_key` on lie, up to a tile's.
+    fn find_keys<E>(&mut self, cache: CacheView<'_, E>, tile: &QueryTile<'_>, first_key: usize) {
+        const CACHE_LINE: usize = 64;
+        let (block_size, head_dim) = (cache.block_size, cache.head_dim);
+        self.offsets.clear();
+        self.lines.clear();
+        let end = tile.num_keys().min(first_key + TILE);
+        let mut key = first_key;
+        while key < end {
+            let (block, slot) = (tile.blocks[key / block_size] as usize, key % block_size);
+            let first = (block * cache.num_kv_heads + tile.kv_head) * block_size + slot;
+            let num_keys = (block_size - slot).min(end - key);
+            let range = first * head_dim..(first + num_keys) * head_dim;
+            self.offsets.extend(range.clone().step_by(head_dim));
+            self.lines.extend(range.step_by(CACHE_LINE / size_of::<E>()));
+            key += num_keys;
+        }
+    }
 }
 
 /// The first row that sees the key.
@@ -225,68 +250,78 @@ fn first_row(tile: &QueryTile<'_>, key: usize) -> usize {
     key.saturating_sub(tile.first_position) * tile.group
 }
 
+/// Adds one partition's keys, the first of `keys`, to a state. The scratch memory knows where the
+/// first tile lies; afterwards it knows so of the first tile after the partition, if in `keys`.
 #[inline(always)]
 fn attend_partition<S: Simd, E: Element>(
     simd: S,
     cache: CacheView<'_, E>,
     tile: &QueryTile<'_>,
     (scratch, partial): (&mut Scratch, &mut Partial),
-    start: usize,
+    keys: Range<usize>,
 ) {
-    let end = tile.num_keys().min(start + PARTITION);
-    for first_key in (start..end).step_by(TILE) {
-        load_tile(simd, cache, tile, scratch, first_key);
+    let end = keys.end.min(keys.start + PARTITION);
+    for first_key in (keys.start..end).step_by(TILE) {
+        load_keys(simd, cache, &mut scratch.keys, &scratch.offsets);
+        load_values(simd, cache, &mut scratch.values, &scratch.offsets);
+        scratch.find_keys(cache, tile, keys.end.min(first_key + TILE));
         // Queries from `full` on see the whole tile; those before it one key more than their
         // predecessor, so that their heads only are computed together.
-        let first = first_key.saturating_sub(tile.first_position);
-        let full = (first_key + TILE - 1).saturating_sub(tile.first_position);
-        let full = full.clamp(first, tile.queries.len());
-        for query in first..full {
-            let visible = tile.first_position + query + 1 - first_key;
-            let rows = query * tile.group..(query + 1) * tile.group;
-            attend_rows(simd, scratch, partial, rows, visible);
+        let num_queries = tile.queries.len();
+        let full = (first_key + TILE - 1).saturating_sub(tile.first_position).min(num_queries);
+        let mut query = first_key.saturating_sub(tile.first_position);
+        while query < num_queries {
+            let is_full = full <= query;
+            let next = if is_full { num_queries } else { query + 1 };
+            let visible = TILE.min(tile.first_position + query + 1 - first_key);
+            let rows = query * tile.group..next * tile.group;
+            attend_rows(simd, cache, (scratch, partial), rows, visible);
+            scratch.lines.clear();
+            query = next;
         }
-        attend_rows(simd, scratch, partial, full * tile.group..tile.num_rows(), TILE);
     }
 }
 
 /// Adds the tile in `scratch` to the rows' state; all of them see the tile's first `visible` keys.
 #[inline(always)]
-fn attend_rows<S: Simd>(
+fn attend_rows<S: Simd, E: Element>(
     simd: S,
-    scratch: &Scratch,
-    partial: &mut Partial,
+    cache: CacheView<'_, E>,
+    (scratch, partial): (&Scratch, &mut Partial),
     rows: Range<usize>,
     visible: usize,
 ) {
-    let (head_dim, width) = (scratch.keys.len() / TILE, scratch.values.len() / TILE);
+    let (head_dim, width) = (cache.head_dim, padded(cache.head_dim));
     let num_columns = visible.next_multiple_of(LANES);
     let num_blocks = rows.len().div_ceil(S::PRODUCT_ROWS);
     let mut row = rows.start;
     for block in 0..num_blocks {
         let num_rows = (rows.end - row).div_ceil(num_blocks - block);
+        let lines = if block == 0 { &scratch.lines[..] } else { &[] };
         let mut scores = [0.0; MAX_PRODUCT_ROWS * TILE];
-        accumulate_rows(
-            simd,
-            Rows { data: &scratch.queries[row * head_dim..], stride: head_dim, len: head_dim },
-            Rows { data: &scratch.keys, stride: TILE, len: num_columns },
-            &mut RowsMut { data: &mut scores, stride: TILE, num_rows, num_columns },
-            Start::Zero,
-        );
+        let queries_by_keys = Product {
+            a: Rows { data: &scratch.queries[row * head_dim..], stride: head_dim, len: head_dim },
+            b: Rows { data: &scratch.keys, stride: TILE, len: num_columns },
+            start: Start::Zero,
+            ahead: Ahead { data: cache.keys, lines },
+        };
+        let c = &mut RowsMut { data: &mut scores, stride: TILE, num_rows, num_columns };
+        multiply(simd, &queries_by_keys, c);
         for scores in scores.chunks_exact_mut(TILE).take(num_rows) {
             scores[visible..num_columns].fill(f32::NEG_INFINITY);
         }
         let (max, sum) = (&mut partial.max[row..], &mut partial.sum[row..]);
         let factors =
             softmax(simd, &mut scores, num_columns, &mut max[..num_rows], &mut sum[..num_rows]);
+        let weights_by_values = Product {
+            a: Rows { data: &scores, stride: TILE, len: visible },
+            b: Rows { data: &scratch.values, stride: width, len: width },
+            start: Start::Scaled(&factors),
+            ahead: Ahead { data: cache.values, lines },
+        };
         let acc = &mut partial.acc[row * width..];
-        accumulate_rows(
-            simd,
-            Rows { data: &scores, stride: TILE, len: visible },
-            Rows { data: &scratch.values, stride: width, len: width },
-            &mut RowsMut { data: acc, stride: width, num_rows, num_columns: width },
-            Start::Scaled(&factors),
-        );
+        let c = &mut RowsMut { data: acc, stride: width, num_rows, num_columns: width };
+        multiply(simd, &weights_by_values, c);
         row += num_rows;
     }
 }
@@ -326,70 +361,6 @@ fn softmax<S: Simd>(
     factors
 }
 
-/// Reads keys (transposed) and values of a tile into the scratch memory.
-#[inline(always)]
-fn load_tile<S: Simd, E: Element>(
-    simd: S,
-    cache: CacheView<'_, E>,
-    tile: &QueryTile<'_>,
-    scratch: &mut Scratch,
-    first_key: usize,
-) {
-    let Scratch { keys, values, offsets, next_offsets, .. } = scratch;
-    if first_key % PARTITION == 0 {
-        find_keys(cache, tile, first_key, next_offsets);
-    }
-    std::mem::swap(offsets, next_offsets);
-    find_keys(cache, tile, first_key + TILE, next_offsets);
-
-    load_keys(simd, cache, keys, offsets);
-    for offset in &*next_offsets {
-        prefetch(simd, &cache.keys[*offset..][..cache.head_dim]);
-    }
-    let width = padded(cache.head_dim);
-    for (offset, values) in offsets.iter().zip(values.chunks_exact_mut(width)) {
-        let (chunks, rest) = cache.values[*offset..][..cache.head_dim].as_chunks::<LANES>();
-        let values = values.as_chunks_mut::<LANES>().0;
-        for (chunk, values) in chunks.iter().zip(&mut *values) {
-            simd.store(values, E::load(simd, chunk));
-        }
-        if !rest.is_empty() {
-            simd.store(&mut values[chunks.len()], load_padded(simd, rest));
-        }
-    }
-    for offset in &*next_offsets {
-        prefetch(simd, &cache.values[*offset..][..cache.head_dim]);
-    }
-}
-
-/// Where the keys of the tile from `first_key` on start in the cache.
-fn find_keys<E>(
-    cache: CacheView<'_, E>,
-    tile: &QueryTile<'_>,
-    first_key: usize,
-    offsets: &mut Vec<usize>,
-) {
-    offsets.clear();
-    let end = tile.num_keys().min(first_key + TILE);
-    let mut key = first_key;
-    while key < end {
-        let (block, slot) = (key / cache.block_size, key % cache.block_size);
-        let row =
-            (tile.blocks[block] as usize * cache.num_kv_heads + tile.kv_head) * cache.block_size;
-        let num_keys = (cache.block_size - slot).min(end - key);
-        offsets.extend((slot..slot + num_keys).map(|slot| (row + slot) * cache.head_dim));
-        key += num_keys;
-    }
-}
-
-#[inline(always)]
-fn prefetch<S: Simd, E>(simd: S, row: &[E]) {
-    const CACHE_LINE: usize = 64;
-    for part in row.chunks(CACHE_LINE / size_of::<E>()) {
-        simd.prefetch(part);
-    }
-}
-
 /// Writes the keys as columns of `[head_dim, TILE]`, with zeros up to a multiple of 16 columns.
 #[inline(always)]
 fn load_keys<S: Simd, E: Element>(
@@ -413,6 +384,27 @@ fn load_keys<S: Simd, E: Element>(
             for (column, row) in columns.chunks_mut(TILE).zip(&rows) {
                 simd.store(column, *row);
             }
+        }
+    }
+}
+
+/// Writes the values as rows of `[TILE, padded head_dim]`.
+#[inline(always)]
+fn load_values<S: Simd, E: Element>(
+    simd: S,
+    cache: CacheView<'_, E>,
+    rows: &mut [f32],
+    offsets: &[usize],
+) {
+    let width = padded(cache.head_dim);
+    for (offset, row) in offsets.iter().zip(rows.chunks_exact_mut(width)) {
+        let (chunks, rest) = cache.values[*offset..][..cache.head_dim].as_chunks::<LANES>();
+        let row = row.as_chunks_mut::<LANES>().0;
+        for (chunk, vector) in chunks.iter().zip(&mut *row) {
+            simd.store(vector, E::load(simd, chunk));
+        }
+        if !rest.is_empty() {
+            simd.store(&mut row[chunks.len()], load_padded(simd, rest));
         }
     }
 }
