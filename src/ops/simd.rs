@@ -24,10 +24,8 @@ pub(super) const LANES: usize = 16;
 pub(super) trait Simd: Copy {
     /// A vector.
     type V: Copy;
-    /// How many rows of a product to compute together so that all sums stay in registers.
+    /// How many pairs of vectors to sum up together so that all stay in registers.
     const PRODUCT_ROWS: usize;
-    /// How many vectors wide such a block is (1 or 2).
-    const PRODUCT_VECTORS: usize;
 
     /// The same value in every lane.
     fn splat(self, value: f32) -> Self::V;

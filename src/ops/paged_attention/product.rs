@@ -3,23 +3,10 @@
 
 use crate::ops::simd::{Element, LANES, Simd};
 
-/// Rows of a matrix.
-#[derive(Clone, Copy)]
-pub(super) struct Rows<'a> {
-    pub(super) data: &'a [f32],
-    pub(super) stride: usize,
-    /// Length of the rows.
-    pub(super) len: usize,
-}
-
-/// The part of a matrix to add to; a multiple of 16 columns.
-pub(super) struct RowsMut<'a> {
-    pub(super) data: &'a mut [f32],
-    pub(super) stride: usize,
-    /// At most [`Simd::PRODUCT_ROWS`].
-    pub(super) num_rows: usize,
-    pub(super) num_columns: usize,
-}
+/// The longest sum that a product adds at once.
+pub(super) const MAX_DEPTH: usize = 64;
+/// Columns of a product's right side: two vectors, so that loads do not limit the speed.
+pub(super) const PANEL: usize = 2 * LANES;
 
 /// What sums start from.
 #[derive(Clone, Copy)]
@@ -37,97 +24,70 @@ pub(super) struct Ahead<'a, E> {
     pub(super) lines: &'a [usize],
 }
 
-/// `start + a * b`: each sum runs over `a`'s columns in order.
-#[derive(Clone, Copy)]
+impl<'a, E> Ahead<'a, E> {
+    /// Takes the lines for a product of some depth.
+    #[inline(always)]
+    pub(super) fn split_off(&mut self, depth: usize) -> Ahead<'a, E> {
+        let (now, later) = self.lines.split_at(depth.min(self.lines.len()));
+        self.lines = later;
+        Ahead { data: self.data, lines: now }
+    }
+}
+
+/// `start + a * b`: each sum adds `a[i][k] * b[k][j]` in the order of `k`.
 pub(super) struct Product<'a, E> {
-    pub(super) a: Rows<'a>,
-    pub(super) b: Rows<'a>,
+    /// At most [`Simd::PRODUCT_ROWS`] rows; the first `b.len()` values of each count.
+    pub(super) a: &'a [[f32; MAX_DEPTH]],
+    /// At most [`MAX_DEPTH`] rows.
+    pub(super) b: &'a [[f32; PANEL]],
     pub(super) start: Start<'a>,
     pub(super) ahead: Ahead<'a, E>,
 }
 
-/// Computes the product into `c`.
-#[inline(always)]
-pub(super) fn multiply<S: Simd, E: Element>(
-    simd: S,
-    product: &Product<'_, E>,
-    c: &mut RowsMut<'_>,
-) {
-    match c.num_rows {
-        1 => multiply_rows::<S, E, 1>(simd, product, c),
-        2 => multiply_rows::<S, E, 2>(simd, product, c),
-        3 => multiply_rows::<S, E, 3>(simd, product, c),
-        4 => multiply_rows::<S, E, 4>(simd, product, c),
-        5 => multiply_rows::<S, E, 5>(simd, product, c),
-        6 => multiply_rows::<S, E, 6>(simd, product, c),
-        7 => multiply_rows::<S, E, 7>(simd, product, c),
-        8 => multiply_rows::<S, E, 8>(simd, product, c),
-        num_rows => unreachable!("{num_rows} rows in a block"),
-    }
-}
-
-#[inline(always)]
-fn multiply_rows<S: Simd, E: Element, const ROWS: usize>(
-    simd: S,
-    product: &Product<'_, E>,
-    c: &mut RowsMut<'_>,
-) {
-    assert!(ROWS <= S::PRODUCT_ROWS, "{ROWS} rows in a block");
-    let a = product.a;
-    let a: [&[f32]; ROWS] = std::array::from_fn(|i| &a.data[i * a.stride..][..a.len]);
-    let mut product = *product;
-    let mut column = 0;
-    while column < c.num_columns {
-        if S::PRODUCT_VECTORS == 2 && column + 2 * LANES <= c.num_columns {
-            multiply_block::<S, E, ROWS, 2>(simd, &a, &product, c, column);
-            column += 2 * LANES;
-        } else {
-            multiply_block::<S, E, ROWS, 1>(simd, &a, &product, c, column);
-            column += LANES;
+impl<E: Element> Product<'_, E> {
+    /// Writes the result to `c`, a matrix of rows `stride` apart.
+    #[inline(always)]
+    pub(super) fn write<S: Simd>(&self, simd: S, c: &mut [f32], stride: usize) {
+        match self.a.len() {
+            1 => self.write_rows::<S, 1>(simd, c, stride),
+            2 => self.write_rows::<S, 2>(simd, c, stride),
+            3 => self.write_rows::<S, 3>(simd, c, stride),
+            4 => self.write_rows::<S, 4>(simd, c, stride),
+            5 => self.write_rows::<S, 5>(simd, c, stride),
+            6 => self.write_rows::<S, 6>(simd, c, stride),
+            7 => self.write_rows::<S, 7>(simd, c, stride),
+            8 => self.write_rows::<S, 8>(simd, c, stride),
+            num_rows => unreachable!("{num_rows} rows in a product"),
         }
-        let lines = product.ahead.lines;
-        product.ahead.lines = &lines[product.a.len.min(lines.len())..];
     }
-}
 
-#[inline(always)]
-fn multiply_block<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
-    simd: S,
-    a: &[&[f32]; ROWS],
-    product: &Product<'_, E>,
-    c: &mut RowsMut<'_>,
-    first_column: usize,
-) {
-    let Product { b, ahead, start, .. } = *product;
-    let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
-    if let Start::Scaled(factors) = start {
-        for (i, sums) in sums.iter_mut().enumerate() {
-            let factor = simd.splat(factors[i]);
-            for (j, sum) in sums.iter_mut().enumerate() {
-                let before = simd.load(&c.data[i * c.stride + first_column + j * LANES..]);
-                *sum = simd.mul(before, factor);
+    #[inline(always)]
+    fn write_rows<S: Simd, const ROWS: usize>(&self, simd: S, c: &mut [f32], stride: usize) {
+        assert!(ROWS <= S::PRODUCT_ROWS, "{ROWS} rows in a product");
+        let a = self.a.first_chunk::<ROWS>().expect("the caller matched the length");
+        let mut sums = [[simd.splat(0.0); 2]; ROWS];
+        if let Start::Scaled(factors) = self.start {
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let (c, factor) = (&c[i * stride..][..PANEL], simd.splat(factors[i]));
+                sums[0] = simd.mul(simd.load(c), factor);
+                sums[1] = simd.mul(simd.load(&c[LANES..]), factor);
             }
         }
-    }
-    for k in 0..a[0].len() {
-        if let Some(line) = ahead.lines.get(k) {
-            simd.prefetch(&ahead.data[*line..]);
-        }
-        let b = &b.data[k * b.stride + first_column..][..VECTORS * LANES];
-        let mut columns = [simd.splat(0.0); VECTORS];
-        for (j, column) in columns.iter_mut().enumerate() {
-            *column = simd.load(&b[j * LANES..]);
-        }
-        for (sums, a) in sums.iter_mut().zip(a) {
-            let factor = simd.splat(a[k]);
-            for (sum, column) in sums.iter_mut().zip(&columns) {
-                *sum = simd.mul_add(factor, *column, *sum);
+        for k in 0..self.b.len().min(MAX_DEPTH) {
+            if let Some(line) = self.ahead.lines.get(k) {
+                simd.prefetch(&self.ahead.data[*line..]);
+            }
+            let columns = [simd.load(&self.b[k]), simd.load(&self.b[k][LANES..])];
+            for (sums, a) in sums.iter_mut().zip(a) {
+                let factor = simd.splat(a[k]);
+                sums[0] = simd.mul_add(factor, columns[0], sums[0]);
+                sums[1] = simd.mul_add(factor, columns[1], sums[1]);
             }
         }
-    }
-    for (i, sums) in sums.iter().enumerate() {
-        for (j, sum) in sums.iter().enumerate() {
-            simd.store(&mut c.data[i * c.stride + first_column + j * LANES..], *sum);
+        for (i, sums) in sums.iter().enumerate() {
+            let c = &mut c[i * stride..][..PANEL];
+            simd.store(c, sums[0]);
+            simd.store(&mut c[LANES..], sums[1]);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Attention against an f64 loop, and the equalities that make outputs independent of the batch.
 
 use super::*;
+use crate::device::threads::ThreadPool;
 
 const SCALE: f32 = 0.125;
 
@@ -234,6 +235,16 @@ fn placement_and_size_of_blocks_do_not_change_a_bit() {
     for (block_size, block_step) in [(16, 7), (16, 63), (1, 5), (5, 3), (64, 3), (1024, 1)] {
         let setup = Setup { block_size, block_step, ..QWEN };
         assert!(setup.batch(&seqs).run() == in_order, "{block_size} {block_step}");
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_change_a_bit() {
+    let seqs = [(130, 130), (5000, 1), (600, 3), (1, 1)];
+    let batch = QWEN.batch(&seqs.map(|(len, query_len)| Seq { id: len, len, query_len }));
+    let serial = batch.run();
+    for num_threads in [1, 2, 3, 8] {
+        assert!(ThreadPool::new(num_threads).install(|| batch.run()) == serial, "{num_threads}");
     }
 }
 

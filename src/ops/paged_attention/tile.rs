@@ -16,11 +16,11 @@
 
 use std::ops::Range;
 
-use super::product::{Ahead, Product, Rows, RowsMut, Start, multiply};
+use super::product::{Ahead, MAX_DEPTH, PANEL, Product, Start};
 use crate::ops::simd::{Element, Kernel, LANES, Simd, load_padded};
 
 /// Keys per tile.
-const TILE: usize = 64;
+const TILE: usize = MAX_DEPTH;
 /// Keys per partition: the unit that different threads can do for one query.
 pub(super) const PARTITION: usize = 512;
 /// Rows of scores that are computed before they are used: the largest `Simd::PRODUCT_ROWS`.
@@ -119,12 +119,12 @@ impl Partial {
 /// Working memory of a thread.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// [rows, head_dim], scaled
-    queries: Vec<f32>,
-    /// [head_dim, TILE]
-    keys: Vec<f32>,
-    /// [TILE, padded head_dim]
-    values: Vec<f32>,
+    /// [head_dim / 64, rows, 64], scaled
+    queries: Vec<[f32; MAX_DEPTH]>,
+    /// [TILE / PANEL, head_dim, PANEL]
+    keys: Vec<[f32; PANEL]>,
+    /// [head_dim / PANEL, TILE, PANEL]
+    values: Vec<[f32; PANEL]>,
     /// Where the tile's keys start in the cache.
     offsets: Vec<usize>,
     /// Where their cache lines do; empty if they need not be fetched.
@@ -216,13 +216,20 @@ impl Kernel for MergePartitions<'_, '_> {
 
 impl Scratch {
     fn set_queries(&mut self, tile: &QueryTile<'_>, head_dim: usize) {
-        self.queries.clear();
-        for query in &tile.queries {
-            self.queries.extend(query.iter().map(|value| value * tile.scale));
+        let num_rows = tile.num_rows();
+        self.queries.resize(head_dim.div_ceil(MAX_DEPTH) * num_rows, [0.0; MAX_DEPTH]);
+        let rows = tile.queries.iter().flat_map(|query| query.chunks_exact(head_dim));
+        for (row, query) in rows.enumerate() {
+            for (index, part) in query.chunks(MAX_DEPTH).enumerate() {
+                for (scaled, value) in self.queries[index * num_rows + row].iter_mut().zip(part) {
+                    *scaled = value * tile.scale;
+                }
+            }
         }
-        // What an earlier tile left behind is overwritten before it is read.
-        self.keys.resize(head_dim * TILE, 0.0);
-        self.values.resize(TILE * padded(head_dim), 0.0);
+        // What an earlier tile left behind is overwritten before it is read; what pads a head stays
+        // zero.
+        self.keys.resize(TILE / PANEL * head_dim, [0.0; PANEL]);
+        self.values.resize(padded(head_dim) / PANEL * TILE, [0.0; PANEL]);
     }
 
     /// Looks up where the keys from `first_key` on lie, up to a tile's.
@@ -291,38 +298,61 @@ fn attend_rows<S: Simd, E: Element>(
     rows: Range<usize>,
     visible: usize,
 ) {
-    let (head_dim, width) = (cache.head_dim, padded(cache.head_dim));
     let num_columns = visible.next_multiple_of(LANES);
     let num_blocks = rows.len().div_ceil(S::PRODUCT_ROWS);
     let mut row = rows.start;
     for block in 0..num_blocks {
         let num_rows = (rows.end - row).div_ceil(num_blocks - block);
         let lines = if block == 0 { &scratch.lines[..] } else { &[] };
-        let mut scores = [0.0; MAX_PRODUCT_ROWS * TILE];
-        let queries_by_keys = Product {
-            a: Rows { data: &scratch.queries[row * head_dim..], stride: head_dim, len: head_dim },
-            b: Rows { data: &scratch.keys, stride: TILE, len: num_columns },
-            start: Start::Zero,
-            ahead: Ahead { data: cache.keys, lines },
-        };
-        let c = &mut RowsMut { data: &mut scores, stride: TILE, num_rows, num_columns };
-        multiply(simd, &queries_by_keys, c);
-        for scores in scores.chunks_exact_mut(TILE).take(num_rows) {
+        let mut scores = [[0.0; TILE]; MAX_PRODUCT_ROWS];
+        let scores = &mut scores[..num_rows];
+        let ahead = Ahead { data: cache.keys, lines };
+        multiply_queries(simd, scratch, (row, visible), scores, ahead);
+        for scores in &mut *scores {
             scores[visible..num_columns].fill(f32::NEG_INFINITY);
         }
-        let (max, sum) = (&mut partial.max[row..], &mut partial.sum[row..]);
-        let factors =
-            softmax(simd, &mut scores, num_columns, &mut max[..num_rows], &mut sum[..num_rows]);
-        let weights_by_values = Product {
-            a: Rows { data: &scores, stride: TILE, len: visible },
-            b: Rows { data: &scratch.values, stride: width, len: width },
-            start: Start::Scaled(&factors),
-            ahead: Ahead { data: cache.values, lines },
-        };
+        let (max, sum) = (&mut partial.max[row..][..num_rows], &mut partial.sum[row..]);
+        let factors = softmax(simd, scores, num_columns, max, sum);
+        let width = padded(cache.head_dim);
         let acc = &mut partial.acc[row * width..];
-        let c = &mut RowsMut { data: acc, stride: width, num_rows, num_columns: width };
-        multiply(simd, &weights_by_values, c);
+        let mut ahead = Ahead { data: cache.values, lines };
+        for (panel, values) in scratch.values.chunks_exact(TILE).enumerate() {
+            let product = Product {
+                a: scores,
+                b: &values[..visible],
+                start: Start::Scaled(&factors),
+                ahead: ahead.split_off(visible),
+            };
+            product.write(simd, &mut acc[panel * PANEL..], width);
+        }
         row += num_rows;
+    }
+}
+
+/// Products of the rows from `row` on with the tile's first `visible` keys.
+#[inline(always)]
+fn multiply_queries<S: Simd, E: Element>(
+    simd: S,
+    scratch: &Scratch,
+    (row, visible): (usize, usize),
+    scores: &mut [[f32; TILE]],
+    mut ahead: Ahead<'_, E>,
+) {
+    let num_rows = scores.len();
+    let head_dim = scratch.keys.len() / (TILE / PANEL);
+    let num_parts = head_dim.div_ceil(MAX_DEPTH);
+    let all_rows = scratch.queries.len() / num_parts;
+    let panels = scratch.keys.chunks_exact(head_dim).take(visible.div_ceil(PANEL));
+    for (panel, keys) in panels.enumerate() {
+        for (part, keys) in keys.chunks(MAX_DEPTH).enumerate() {
+            let product = Product {
+                a: &scratch.queries[part * all_rows + row..][..num_rows],
+                b: keys,
+                start: if part == 0 { Start::Zero } else { Start::Scaled(&[1.0; LANES]) },
+                ahead: ahead.split_off(keys.len()),
+            };
+            product.write(simd, &mut scores.as_flattened_mut()[panel * PANEL..], TILE);
+        }
     }
 }
 
@@ -331,13 +361,13 @@ fn attend_rows<S: Simd, E: Element>(
 #[inline(always)]
 fn softmax<S: Simd>(
     simd: S,
-    scores: &mut [f32; MAX_PRODUCT_ROWS * TILE],
+    scores: &mut [[f32; TILE]],
     num_columns: usize,
     max: &mut [f32],
     sum: &mut [f32],
 ) -> [f32; LANES] {
     let mut changes = [0.0; LANES];
-    for ((scores, max), change) in scores.chunks_exact(TILE).zip(&mut *max).zip(&mut changes) {
+    for ((scores, max), change) in scores.iter().zip(&mut *max).zip(&mut changes) {
         let mut largest = simd.splat(*max);
         for scores in scores[..num_columns].as_chunks::<LANES>().0 {
             largest = simd.max(simd.load(scores), largest);
@@ -349,7 +379,7 @@ fn softmax<S: Simd>(
     let mut factors = [0.0; LANES];
     simd.store(&mut factors, simd.exp(simd.load(&changes)));
     let states = max.iter().zip(sum).zip(&factors);
-    for (scores, ((max, sum), factor)) in scores.chunks_exact_mut(TILE).zip(states) {
+    for (scores, ((max, sum), factor)) in scores.iter_mut().zip(states) {
         let mut weight_sum = simd.splat(0.0);
         for scores in scores[..num_columns].as_chunks_mut::<LANES>().0 {
             let weights = simd.exp(simd.sub(simd.load(scores), simd.splat(*max)));
@@ -361,50 +391,59 @@ fn softmax<S: Simd>(
     factors
 }
 
-/// Writes the keys as columns of `[head_dim, TILE]`, with zeros up to a multiple of 16 columns.
+/// Writes the keys as columns of `[TILE / PANEL, head_dim, PANEL]`. Columns after the last key, up
+/// to a multiple of 16, get copies of another.
 #[inline(always)]
 fn load_keys<S: Simd, E: Element>(
     simd: S,
     cache: CacheView<'_, E>,
-    columns: &mut [f32],
+    panels: &mut [[f32; PANEL]],
     offsets: &[usize],
 ) {
+    let head_dim = cache.head_dim;
     for (group, offsets) in offsets.chunks(LANES).enumerate() {
-        let mut keys: [&[E]; LANES] = [&[]; LANES];
+        let (panel, half) = (group / 2, group % 2);
+        let mut keys = [&cache.keys[offsets[0]..][..head_dim]; LANES];
         for (key, offset) in keys.iter_mut().zip(offsets) {
-            *key = &cache.keys[*offset..][..cache.head_dim];
+            *key = &cache.keys[*offset..][..head_dim];
         }
-        let columns = columns[group * LANES..].chunks_mut(TILE * LANES);
-        for (chunk, columns) in columns.enumerate() {
-            let mut rows = [simd.splat(0.0); LANES];
-            for (row, key) in rows.iter_mut().zip(&keys[..offsets.len()]) {
-                *row = load_padded(simd, &key[chunk * LANES..]);
-            }
+        for first in (0..head_dim).step_by(LANES) {
+            let end = head_dim.min(first + LANES);
+            let columns = &mut panels[panel * head_dim..][first..end];
+            let mut rows = if end - first == LANES {
+                std::array::from_fn(|i| E::load(simd, &keys[i][first..end]))
+            } else {
+                std::array::from_fn(|i| load_padded(simd, &keys[i][first..end]))
+            };
             simd.transpose(&mut rows);
-            for (column, row) in columns.chunks_mut(TILE).zip(&rows) {
-                simd.store(column, *row);
+            for (column, row) in columns.iter_mut().zip(&rows) {
+                simd.store(&mut column[half * LANES..], *row);
             }
         }
     }
 }
 
-/// Writes the values as rows of `[TILE, padded head_dim]`.
+/// Writes the values as rows of `[head_dim / PANEL, TILE, PANEL]`.
 #[inline(always)]
 fn load_values<S: Simd, E: Element>(
     simd: S,
     cache: CacheView<'_, E>,
-    rows: &mut [f32],
+    panels: &mut [[f32; PANEL]],
     offsets: &[usize],
 ) {
-    let width = padded(cache.head_dim);
-    for (offset, row) in offsets.iter().zip(rows.chunks_exact_mut(width)) {
-        let (chunks, rest) = cache.values[*offset..][..cache.head_dim].as_chunks::<LANES>();
-        let row = row.as_chunks_mut::<LANES>().0;
-        for (chunk, vector) in chunks.iter().zip(&mut *row) {
-            simd.store(vector, E::load(simd, chunk));
-        }
-        if !rest.is_empty() {
-            simd.store(&mut row[chunks.len()], load_padded(simd, rest));
+    for (panel, rows) in panels.chunks_exact_mut(TILE).enumerate() {
+        let first = panel * PANEL;
+        let num_dims = PANEL.min(cache.head_dim - first);
+        for (row, offset) in rows.iter_mut().zip(offsets) {
+            let values = &cache.values[offset + first..][..num_dims];
+            if let Some(values) = values.first_chunk::<PANEL>() {
+                simd.store(row, E::load(simd, values));
+                simd.store(&mut row[LANES..], E::load(simd, &values[LANES..]));
+            } else {
+                for (row, values) in row.chunks_mut(LANES).zip(values.chunks(LANES)) {
+                    simd.store(row, load_padded(simd, values));
+                }
+            }
         }
     }
 }
@@ -417,8 +456,9 @@ fn exp<S: Simd>(simd: S, x: f32) -> f32 {
     lanes[0]
 }
 
+/// Length of a head's row of sums.
 fn padded(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(LANES)
+    head_dim.next_multiple_of(PANEL)
 }
 
 fn refill(values: &mut Vec<f32>, len: usize, value: f32) {

@@ -43,8 +43,7 @@ impl Avx2 {
 
 impl Simd for Avx2 {
     type V = Pair;
-    const PRODUCT_ROWS: usize = 6;
-    const PRODUCT_VECTORS: usize = 1;
+    const PRODUCT_ROWS: usize = 3;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Pair {

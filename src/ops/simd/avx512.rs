@@ -43,7 +43,6 @@ impl Avx512 {
 impl Simd for Avx512 {
     type V = __m512;
     const PRODUCT_ROWS: usize = 8;
-    const PRODUCT_VECTORS: usize = 2;
 
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {

@@ -25,8 +25,7 @@ fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
 
 impl Simd for Portable {
     type V = [f32; LANES];
-    const PRODUCT_ROWS: usize = 4;
-    const PRODUCT_VECTORS: usize = 1;
+    const PRODUCT_ROWS: usize = 2;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::V {
