@@ -103,7 +103,7 @@ impl RopeConfig {
 /// thousandth of a turn at position 30,000.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
-    /// [max_positions, head_dim]: the cosines of all pairs, then the sines
+    /// `[max_positions, head_dim]`: the cosines of all pairs, then the sines
     cos_sin: Tensor,
     head_dim: usize,
 }

@@ -295,3 +295,21 @@ fn wrong_metadata_shapes_and_types_are_errors() {
     let shape = KvCacheShape { head_dim: 16, ..shape };
     assert!(KvCache::new(shape, DType::U32, &Device::Cpu).is_err());
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn an_unused_cache_takes_up_no_memory() {
+    let resident_pages = || -> usize {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split(' ').nth(1).unwrap().parse().unwrap()
+    };
+    let before = resident_pages();
+    let shape = KvCacheShape { num_blocks: 1 << 16, num_kv_heads: 8, block_size: 16, head_dim: 64 };
+    let kv = KvCache::new(shape, DType::F16, &Device::Cpu).unwrap();
+    let grown = resident_pages().saturating_sub(before);
+    assert!(grown < 1 << 16, "{grown} pages of {} values", 2 * kv.k.elem_count());
+    let vast = KvCacheShape { num_blocks: 1 << 27, num_kv_heads: 1 << 20, ..shape };
+    assert!(KvCache::new(vast, DType::F16, &Device::Cpu).is_err());
+    let vast = KvCacheShape { num_blocks: usize::MAX / 2, ..shape };
+    assert!(KvCache::new(vast, DType::F16, &Device::Cpu).is_err());
+}

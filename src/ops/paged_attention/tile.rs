@@ -161,14 +161,13 @@ impl<E: Element> Kernel for Attend<'_, '_, '_, E> {
         scratch.set_queries(tile, cache.head_dim);
         let range = destination.partitions(tile);
         scratch.find_keys(cache, tile, range.start * PARTITION);
-        for index in range.clone() {
+        for index in range {
             let partial = match destination {
                 Destination::Outputs(_) => &mut partition,
                 Destination::Partials { first, partials } => &mut partials[index - *first],
             };
             partial.reset(tile.num_rows(), cache.head_dim);
-            let keys = index * PARTITION..tile.num_keys().min(range.end * PARTITION);
-            attend_partition(simd, cache, tile, (scratch, partial), keys);
+            attend_partition(simd, cache, tile, (scratch, partial), index * PARTITION);
             if let Destination::Outputs(_) = destination {
                 total.merge(simd, &partition, first_row(tile, index * PARTITION));
             }
@@ -233,7 +232,12 @@ impl Scratch {
     }
 
     /// Looks up where the keys from `first_key` on lie, up to a tile's.
-    fn find_keys<E>(&mut self, cache: CacheView<'_, E>, tile: &QueryTile<'_>, first_key: usize) {
+    fn find_keys<E: Element>(
+        &mut self,
+        cache: CacheView<'_, E>,
+        tile: &QueryTile<'_>,
+        first_key: usize,
+    ) {
         const CACHE_LINE: usize = 64;
         let (block_size, head_dim) = (cache.block_size, cache.head_dim);
         self.offsets.clear();
@@ -257,21 +261,21 @@ fn first_row(tile: &QueryTile<'_>, key: usize) -> usize {
     key.saturating_sub(tile.first_position) * tile.group
 }
 
-/// Adds one partition's keys, the first of `keys`, to a state. The scratch memory knows where the
-/// first tile lies; afterwards it knows so of the first tile after the partition, if in `keys`.
+/// Adds the keys of the partition from `start` on to a state. The scratch memory knows where the
+/// first tile lies; afterwards it knows so of the first one after the partition.
 #[inline(always)]
 fn attend_partition<S: Simd, E: Element>(
     simd: S,
     cache: CacheView<'_, E>,
     tile: &QueryTile<'_>,
     (scratch, partial): (&mut Scratch, &mut Partial),
-    keys: Range<usize>,
+    start: usize,
 ) {
-    let end = keys.end.min(keys.start + PARTITION);
-    for first_key in (keys.start..end).step_by(TILE) {
+    let end = tile.num_keys().min(start + PARTITION);
+    for first_key in (start..end).step_by(TILE) {
         load_keys(simd, cache, &mut scratch.keys, &scratch.offsets);
         load_values(simd, cache, &mut scratch.values, &scratch.offsets);
-        scratch.find_keys(cache, tile, keys.end.min(first_key + TILE));
+        scratch.find_keys(cache, tile, first_key + TILE);
         // Queries from `full` on see the whole tile; those before it one key more than their
         // predecessor, so that their heads only are computed together.
         let num_queries = tile.queries.len();
