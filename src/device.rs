@@ -6,3 +6,6 @@ pub mod memory;
 pub mod threads;
 
 pub use mapped_file::MappedFile;
+//! What the machine is made of: threads today, accelerators beside them.
+
+pub mod threads;

@@ -26,29 +26,34 @@ use half::{bf16, f16};
 use super::operand::contiguous;
 use super::rows::parallel_chunks_mut;
 use super::simd::{Element, Isa};
+use crate::device::threads::current_num_threads;
 use tile::{
-    Attend, AttendPartition, CacheView, MergePartitions, PARTITION, Partial, QueryTile, Scratch,
+    Attend, CacheView, Destination, MergePartitions, PARTITION, Partial, QueryTile, Scratch,
 };
 
 /// Rows (queries times heads) that share one reading of the keys.
 const MAX_TILE_ROWS: usize = 128;
+/// Enough for threads of different speed to finish together.
+const TASKS_PER_THREAD: usize = 4;
+/// More partitions in a task would hardly save any more of its start.
+const MAX_PARTIALS_PER_TASK: usize = 8;
 
 /// Which tokens of a step belong to which sequence and where their keys and values live.
 ///
 /// The tokens of all sequences stand one after the other, without padding.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AttentionMetadata {
-    /// First token of each sequence, then the number of tokens: [num_seqs + 1].
+    /// First token of each sequence, then the number of tokens: `[num_seqs + 1]`.
     pub query_start_loc: Vec<u32>,
-    /// Tokens of each sequence up to and including this step: [num_seqs].
+    /// Tokens of each sequence up to and including this step: `[num_seqs]`.
     pub seq_lens: Vec<u32>,
-    /// Blocks of each sequence in token order, padded: [num_seqs, max_blocks_per_seq].
+    /// Blocks of each sequence in token order, padded: `[num_seqs, max_blocks_per_seq]`.
     pub block_table: Vec<u32>,
     /// Row length of `block_table`.
     pub max_blocks_per_seq: usize,
-    /// Cache slot of each token, `block * block_size + offset`: [num_tokens].
+    /// Cache slot of each token, `block * block_size + offset`: `[num_tokens]`.
     pub slot_mapping: Vec<u32>,
-    /// Position of each token in its sequence: [num_tokens].
+    /// Position of each token in its sequence: `[num_tokens]`.
     pub positions: Vec<u32>,
     /// The most tokens that a sequence has in this step.
     pub max_query_len: u32,
@@ -110,9 +115,9 @@ pub struct KvCacheShape {
 /// Keys and values of one layer.
 #[derive(Clone, Debug)]
 pub struct KvCache {
-    /// [num_blocks, num_kv_heads, block_size, head_dim]
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`
     pub k: Tensor,
-    /// [num_blocks, num_kv_heads, block_size, head_dim]
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`
     pub v: Tensor,
     /// Tokens per block.
     pub block_size: usize,
@@ -125,7 +130,9 @@ impl KvCache {
         if num_kv_heads == 0 || block_size == 0 || head_dim == 0 || head_dim % 8 != 0 {
             bail!("a KV cache of {shape:?} is not supported");
         }
-        if num_blocks.checked_mul(block_size).is_none_or(|slots| u32::MAX as usize <= slots) {
+        let num_slots = num_blocks.checked_mul(block_size).filter(|&n| u32::try_from(n).is_ok());
+        let num_heads = num_slots.and_then(|n| n.checked_mul(num_kv_heads));
+        if num_heads.and_then(|n| n.checked_mul(head_dim)).is_none() {
             bail!("a KV cache of {shape:?} has too many slots");
         }
         let dims = (num_blocks, num_kv_heads, block_size, head_dim);
@@ -222,19 +229,14 @@ struct WorkItem<'a> {
 }
 
 /// What one thread does at a time.
-enum Task<'a, 'o> {
-    Whole { tile: &'a QueryTile<'o>, outputs: &'a mut [&'o mut [f32]] },
-    Partition { tile: &'a QueryTile<'o>, start: usize, partial: &'a mut Partial },
+struct Task<'a, 'o> {
+    tile: &'a QueryTile<'o>,
+    destination: Destination<'a, 'o>,
 }
 
 impl Task<'_, '_> {
     fn cost(&self) -> usize {
-        match self {
-            Self::Whole { tile, .. } => tile.num_rows() * tile.num_keys(),
-            Self::Partition { tile, start, .. } => {
-                tile.num_rows() * PARTITION.min(tile.num_keys() - start)
-            }
-        }
+        self.tile.num_rows() * self.destination.partitions(self.tile).len()
     }
 }
 
@@ -255,7 +257,11 @@ impl PagedAttention<'_> {
         };
         let mut out = vec![0.0; queries.len()];
         let mut items = self.work_items(queries, &mut out, width);
-        let mut tasks: Vec<Task<'_, '_>> = items.iter_mut().flat_map(WorkItem::tasks).collect();
+        let num_partials: usize = items.iter().map(|item| item.partials.len()).sum();
+        let wanted_tasks = TASKS_PER_THREAD * current_num_threads();
+        let partials_per_task = (num_partials / wanted_tasks).clamp(1, MAX_PARTIALS_PER_TASK);
+        let mut tasks: Vec<Task<'_, '_>> =
+            items.iter_mut().flat_map(|item| item.tasks(partials_per_task)).collect();
         // The longest first, so that no thread is left with a long one at the end.
         tasks.sort_by_key(|task| Reverse(task.cost()));
 
@@ -263,14 +269,8 @@ impl PagedAttention<'_> {
         parallel_chunks_mut(&mut tasks, 1, |_, task| {
             let lock = || scratches.lock().unwrap_or_else(PoisonError::into_inner);
             let scratch = &mut lock().pop().unwrap_or_default();
-            match &mut task[0] {
-                Task::Whole { tile, outputs } => {
-                    self.isa.run(Attend { cache, tile, scratch, outputs });
-                }
-                Task::Partition { tile, start, partial } => {
-                    self.isa.run(AttendPartition { cache, tile, scratch, start: *start, partial });
-                }
-            }
+            let Task { tile, destination } = &mut task[0];
+            self.isa.run(Attend { cache, tile, scratch, destination });
             lock().push(std::mem::take(scratch));
         });
         drop(tasks);
@@ -291,44 +291,27 @@ impl PagedAttention<'_> {
         out: &'a mut [f32],
         width: usize,
     ) -> Vec<WorkItem<'a>> {
-        let KvCacheShape { num_kv_heads, block_size, head_dim, .. } = self.shape;
-        let group = width / (num_kv_heads * head_dim);
-        let queries_per_tile = (MAX_TILE_ROWS / group).max(1);
-        let meta = self.meta;
+        let num_kv_heads = self.shape.num_kv_heads;
+        let queries_per_tile = (MAX_TILE_ROWS / self.group(width)).max(1);
         let mut items = Vec::new();
-        let mut rest = out.chunks_exact_mut(group * head_dim);
-        for (seq, &seq_len) in meta.seq_lens.iter().enumerate() {
-            let (start, end) = (meta.query_start_loc[seq], meta.query_start_loc[seq + 1]);
-            let query_len = (end - start) as usize;
-            let num_blocks = (seq_len as usize).div_ceil(block_size);
-            for first in (0..query_len).step_by(queries_per_tile) {
-                let num_queries = queries_per_tile.min(query_len - first);
-                let first_position = seq_len as usize - query_len + first;
-                let new_item = |kv_head| {
-                    let offset = (start as usize + first) * width + kv_head * group * head_dim;
-                    let rows = queries[offset..].chunks(width).take(num_queries);
-                    let tile = QueryTile {
-                        queries: rows.map(|row| &row[..group * head_dim]).collect(),
-                        first_position,
-                        group,
-                        kv_head,
-                        blocks: &meta.block_table[seq * meta.max_blocks_per_seq..][..num_blocks],
-                        scale: self.scale,
-                    };
-                    // Sharing one tile among threads pays only where there are few tiles.
-                    let num_partitions = tile.num_keys().div_ceil(PARTITION);
-                    let is_shared = query_len <= queries_per_tile && 1 < num_partitions;
-                    let num_partials = if is_shared { num_partitions } else { 0 };
-                    WorkItem {
-                        tile,
-                        outputs: Vec::with_capacity(num_queries),
-                        partials: vec![Partial::default(); num_partials],
-                    }
-                };
+        let mut outputs = out.chunks_exact_mut(width / num_kv_heads);
+        for (seq, range) in self.meta.query_start_loc.windows(2).enumerate() {
+            let (start, end) = (range[0] as usize, range[1] as usize);
+            for first in (start..end).step_by(queries_per_tile) {
+                let tokens = first..end.min(first + queries_per_tile);
+                let rows = &queries[first * width..tokens.end * width];
                 let first_item = items.len();
-                items.extend((0..num_kv_heads).map(new_item));
-                for _ in 0..num_queries {
-                    for (item, output) in items[first_item..].iter_mut().zip(&mut rest) {
+                for kv_head in 0..num_kv_heads {
+                    let tile = self.query_tile(rows, width, (seq, kv_head), end - first);
+                    // Sharing a tile among threads pays only where there are few of them.
+                    let num_partitions = tile.num_keys().div_ceil(PARTITION);
+                    let is_shared = end - start <= queries_per_tile && 1 < num_partitions;
+                    let num_partials = if is_shared { num_partitions } else { 0 };
+                    let partials = vec![Partial::default(); num_partials];
+                    items.push(WorkItem { tile, outputs: Vec::new(), partials });
+                }
+                for _ in tokens {
+                    for (item, output) in items[first_item..].iter_mut().zip(&mut outputs) {
                         item.outputs.push(output);
                     }
                 }
@@ -336,16 +319,47 @@ impl PagedAttention<'_> {
         }
         items
     }
+
+    /// `num_left`: queries of the sequence from the tile's first on.
+    fn query_tile<'a>(
+        &'a self,
+        rows: &'a [f32],
+        width: usize,
+        (seq, kv_head): (usize, usize),
+        num_left: usize,
+    ) -> QueryTile<'a> {
+        let meta = self.meta;
+        let head_width = width / self.shape.num_kv_heads;
+        let heads = kv_head * head_width..(kv_head + 1) * head_width;
+        let seq_len = meta.seq_lens[seq] as usize;
+        let num_blocks = seq_len.div_ceil(self.shape.block_size);
+        QueryTile {
+            queries: rows.chunks_exact(width).map(|row| &row[heads.clone()]).collect(),
+            first_position: seq_len - num_left,
+            group: self.group(width),
+            kv_head,
+            blocks: &meta.block_table[seq * meta.max_blocks_per_seq..][..num_blocks],
+            scale: self.scale,
+        }
+    }
+
+    /// Query heads per KV head.
+    fn group(&self, width: usize) -> usize {
+        width / (self.shape.num_kv_heads * self.shape.head_dim)
+    }
 }
 
 impl<'o> WorkItem<'o> {
-    fn tasks<'a>(&'a mut self) -> Vec<Task<'a, 'o>> {
+    fn tasks<'a>(&'a mut self, partials_per_task: usize) -> Vec<Task<'a, 'o>> {
         let Self { tile, outputs, partials } = self;
+        let tile = &*tile;
         if partials.is_empty() {
-            return vec![Task::Whole { tile, outputs }];
+            return vec![Task { tile, destination: Destination::Outputs(outputs) }];
         }
-        let new_task =
-            |(index, partial)| Task::Partition { tile, start: index * PARTITION, partial };
-        partials.iter_mut().enumerate().map(new_task).collect()
+        let new_task = |(index, partials)| {
+            let first = index * partials_per_task;
+            Task { tile, destination: Destination::Partials { first, partials } }
+        };
+        partials.chunks_mut(partials_per_task).enumerate().map(new_task).collect()
     }
 }

@@ -103,7 +103,7 @@ impl RopeConfig {
 /// thousandth of a turn at position 30,000.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
-    /// [max_positions, head_dim]: the cosines of all pairs, then the sines
+    /// `[max_positions, head_dim]`: the cosines of all pairs, then the sines
     cos_sin: Tensor,
     head_dim: usize,
 }
@@ -351,7 +351,9 @@ impl<'a> CacheMut<'a> {
             CacheValuesMut::F16(values) => {
                 // Saturated rather than infinite, which would turn into NaN later.
                 let limit = f16::MAX.to_f32();
-                head.iter_mut().for_each(|value| *value = value.clamp(-limit, limit));
+                for value in head.iter_mut() {
+                    *value = value.clamp(-limit, limit);
+                }
                 values[range].convert_from_f32_slice(head);
             }
             CacheValuesMut::Bf16(values) => values[range].convert_from_f32_slice(head),

@@ -68,7 +68,9 @@ mod tests {
             let mut data = vec![0_usize; num_rows * row_len];
             for_each_row_mut(&mut data, row_len, |index, row| {
                 assert_eq!(row.len(), row_len);
-                row.iter_mut().for_each(|value| *value += index + 1);
+                for value in row {
+                    *value += index + 1;
+                }
             });
             for (index, row) in data.chunks(row_len).enumerate() {
                 assert!(row.iter().all(|&value| value == index + 1), "row {index}");

@@ -24,10 +24,8 @@ pub(super) const LANES: usize = 16;
 pub(super) trait Simd: Copy {
     /// A vector.
     type V: Copy;
-    /// How many rows of a product to compute together so that all sums stay in registers.
+    /// How many pairs of vectors to sum up together so that all stay in registers.
     const PRODUCT_ROWS: usize;
-    /// How many vectors wide such a block is (1 or 2).
-    const PRODUCT_VECTORS: usize;
 
     /// The same value in every lane.
     fn splat(self, value: f32) -> Self::V;
@@ -59,6 +57,12 @@ pub(super) trait Simd: Copy {
     fn exp2_of_integer(self, n: Self::V) -> Self::V;
     /// `value` where `x` is at least `limit` or NaN, else zero.
     fn zero_below(self, x: Self::V, limit: Self::V, value: Self::V) -> Self::V;
+    /// The sum of the lanes: first those 8 apart are added, then those 4, 2 and 1 apart.
+    fn sum_of_lanes(self, v: Self::V) -> f32;
+    /// The largest lane.
+    fn max_of_lanes(self, v: Self::V) -> f32;
+    /// Announces that the first value's cache line will be read soon.
+    fn prefetch<T>(self, values: &[T]);
     /// Swaps rows and columns.
     fn transpose(self, rows: &mut [Self::V; LANES]);
 
@@ -77,41 +81,15 @@ pub(super) trait Simd: Copy {
         // NaN passes through: its power of two is arbitrary, its polynomial is NaN.
         self.zero_below(x, self.splat(-87.0), self.mul(q, self.exp2_of_integer(n)))
     }
-
-    /// The sum of the lanes, always in the same order.
-    #[inline(always)]
-    fn sum_of_lanes(self, v: Self::V) -> f32 {
-        let mut lanes = [0.0; LANES];
-        self.store(&mut lanes, v);
-        fold(lanes, |a, b| a + b)
-    }
-
-    /// The largest lane.
-    #[inline(always)]
-    fn max_of_lanes(self, v: Self::V) -> f32 {
-        let mut lanes = [0.0; LANES];
-        self.store(&mut lanes, v);
-        fold(lanes, |a, b| if a > b { a } else { b })
-    }
 }
 
 /// ln 2 to 9 bits.
-const LN_2_HIGH: f32 = 0.693_359_375;
+const LN_2_HIGH: f32 = 0.693_359_4;
 /// ln 2 - `LN_2_HIGH`.
-const LN_2_LOW: f32 = -2.121_944_4e-4;
+const LN_2_LOW: f32 = -0.000_212_194_44;
 /// Highest power first; least error of e^r with |r| <= ln(2)/2, 1.1e-8 before rounding.
 const EXP_COEFFICIENTS: [f32; 7] =
     [0.001_392_625, 0.008_363_233, 0.041_666_552, 0.166_665_76, 0.5, 1.0, 1.0];
-
-#[inline(always)]
-fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] = f(lanes[i], lanes[i + half]);
-        }
-    }
-    lanes[0]
-}
 
 /// Code to run with an instruction set. Implementations of `run` are `#[inline(always)]`.
 pub(super) trait Kernel {

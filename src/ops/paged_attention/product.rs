@@ -1,105 +1,93 @@
 //! Small matrix products whose sums have one order, whatever the shape of the rest.
 #![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
 
-use crate::ops::simd::{LANES, Simd};
+use crate::ops::simd::{Element, LANES, Simd};
 
-/// Rows of a matrix.
+/// The longest sum that a product adds at once.
+pub(super) const MAX_DEPTH: usize = 64;
+/// Columns of a product's right side: two vectors, so that loads do not limit the speed.
+pub(super) const PANEL: usize = 2 * LANES;
+
+/// What sums start from.
 #[derive(Clone, Copy)]
-pub(super) struct Rows<'a> {
-    pub(super) data: &'a [f32],
-    pub(super) stride: usize,
+pub(super) enum Start<'a> {
+    Zero,
+    /// What is in the place, times a factor per row.
+    Scaled(&'a [f32]),
 }
 
-/// The part of a matrix to add to; a multiple of 16 columns.
-pub(super) struct RowsMut<'a> {
-    pub(super) data: &'a mut [f32],
-    pub(super) stride: usize,
-    /// At most [`Simd::PRODUCT_ROWS`].
-    pub(super) num_rows: usize,
-    pub(super) num_columns: usize,
+/// Cache lines to fetch during a product, one per step, for what comes after it.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead<'a, E> {
+    pub(super) data: &'a [E],
+    /// Where in `data` the lines start.
+    pub(super) lines: &'a [usize],
 }
 
-/// `c[i][j] += sum of a[i][k] * b[k][j]` over `k` from 0 to `depth`, in this order.
-#[inline(always)]
-pub(super) fn accumulate_rows<S: Simd>(
-    simd: S,
-    a: Rows<'_>,
-    b: Rows<'_>,
-    c: RowsMut<'_>,
-    depth: usize,
-) {
-    match c.num_rows {
-        1 => accumulate_columns::<S, 1>(simd, a, b, c, depth),
-        2 => accumulate_columns::<S, 2>(simd, a, b, c, depth),
-        3 => accumulate_columns::<S, 3>(simd, a, b, c, depth),
-        4 => accumulate_columns::<S, 4>(simd, a, b, c, depth),
-        5 => accumulate_columns::<S, 5>(simd, a, b, c, depth),
-        6 => accumulate_columns::<S, 6>(simd, a, b, c, depth),
-        7 => accumulate_columns::<S, 7>(simd, a, b, c, depth),
-        8 => accumulate_columns::<S, 8>(simd, a, b, c, depth),
-        num_rows => unreachable!("{num_rows} rows in a block"),
+impl<'a, E> Ahead<'a, E> {
+    /// Takes the lines for a product of some depth.
+    #[inline(always)]
+    pub(super) fn split_off(&mut self, depth: usize) -> Ahead<'a, E> {
+        let (now, later) = self.lines.split_at(depth.min(self.lines.len()));
+        self.lines = later;
+        Ahead { data: self.data, lines: now }
     }
 }
 
-#[inline(always)]
-fn accumulate_columns<S: Simd, const ROWS: usize>(
-    simd: S,
-    a: Rows<'_>,
-    b: Rows<'_>,
-    c: RowsMut<'_>,
-    depth: usize,
-) {
-    assert!(ROWS <= S::PRODUCT_ROWS, "{ROWS} rows in a block");
-    let a: [&[f32]; ROWS] = std::array::from_fn(|i| &a.data[i * a.stride..][..depth]);
-    let mut column = 0;
-    while column < c.num_columns {
-        let place = Place { column, stride: c.stride };
-        if S::PRODUCT_VECTORS == 2 && column + 2 * LANES <= c.num_columns {
-            accumulate::<S, ROWS, 2>(simd, a, b, c.data, place);
-            column += 2 * LANES;
-        } else {
-            accumulate::<S, ROWS, 1>(simd, a, b, c.data, place);
-            column += LANES;
-        }
-    }
+/// `start + a * b`: each sum adds `a[i][k] * b[k][j]` in the order of `k`.
+pub(super) struct Product<'a, E> {
+    /// At most [`Simd::PRODUCT_ROWS`] rows; the first `b.len()` values of each count.
+    pub(super) a: &'a [[f32; MAX_DEPTH]],
+    /// At most [`MAX_DEPTH`] rows.
+    pub(super) b: &'a [[f32; PANEL]],
+    pub(super) start: Start<'a>,
+    pub(super) ahead: Ahead<'a, E>,
 }
 
-/// Where in the result a block lies.
-struct Place {
-    column: usize,
-    stride: usize,
-}
-
-#[inline(always)]
-fn accumulate<S: Simd, const ROWS: usize, const VECTORS: usize>(
-    simd: S,
-    a: [&[f32]; ROWS],
-    b: Rows<'_>,
-    c: &mut [f32],
-    place: Place,
-) {
-    let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
-    for (i, sums) in sums.iter_mut().enumerate() {
-        for (j, sum) in sums.iter_mut().enumerate() {
-            *sum = simd.load(&c[i * place.stride + place.column + j * LANES..]);
+impl<E: Element> Product<'_, E> {
+    /// Writes the result to `c`, a matrix of rows `stride` apart.
+    #[inline(always)]
+    pub(super) fn write<S: Simd>(&self, simd: S, c: &mut [f32], stride: usize) {
+        match self.a.len() {
+            1 => self.write_rows::<S, 1>(simd, c, stride),
+            2 => self.write_rows::<S, 2>(simd, c, stride),
+            3 => self.write_rows::<S, 3>(simd, c, stride),
+            4 => self.write_rows::<S, 4>(simd, c, stride),
+            5 => self.write_rows::<S, 5>(simd, c, stride),
+            6 => self.write_rows::<S, 6>(simd, c, stride),
+            7 => self.write_rows::<S, 7>(simd, c, stride),
+            8 => self.write_rows::<S, 8>(simd, c, stride),
+            num_rows => unreachable!("{num_rows} rows in a product"),
         }
     }
-    for k in 0..a[0].len() {
-        let b = &b.data[k * b.stride + place.column..][..VECTORS * LANES];
-        let mut columns = [simd.splat(0.0); VECTORS];
-        for (j, column) in columns.iter_mut().enumerate() {
-            *column = simd.load(&b[j * LANES..]);
-        }
-        for i in 0..ROWS {
-            let factor = simd.splat(a[i][k]);
-            for j in 0..VECTORS {
-                sums[i][j] = simd.mul_add(factor, columns[j], sums[i][j]);
+
+    #[inline(always)]
+    fn write_rows<S: Simd, const ROWS: usize>(&self, simd: S, c: &mut [f32], stride: usize) {
+        assert!(ROWS <= S::PRODUCT_ROWS, "{ROWS} rows in a product");
+        let a = self.a.first_chunk::<ROWS>().expect("the caller matched the length");
+        let mut sums = [[simd.splat(0.0); 2]; ROWS];
+        if let Start::Scaled(factors) = self.start {
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let (c, factor) = (&c[i * stride..][..PANEL], simd.splat(factors[i]));
+                sums[0] = simd.mul(simd.load(c), factor);
+                sums[1] = simd.mul(simd.load(&c[LANES..]), factor);
             }
         }
-    }
-    for (i, sums) in sums.into_iter().enumerate() {
-        for (j, sum) in sums.into_iter().enumerate() {
-            simd.store(&mut c[i * place.stride + place.column + j * LANES..], sum);
+        for k in 0..self.b.len().min(MAX_DEPTH) {
+            if let Some(line) = self.ahead.lines.get(k) {
+                simd.prefetch(&self.ahead.data[*line..]);
+            }
+            let columns = [simd.load(&self.b[k]), simd.load(&self.b[k][LANES..])];
+            for (sums, a) in sums.iter_mut().zip(a) {
+                let factor = simd.splat(a[k]);
+                sums[0] = simd.mul_add(factor, columns[0], sums[0]);
+                sums[1] = simd.mul_add(factor, columns[1], sums[1]);
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            let c = &mut c[i * stride..][..PANEL];
+            simd.store(c, sums[0]);
+            simd.store(&mut c[LANES..], sums[1]);
         }
     }
 }

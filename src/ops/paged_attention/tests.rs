@@ -1,6 +1,7 @@
 //! Attention against an f64 loop, and the equalities that make outputs independent of the batch.
 
 use super::*;
+use crate::device::threads::ThreadPool;
 
 const SCALE: f32 = 0.125;
 
@@ -238,6 +239,16 @@ fn placement_and_size_of_blocks_do_not_change_a_bit() {
 }
 
 #[test]
+fn the_number_of_threads_does_not_change_a_bit() {
+    let seqs = [(130, 130), (5000, 1), (600, 3), (1, 1)];
+    let batch = QWEN.batch(&seqs.map(|(len, query_len)| Seq { id: len, len, query_len }));
+    let serial = batch.run();
+    for num_threads in [1, 2, 3, 8] {
+        assert!(ThreadPool::new(num_threads).install(|| batch.run()) == serial, "{num_threads}");
+    }
+}
+
+#[test]
 fn instruction_sets_with_fused_multiply_add_agree_to_the_bit() {
     let batch = QWEN.batch(&[Seq { id: 0, len: 600, query_len: 40 }]);
     let mut results = Isa::available().into_iter().skip(1).map(|isa| batch.run_with(isa).unwrap());
@@ -283,4 +294,22 @@ fn wrong_metadata_shapes_and_types_are_errors() {
     assert!(KvCache::new(shape, DType::F16, &Device::Cpu).is_err());
     let shape = KvCacheShape { head_dim: 16, ..shape };
     assert!(KvCache::new(shape, DType::U32, &Device::Cpu).is_err());
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn an_unused_cache_takes_up_no_memory() {
+    let resident_pages = || -> usize {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        statm.split(' ').nth(1).unwrap().parse().unwrap()
+    };
+    let before = resident_pages();
+    let shape = KvCacheShape { num_blocks: 1 << 16, num_kv_heads: 8, block_size: 16, head_dim: 64 };
+    let kv = KvCache::new(shape, DType::F16, &Device::Cpu).unwrap();
+    let grown = resident_pages().saturating_sub(before);
+    assert!(grown < 1 << 16, "{grown} pages of {} values", 2 * kv.k.elem_count());
+    let vast = KvCacheShape { num_blocks: 1 << 27, num_kv_heads: 1 << 20, ..shape };
+    assert!(KvCache::new(vast, DType::F16, &Device::Cpu).is_err());
+    let vast = KvCacheShape { num_blocks: usize::MAX / 2, ..shape };
+    assert!(KvCache::new(vast, DType::F16, &Device::Cpu).is_err());
 }

@@ -16,11 +16,11 @@
 
 use std::ops::Range;
 
-use super::product::{Rows, RowsMut, accumulate_rows};
+use super::product::{Ahead, MAX_DEPTH, PANEL, Product, Start};
 use crate::ops::simd::{Element, Kernel, LANES, Simd, load_padded};
 
 /// Keys per tile.
-const TILE: usize = 64;
+const TILE: usize = MAX_DEPTH;
 /// Keys per partition: the unit that different threads can do for one query.
 pub(super) const PARTITION: usize = 512;
 /// Rows of scores that are computed before they are used: the largest `Simd::PRODUCT_ROWS`.
@@ -119,67 +119,74 @@ impl Partial {
 /// Working memory of a thread.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// [rows, head_dim], scaled
-    queries: Vec<f32>,
-    /// [head_dim, TILE]
-    keys: Vec<f32>,
-    /// [TILE, padded head_dim]
-    values: Vec<f32>,
+    /// [head_dim / 64, rows, 64], scaled
+    queries: Vec<[f32; MAX_DEPTH]>,
+    /// [TILE / PANEL, head_dim, PANEL]
+    keys: Vec<[f32; PANEL]>,
+    /// [head_dim / PANEL, TILE, PANEL]
+    values: Vec<[f32; PANEL]>,
     /// Where the tile's keys start in the cache.
     offsets: Vec<usize>,
+    /// Where their cache lines do; empty if they need not be fetched.
+    lines: Vec<usize>,
     total: Partial,
     partition: Partial,
 }
 
-/// Attention of a query tile over all its keys.
-pub(super) struct Attend<'a, 'o, E> {
+/// Attention of a query tile over all its keys or over some partitions of them.
+pub(super) struct Attend<'a, 'd, 'o, E> {
     pub(super) cache: CacheView<'a, E>,
-    pub(super) tile: &'a QueryTile<'a>,
+    pub(super) tile: &'a QueryTile<'o>,
     pub(super) scratch: &'a mut Scratch,
-    /// Per query: [group, head_dim].
-    pub(super) outputs: &'a mut [&'o mut [f32]],
+    pub(super) destination: &'a mut Destination<'d, 'o>,
 }
 
-impl<E: Element> Kernel for Attend<'_, '_, E> {
+/// Where the results go.
+pub(super) enum Destination<'a, 'o> {
+    /// All partitions together, per query [group, head_dim].
+    Outputs(&'a mut [&'o mut [f32]]),
+    /// Some consecutive partitions, each by itself.
+    Partials { first: usize, partials: &'a mut [Partial] },
+}
+
+impl<E: Element> Kernel for Attend<'_, '_, '_, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { cache, tile, scratch, outputs } = self;
+        let Self { cache, tile, scratch, destination } = self;
         let mut total = std::mem::take(&mut scratch.total);
         let mut partition = std::mem::take(&mut scratch.partition);
         total.reset(tile.num_rows(), cache.head_dim);
         scratch.set_queries(tile, cache.head_dim);
-        for start in (0..tile.num_keys()).step_by(PARTITION) {
-            partition.reset(tile.num_rows(), cache.head_dim);
-            attend_partition(simd, cache, tile, (scratch, &mut partition), start);
-            total.merge(simd, &partition, first_row(tile, start));
+        let range = destination.partitions(tile);
+        scratch.find_keys(cache, tile, range.start * PARTITION);
+        for index in range {
+            let partial = match destination {
+                Destination::Outputs(_) => &mut partition,
+                Destination::Partials { first, partials } => &mut partials[index - *first],
+            };
+            partial.reset(tile.num_rows(), cache.head_dim);
+            attend_partition(simd, cache, tile, (scratch, partial), index * PARTITION);
+            if let Destination::Outputs(_) = destination {
+                total.merge(simd, &partition, first_row(tile, index * PARTITION));
+            }
         }
-        total.write(outputs, tile.group, cache.head_dim);
+        if let Destination::Outputs(outputs) = destination {
+            total.write(outputs, tile.group, cache.head_dim);
+        }
         scratch.total = total;
         scratch.partition = partition;
     }
 }
 
-/// Attention of a query tile over the keys of one partition.
-pub(super) struct AttendPartition<'a, E> {
-    pub(super) cache: CacheView<'a, E>,
-    pub(super) tile: &'a QueryTile<'a>,
-    pub(super) scratch: &'a mut Scratch,
-    /// The partition's first key.
-    pub(super) start: usize,
-    pub(super) partial: &'a mut Partial,
-}
-
-impl<E: Element> Kernel for AttendPartition<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { cache, tile, scratch, start, partial } = self;
-        partial.reset(tile.num_rows(), cache.head_dim);
-        scratch.set_queries(tile, cache.head_dim);
-        attend_partition(simd, cache, tile, (scratch, partial), start);
+impl Destination<'_, '_> {
+    /// The partitions that this is about.
+    pub(super) fn partitions(&self, tile: &QueryTile<'_>) -> Range<usize> {
+        match self {
+            Self::Outputs(_) => 0..tile.num_keys().div_ceil(PARTITION),
+            Self::Partials { first, partials } => *first..first + partials.len(),
+        }
     }
 }
 
@@ -208,13 +215,44 @@ impl Kernel for MergePartitions<'_, '_> {
 
 impl Scratch {
     fn set_queries(&mut self, tile: &QueryTile<'_>, head_dim: usize) {
-        self.queries.clear();
-        for query in &tile.queries {
-            self.queries.extend(query.iter().map(|value| value * tile.scale));
+        let num_rows = tile.num_rows();
+        self.queries.resize(head_dim.div_ceil(MAX_DEPTH) * num_rows, [0.0; MAX_DEPTH]);
+        let rows = tile.queries.iter().flat_map(|query| query.chunks_exact(head_dim));
+        for (row, query) in rows.enumerate() {
+            for (index, part) in query.chunks(MAX_DEPTH).enumerate() {
+                for (scaled, value) in self.queries[index * num_rows + row].iter_mut().zip(part) {
+                    *scaled = value * tile.scale;
+                }
+            }
         }
-        // What an earlier tile left behind is overwritten before it is read.
-        self.keys.resize(head_dim * TILE, 0.0);
-        self.values.resize(TILE * padded(head_dim), 0.0);
+        // What an earlier tile left behind is overwritten before it is read; what pads a head stays
+        // zero.
+        self.keys.resize(TILE / PANEL * head_dim, [0.0; PANEL]);
+        self.values.resize(padded(head_dim) / PANEL * TILE, [0.0; PANEL]);
+    }
+
+    /// Looks up where the keys from `first_key` on lie, up to a tile's.
+    fn find_keys<E: Element>(
+        &mut self,
+        cache: CacheView<'_, E>,
+        tile: &QueryTile<'_>,
+        first_key: usize,
+    ) {
+        const CACHE_LINE: usize = 64;
+        let (block_size, head_dim) = (cache.block_size, cache.head_dim);
+        self.offsets.clear();
+        self.lines.clear();
+        let end = tile.num_keys().min(first_key + TILE);
+        let mut key = first_key;
+        while key < end {
+            let (block, slot) = (tile.blocks[key / block_size] as usize, key % block_size);
+            let first = (block * cache.num_kv_heads + tile.kv_head) * block_size + slot;
+            let num_keys = (block_size - slot).min(end - key);
+            let range = first * head_dim..(first + num_keys) * head_dim;
+            self.offsets.extend(range.clone().step_by(head_dim));
+            self.lines.extend(range.step_by(CACHE_LINE / size_of::<E>()));
+            key += num_keys;
+        }
     }
 }
 
@@ -223,6 +261,8 @@ fn first_row(tile: &QueryTile<'_>, key: usize) -> usize {
     key.saturating_sub(tile.first_position) * tile.group
 }
 
+/// Adds the keys of the partition from `start` on to a state. The scratch memory knows where the
+/// first tile lies; afterwards it knows so of the first one after the partition.
 #[inline(always)]
 fn attend_partition<S: Simd, E: Element>(
     simd: S,
@@ -233,129 +273,181 @@ fn attend_partition<S: Simd, E: Element>(
 ) {
     let end = tile.num_keys().min(start + PARTITION);
     for first_key in (start..end).step_by(TILE) {
-        let num_keys = TILE.min(end - first_key);
-        load_tile(simd, cache, tile, scratch, first_key..first_key + num_keys);
+        load_keys(simd, cache, &mut scratch.keys, &scratch.offsets);
+        load_values(simd, cache, &mut scratch.values, &scratch.offsets);
+        scratch.find_keys(cache, tile, first_key + TILE);
         // Queries from `full` on see the whole tile; those before it one key more than their
         // predecessor, so that their heads only are computed together.
-        let first = first_key.saturating_sub(tile.first_position);
-        let full = (first_key + TILE - 1).saturating_sub(tile.first_position);
-        let full = full.clamp(first, tile.queries.len());
-        for query in first..full {
-            let visible = tile.first_position + query + 1 - first_key;
-            let rows = query * tile.group..(query + 1) * tile.group;
-            attend_rows(simd, scratch, partial, rows, visible);
+        let num_queries = tile.queries.len();
+        let full = (first_key + TILE - 1).saturating_sub(tile.first_position).min(num_queries);
+        let mut query = first_key.saturating_sub(tile.first_position);
+        while query < num_queries {
+            let is_full = full <= query;
+            let next = if is_full { num_queries } else { query + 1 };
+            let visible = TILE.min(tile.first_position + query + 1 - first_key);
+            let rows = query * tile.group..next * tile.group;
+            attend_rows(simd, cache, (scratch, partial), rows, visible);
+            scratch.lines.clear();
+            query = next;
         }
-        attend_rows(simd, scratch, partial, full * tile.group..tile.num_rows(), TILE);
     }
 }
 
 /// Adds the tile in `scratch` to the rows' state; all of them see the tile's first `visible` keys.
 #[inline(always)]
-fn attend_rows<S: Simd>(
+fn attend_rows<S: Simd, E: Element>(
     simd: S,
-    scratch: &Scratch,
-    partial: &mut Partial,
+    cache: CacheView<'_, E>,
+    (scratch, partial): (&Scratch, &mut Partial),
     rows: Range<usize>,
     visible: usize,
 ) {
-    let (head_dim, width) = (scratch.keys.len() / TILE, scratch.values.len() / TILE);
     let num_columns = visible.next_multiple_of(LANES);
     let num_blocks = rows.len().div_ceil(S::PRODUCT_ROWS);
     let mut row = rows.start;
     for block in 0..num_blocks {
         let num_rows = (rows.end - row).div_ceil(num_blocks - block);
-        let mut scores = [0.0; MAX_PRODUCT_ROWS * TILE];
-        accumulate_rows(
-            simd,
-            Rows { data: &scratch.queries[row * head_dim..], stride: head_dim },
-            Rows { data: &scratch.keys, stride: TILE },
-            RowsMut { data: &mut scores, stride: TILE, num_rows, num_columns },
-            head_dim,
-        );
-        for (index, scores) in scores.chunks_exact_mut(TILE).take(num_rows).enumerate() {
-            let row = row + index;
+        let lines = if block == 0 { &scratch.lines[..] } else { &[] };
+        let mut scores = [[0.0; TILE]; MAX_PRODUCT_ROWS];
+        let scores = &mut scores[..num_rows];
+        let ahead = Ahead { data: cache.keys, lines };
+        multiply_queries(simd, scratch, (row, visible), scores, ahead);
+        for scores in &mut *scores {
             scores[visible..num_columns].fill(f32::NEG_INFINITY);
-            let scale = softmax(
-                simd,
-                &mut scores[..num_columns],
-                &mut partial.max[row],
-                &mut partial.sum[row],
-            );
-            for acc in partial.acc[row * width..][..width].chunks_exact_mut(LANES) {
-                simd.store(acc, simd.mul(simd.load(acc), simd.splat(scale)));
-            }
         }
-        accumulate_rows(
-            simd,
-            Rows { data: &scores, stride: TILE },
-            Rows { data: &scratch.values, stride: width },
-            RowsMut {
-                data: &mut partial.acc[row * width..],
-                stride: width,
-                num_rows,
-                num_columns: width,
-            },
-            visible,
-        );
+        let (max, sum) = (&mut partial.max[row..][..num_rows], &mut partial.sum[row..]);
+        let factors = softmax(simd, scores, num_columns, max, sum);
+        let width = padded(cache.head_dim);
+        let acc = &mut partial.acc[row * width..];
+        let mut ahead = Ahead { data: cache.values, lines };
+        for (panel, values) in scratch.values.chunks_exact(TILE).enumerate() {
+            let product = Product {
+                a: scores,
+                b: &values[..visible],
+                start: Start::Scaled(&factors),
+                ahead: ahead.split_off(visible),
+            };
+            product.write(simd, &mut acc[panel * PANEL..], width);
+        }
         row += num_rows;
     }
 }
 
-/// Replaces scores by weights relative to the new maximum. Returns the factor for earlier weights.
+/// Products of the rows from `row` on with the tile's first `visible` keys.
 #[inline(always)]
-fn softmax<S: Simd>(simd: S, scores: &mut [f32], max: &mut f32, sum: &mut f32) -> f32 {
-    let mut largest = simd.splat(*max);
-    for scores in scores.chunks_exact(LANES) {
-        largest = simd.max(simd.load(scores), largest);
+fn multiply_queries<S: Simd, E: Element>(
+    simd: S,
+    scratch: &Scratch,
+    (row, visible): (usize, usize),
+    scores: &mut [[f32; TILE]],
+    mut ahead: Ahead<'_, E>,
+) {
+    let num_rows = scores.len();
+    let head_dim = scratch.keys.len() / (TILE / PANEL);
+    let num_parts = head_dim.div_ceil(MAX_DEPTH);
+    let all_rows = scratch.queries.len() / num_parts;
+    let panels = scratch.keys.chunks_exact(head_dim).take(visible.div_ceil(PANEL));
+    for (panel, keys) in panels.enumerate() {
+        for (part, keys) in keys.chunks(MAX_DEPTH).enumerate() {
+            let product = Product {
+                a: &scratch.queries[part * all_rows + row..][..num_rows],
+                b: keys,
+                start: if part == 0 { Start::Zero } else { Start::Scaled(&[1.0; LANES]) },
+                ahead: ahead.split_off(keys.len()),
+            };
+            product.write(simd, &mut scores.as_flattened_mut()[panel * PANEL..], TILE);
+        }
     }
-    let new_max = simd.max_of_lanes(largest);
-    let scale = exp(simd, *max - new_max);
-    let mut weight_sum = simd.splat(0.0);
-    for scores in scores.chunks_exact_mut(LANES) {
-        let weights = simd.exp(simd.sub(simd.load(scores), simd.splat(new_max)));
-        weight_sum = simd.add(weight_sum, weights);
-        simd.store(scores, weights);
-    }
-    *max = new_max;
-    *sum = *sum * scale + simd.sum_of_lanes(weight_sum);
-    scale
 }
 
-/// Reads keys (transposed) and values of a tile into the scratch memory.
+/// Replaces rows of scores by weights relative to the rows' maxima, which it updates along with
+/// the sums of weights. Returns the factors for earlier weights.
 #[inline(always)]
-fn load_tile<S: Simd, E: Element>(
+fn softmax<S: Simd>(
+    simd: S,
+    scores: &mut [[f32; TILE]],
+    num_columns: usize,
+    max: &mut [f32],
+    sum: &mut [f32],
+) -> [f32; LANES] {
+    let mut changes = [0.0; LANES];
+    for ((scores, max), change) in scores.iter().zip(&mut *max).zip(&mut changes) {
+        let mut largest = simd.splat(*max);
+        for scores in scores[..num_columns].as_chunks::<LANES>().0 {
+            largest = simd.max(simd.load(scores), largest);
+        }
+        let new_max = simd.max_of_lanes(largest);
+        *change = *max - new_max;
+        *max = new_max;
+    }
+    let mut factors = [0.0; LANES];
+    simd.store(&mut factors, simd.exp(simd.load(&changes)));
+    let states = max.iter().zip(sum).zip(&factors);
+    for (scores, ((max, sum), factor)) in scores.iter_mut().zip(states) {
+        let mut weight_sum = simd.splat(0.0);
+        for scores in scores[..num_columns].as_chunks_mut::<LANES>().0 {
+            let weights = simd.exp(simd.sub(simd.load(scores), simd.splat(*max)));
+            weight_sum = simd.add(weight_sum, weights);
+            simd.store(scores, weights);
+        }
+        *sum = *sum * factor + simd.sum_of_lanes(weight_sum);
+    }
+    factors
+}
+
+/// Writes the keys as columns of `[TILE / PANEL, head_dim, PANEL]`. Columns after the last key, up
+/// to a multiple of 16, get copies of another.
+#[inline(always)]
+fn load_keys<S: Simd, E: Element>(
     simd: S,
     cache: CacheView<'_, E>,
-    tile: &QueryTile<'_>,
-    scratch: &mut Scratch,
-    keys: Range<usize>,
+    panels: &mut [[f32; PANEL]],
+    offsets: &[usize],
 ) {
-    let Scratch { keys: key_tile, values: value_tile, offsets, .. } = scratch;
     let head_dim = cache.head_dim;
-    offsets.clear();
-    offsets.extend(keys.map(|key| {
-        let block = tile.blocks[key / cache.block_size] as usize;
-        let row = (block * cache.num_kv_heads + tile.kv_head) * cache.block_size;
-        (row + key % cache.block_size) * head_dim
-    }));
     for (group, offsets) in offsets.chunks(LANES).enumerate() {
-        for dim in (0..head_dim).step_by(LANES) {
-            let num_dims = LANES.min(head_dim - dim);
-            let mut rows = [simd.splat(0.0); LANES];
-            for (row, offset) in rows.iter_mut().zip(offsets) {
-                *row = load_padded(simd, &cache.keys[offset + dim..][..num_dims]);
-            }
+        let (panel, half) = (group / 2, group % 2);
+        let mut keys = [&cache.keys[offsets[0]..][..head_dim]; LANES];
+        for (key, offset) in keys.iter_mut().zip(offsets) {
+            *key = &cache.keys[*offset..][..head_dim];
+        }
+        for first in (0..head_dim).step_by(LANES) {
+            let end = head_dim.min(first + LANES);
+            let columns = &mut panels[panel * head_dim..][first..end];
+            let mut rows = if end - first == LANES {
+                std::array::from_fn(|i| E::load(simd, &keys[i][first..end]))
+            } else {
+                std::array::from_fn(|i| load_padded(simd, &keys[i][first..end]))
+            };
             simd.transpose(&mut rows);
-            for (index, row) in rows.into_iter().take(num_dims).enumerate() {
-                simd.store(&mut key_tile[(dim + index) * TILE + group * LANES..], row);
+            for (column, row) in columns.iter_mut().zip(&rows) {
+                simd.store(&mut column[half * LANES..], *row);
             }
         }
     }
-    let width = padded(head_dim);
-    for (offset, values) in offsets.iter().zip(value_tile.chunks_exact_mut(width)) {
-        let row = &cache.values[*offset..][..head_dim];
-        for (row, values) in row.chunks(LANES).zip(values.chunks_exact_mut(LANES)) {
-            simd.store(values, load_padded(simd, row));
+}
+
+/// Writes the values as rows of `[head_dim / PANEL, TILE, PANEL]`.
+#[inline(always)]
+fn load_values<S: Simd, E: Element>(
+    simd: S,
+    cache: CacheView<'_, E>,
+    panels: &mut [[f32; PANEL]],
+    offsets: &[usize],
+) {
+    for (panel, rows) in panels.chunks_exact_mut(TILE).enumerate() {
+        let first = panel * PANEL;
+        let num_dims = PANEL.min(cache.head_dim - first);
+        for (row, offset) in rows.iter_mut().zip(offsets) {
+            let values = &cache.values[offset + first..][..num_dims];
+            if let Some(values) = values.first_chunk::<PANEL>() {
+                simd.store(row, E::load(simd, values));
+                simd.store(&mut row[LANES..], E::load(simd, &values[LANES..]));
+            } else {
+                for (row, values) in row.chunks_mut(LANES).zip(values.chunks(LANES)) {
+                    simd.store(row, load_padded(simd, values));
+                }
+            }
         }
     }
 }
@@ -368,8 +460,9 @@ fn exp<S: Simd>(simd: S, x: f32) -> f32 {
     lanes[0]
 }
 
+/// Length of a head's row of sums.
 fn padded(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(LANES)
+    head_dim.next_multiple_of(PANEL)
 }
 
 fn refill(values: &mut Vec<f32>, len: usize, value: f32) {

@@ -13,10 +13,19 @@ fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; L
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] = f(lanes[i], lanes[i + half]);
+        }
+    }
+    lanes[0]
+}
+
 impl Simd for Portable {
     type V = [f32; LANES];
-    const PRODUCT_ROWS: usize = 4;
-    const PRODUCT_VECTORS: usize = 1;
+    const PRODUCT_ROWS: usize = 2;
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::V {
@@ -96,6 +105,19 @@ impl Simd for Portable {
     fn zero_below(self, x: Self::V, limit: Self::V, value: Self::V) -> Self::V {
         std::array::from_fn(|i| if x[i] < limit[i] { 0.0 } else { value[i] })
     }
+
+    #[inline(always)]
+    fn sum_of_lanes(self, v: Self::V) -> f32 {
+        fold(v, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn max_of_lanes(self, v: Self::V) -> f32 {
+        fold(v, |a, b| if a > b { a } else { b })
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, _values: &[T]) {}
 
     #[inline(always)]
     fn transpose(self, rows: &mut [Self::V; LANES]) {
