@@ -9,12 +9,10 @@ use indicatif::HumanBytes;
 use serde::Serialize;
 
 use super::hub_from_environment;
-use crate::weights::gguf::{Gguf, GgufError, Metadata, Value, dtype_name};
+use super::models::WORKSPACE_BYTES;
+use crate::weights::gguf::{Gguf, GgufError, Metadata, TensorInfo, Value, dtype_name, printable};
 use crate::weights::hub::{Hub, HubError, Reason};
 use crate::weights::resolve::{ResolveError, resolve};
-
-/// What the program needs beside weights and KV cache.
-const WORKSPACE_BYTES: u64 = 300 << 20;
 
 /// Show what is in a model file: architecture, quantisation, tensors, tokenizer, memory needed.
 ///
@@ -175,7 +173,7 @@ fn num_parameters(gguf: &Gguf) -> u64 {
 }
 
 fn tensor_lines(gguf: &Gguf) -> Vec<TensorLine> {
-    let line = |tensor: &crate::weights::gguf::TensorInfo| TensorLine {
+    let line = |tensor: &TensorInfo| TensorLine {
         name: tensor.name.clone(),
         dtype: dtype_name(tensor.dtype),
         shape: tensor.shape.clone(),
@@ -294,11 +292,6 @@ fn memory_text(report: &Report) -> String {
             .expect("writing to a string cannot fail");
     }
     text
-}
-
-/// Text from a file must not steer the terminal.
-fn printable(text: &str) -> String {
-    text.escape_debug().to_string()
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::weights::hub::Hub;
 use crate::weights::resolve::find_local;
 
 /// What the program needs beside weights and KV cache.
-const WORKSPACE_BYTES: u64 = 300 << 20;
+pub(super) const WORKSPACE_BYTES: u64 = 300 << 20;
 /// The context that must have room for a model to be said to fit.
 const FITTING_CONTEXT: u64 = 4096;
 

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 
-pub use error::{GgufError, Problem};
+pub use error::{GgufError, Problem, printable};
 use header::Header;
 pub use metadata::{ElementType, Metadata, Value};
 
@@ -55,6 +55,19 @@ pub struct TensorInfo {
     pub num_bytes: usize,
     part: usize,
     range: Range<usize>,
+}
+
+/// The bytes of a tensor, for whoever keeps using them from the mapping.
+#[derive(Clone, Debug)]
+pub struct TensorBytes {
+    file: Arc<MappedFile>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for TensorBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.file[self.range.clone()]
+    }
 }
 
 #[derive(Debug)]
@@ -137,6 +150,13 @@ impl Gguf {
         };
         let info = &self.tensors[index];
         Ok((info, &self.parts[info.part].file[info.range.clone()]))
+    }
+
+    /// The same as a handle that keeps the mapping alive without this [`Gguf`].
+    pub fn shared_tensor(&self, name: &str) -> Result<(&TensorInfo, TensorBytes), GgufError> {
+        let (info, _) = self.tensor(name)?;
+        let file = Arc::clone(&self.parts[info.part].file);
+        Ok((info, TensorBytes { file, range: info.range.clone() }))
     }
 
     /// Gives back the memory of all pages read so far; reading on is possible, from the disk.

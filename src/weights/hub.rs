@@ -268,7 +268,7 @@ impl Hub {
             Ok(response) | Err(ureq::Error::Status(_, response)) => Ok(response),
             Err(ureq::Error::Transport(error)) => Err(Reason::Unreachable {
                 endpoint: self.config.endpoint.clone(),
-                cause: transfer::one_line(&error.to_string()),
+                cause: transfer::cause(&error),
             }),
         }
     }

@@ -143,7 +143,7 @@ impl Transfer<'_> {
             let response = match request.call() {
                 Ok(response) | Err(ureq::Error::Status(_, response)) => response,
                 Err(ureq::Error::Transport(error)) => {
-                    return Err(Failure::Passing(one_line(&error.to_string())));
+                    return Err(Failure::Passing(cause(&error)));
                 }
             };
             let status = response.status();
@@ -225,8 +225,16 @@ fn absolute(base: &str, location: &str) -> String {
     }
 }
 
+/// What the network said, without the address.
+pub(super) fn cause(error: &ureq::Transport) -> String {
+    let parts = [Some(error.kind().to_string()), error.message().map(str::to_owned)];
+    let source = std::error::Error::source(error).map(ToString::to_string);
+    let parts: Vec<String> = parts.into_iter().chain([source]).flatten().collect();
+    one_line(&parts.join(": "))
+}
+
 /// Messages of the network can span lines; ours do not.
-pub(super) fn one_line(text: &str) -> String {
+fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
