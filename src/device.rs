@@ -1,6 +1,7 @@
 //! What the machine offers: threads, memory, mapped files.
 
 pub mod host;
+pub mod host_memory;
 pub mod mapped_file;
 pub mod memory;
 pub mod threads;

@@ -23,10 +23,11 @@ pub struct MappedFile {
 impl MappedFile {
     /// Maps a whole regular file.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        if file.metadata()?.is_dir() {
-            return Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a directory"));
+        // Asked first, because opening a pipe would wait for its other end.
+        if !std::fs::metadata(path)?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
         }
+        let file = File::open(path)?;
         // SAFETY: the mapping is private and read-only; the module's invariant says why nobody
         // changes the file under it.
         let mapping = unsafe { Mmap::map(&file)? };

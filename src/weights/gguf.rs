@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 
-pub use error::{GgufError, Problem};
+pub use error::{GgufError, Problem, printable};
 use header::Header;
 pub use metadata::{ElementType, Metadata, Value};
 
@@ -55,6 +55,19 @@ pub struct TensorInfo {
     pub num_bytes: usize,
     part: usize,
     range: Range<usize>,
+}
+
+/// The bytes of a tensor, for whoever keeps using them from the mapping.
+#[derive(Clone, Debug)]
+pub struct TensorBytes {
+    file: Arc<MappedFile>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for TensorBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.file[self.range.clone()]
+    }
 }
 
 #[derive(Debug)]
@@ -94,6 +107,21 @@ impl Gguf {
         self.version
     }
 
+    /// What the file calls its quantisation, such as `Q4_K_M`; otherwise the type that most of
+    /// its bytes have.
+    pub fn quantization(&self) -> String {
+        let stated = self.metadata.u32("general.file_type").ok().and_then(file_type_name);
+        if let Some(stated) = stated {
+            return stated.to_owned();
+        }
+        let mut num_bytes: HashMap<GgmlDType, usize> = HashMap::new();
+        for tensor in &self.tensors {
+            *num_bytes.entry(tensor.dtype).or_default() += tensor.num_bytes;
+        }
+        let largest = num_bytes.into_iter().max_by_key(|&(dtype, n)| (n, dtype_name(dtype)));
+        largest.map_or("none", |(dtype, _)| dtype_name(dtype)).to_owned()
+    }
+
     /// The files, in order.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.parts.iter().map(|part| part.path.as_path())
@@ -122,6 +150,13 @@ impl Gguf {
         };
         let info = &self.tensors[index];
         Ok((info, &self.parts[info.part].file[info.range.clone()]))
+    }
+
+    /// The same as a handle that keeps the mapping alive without this [`Gguf`].
+    pub fn shared_tensor(&self, name: &str) -> Result<(&TensorInfo, TensorBytes), GgufError> {
+        let (info, _) = self.tensor(name)?;
+        let file = Arc::clone(&self.parts[info.part].file);
+        Ok((info, TensorBytes { file, range: info.range.clone() }))
     }
 
     /// Gives back the memory of all pages read so far; reading on is possible, from the disk.
@@ -203,6 +238,51 @@ fn open_part(path: &Path) -> Result<(Part, Header), GgufError> {
     let file = MappedFile::open(path).map_err(|error| GgufError::new(path, Problem::Io(error)))?;
     let header = Header::parse(&file).map_err(|problem| GgufError::new(path, problem))?;
     Ok((Part { path: path.to_path_buf(), file: Arc::new(file) }, header))
+}
+
+/// The name that ggml gives a type.
+pub fn dtype_name(dtype: GgmlDType) -> &'static str {
+    match dtype {
+        GgmlDType::F32 => "F32",
+        GgmlDType::F16 => "F16",
+        GgmlDType::BF16 => "BF16",
+        GgmlDType::Q4_0 => "Q4_0",
+        GgmlDType::Q4_1 => "Q4_1",
+        GgmlDType::Q5_0 => "Q5_0",
+        GgmlDType::Q5_1 => "Q5_1",
+        GgmlDType::Q8_0 => "Q8_0",
+        GgmlDType::Q8_1 => "Q8_1",
+        GgmlDType::Q2K => "Q2_K",
+        GgmlDType::Q3K => "Q3_K",
+        GgmlDType::Q4K => "Q4_K",
+        GgmlDType::Q5K => "Q5_K",
+        GgmlDType::Q6K => "Q6_K",
+        GgmlDType::Q8K => "Q8_K",
+    }
+}
+
+/// The name behind `general.file_type`.
+fn file_type_name(number: u32) -> Option<&'static str> {
+    Some(match number {
+        0 => "F32",
+        1 => "F16",
+        2 => "Q4_0",
+        3 => "Q4_1",
+        7 => "Q8_0",
+        8 => "Q5_0",
+        9 => "Q5_1",
+        10 => "Q2_K",
+        11 => "Q3_K_S",
+        12 => "Q3_K_M",
+        13 => "Q3_K_L",
+        14 => "Q4_K_S",
+        15 => "Q4_K_M",
+        16 => "Q5_K_S",
+        17 => "Q5_K_M",
+        18 => "Q6_K",
+        32 => "BF16",
+        _ => return None,
+    })
 }
 
 /// The first part of the split model that a path belongs to, or the path itself.

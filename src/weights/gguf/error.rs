@@ -117,9 +117,22 @@ pub enum Problem {
 /// Text from a file as it may appear in a message: escaped and short.
 pub(super) fn shown(text: &str) -> String {
     const MAX_CHARS: usize = 60;
-    let mut shown: String = text.chars().take(MAX_CHARS).flat_map(char::escape_debug).collect();
-    if text.chars().nth(MAX_CHARS).is_some() {
+    let start = text.char_indices().nth(MAX_CHARS).map_or(text, |(end, _)| &text[..end]);
+    let mut shown = printable(start);
+    if start.len() < text.len() {
         shown.push('…');
     }
     shown
+}
+
+/// Text from a file with everything escaped that could steer a terminal or break a line.
+pub fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '"' | '\'' => printable.push(character),
+            _ => printable.extend(character.escape_debug()),
+        }
+    }
+    printable
 }

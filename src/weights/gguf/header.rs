@@ -152,9 +152,8 @@ fn alignment(entries: &[Entry]) -> Result<usize, Problem> {
     let Some(entry) = entries.iter().find(|entry| entry.key == KEY) else {
         return Ok(DEFAULT_ALIGNMENT as usize);
     };
-    let alignment = match entry.value {
-        Value::Unsigned(value) => value,
-        _ => return Err(Problem::Malformed(format!("`{KEY}` is not an unsigned number"))),
+    let Value::Unsigned(alignment) = entry.value else {
+        return Err(Problem::Malformed(format!("`{KEY}` is not an unsigned number")));
     };
     // Eight is the format's own minimum, and what lets tensor bytes be viewed as numbers.
     if !alignment.is_power_of_two() || !(8..=MAX_ALIGNMENT).contains(&alignment) {

@@ -45,13 +45,17 @@ impl Writer {
 
     pub(crate) fn strings(self, key: &str, values: &[&str]) -> Self {
         let mut bytes = array_start(8, values.len());
-        values.iter().for_each(|value| bytes.extend(text(value)));
+        for value in values {
+            bytes.extend(text(value));
+        }
         self.raw(key, 9, &bytes)
     }
 
     pub(crate) fn i32s(self, key: &str, values: &[i32]) -> Self {
         let mut bytes = array_start(5, values.len());
-        values.iter().for_each(|value| bytes.extend(value.to_le_bytes()));
+        for value in values {
+            bytes.extend(value.to_le_bytes());
+        }
         self.raw(key, 9, &bytes)
     }
 
@@ -92,7 +96,9 @@ impl Writer {
         for tensor in &self.tensors {
             file.extend(text(&tensor.name));
             file.extend((tensor.dimensions.len() as u32).to_le_bytes());
-            tensor.dimensions.iter().for_each(|size| file.extend(size.to_le_bytes()));
+            for size in &tensor.dimensions {
+                file.extend(size.to_le_bytes());
+            }
             file.extend(tensor.code.to_le_bytes());
             file.extend(tensor.offset.unwrap_or(data.len() as u64).to_le_bytes());
             data.extend(&tensor.bytes);
