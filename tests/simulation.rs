@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use qwen_server::engine::core::EngineCore;
+use qwen_server::engine::core::{EngineCore, StepError};
 use qwen_server::kv::{HashKey, KvCacheManager};
 use qwen_server::sampling::SamplingParams;
 use qwen_server::scheduler::step::{
@@ -349,8 +349,10 @@ impl<'a> World<'a> {
         let outcome = self.engine.execute(&output);
         self.engine.scheduler().check_invariants();
         outcome.events.into_iter().for_each(|event| self.hear(event));
-        for id in outcome.failed.into_iter().flat_map(|failed| failed.lost) {
-            self.end(id, End::Lost);
+        if let Some(failed) = outcome.failed {
+            // The engine contains panics, also those of this test's assertions.
+            assert_eq!(failed.error, StepError::Runner("planned".to_owned()));
+            failed.lost.into_iter().for_each(|id| self.end(id, End::Lost));
         }
         self.step += 1;
         output
@@ -585,6 +587,16 @@ fn a_long_prompt_ages() {
     let may_overtake = num_long as usize / ageing;
     let own_steps = (num_long as usize).div_ceil(budget - 1);
     assert!(world.step <= may_overtake + 2 * own_steps + 10, "{}", world.step);
+}
+
+/// Goal: who waits for a prefix does not hold up others. Method: three arrive together, two alike.
+#[test]
+fn others_overtake_who_waits_for_a_prefix() {
+    let like = Arrival::simple(0, (0..100).collect(), 1);
+    let arrivals = [like.clone(), like, Arrival::simple(0, vec![5; 3], 1)];
+    let mut world = World::new(&arrivals, &Shape::roomy());
+    let scheduled: Vec<_> = world.tick().scheduled.iter().map(|seq| seq.id).collect();
+    assert_eq!(scheduled, [seq_id(0, 0), seq_id(2, 0)]);
 }
 
 /// Goal: what made logits infinite is never shared. Method: send the same prompt again.

@@ -362,13 +362,11 @@ impl<R: Runner> EngineThread<'_, R> {
             let orphans = self.outbox.active.deliver(event, ended_at);
             self.abort_sequences(orphans);
         }
-        match outcome.failed {
-            Some(failed) => self.survive(&failed),
-            None => {
-                self.failures = 0;
-                Ok(())
-            }
+        if let Some(failed) = outcome.failed {
+            return self.survive(&failed);
         }
+        self.failures = 0;
+        Ok(())
     }
 
     /// A failed step costs only its own requests, unless it keeps happening.

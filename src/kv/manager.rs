@@ -196,6 +196,8 @@ mod tests {
     fn shares_full_blocks() {
         let mut kv = KvCacheManager::new(8, 2, KEY);
         let mut first = computed(&mut kv, None, &[1, 2, 3, 4]);
+        let hash = first.hash(1).expect("a full block");
+        assert!(!first.will_publish(1, hash), "it has already");
         let mut second = computed(&mut kv, None, &[1, 2, 3, 4]);
         assert_eq!(first.table().blocks()[0], second.table().blocks()[0]);
         assert_ne!(first.table().blocks()[1], second.table().blocks()[1]);

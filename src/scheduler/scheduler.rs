@@ -221,6 +221,10 @@ impl Scheduler {
         }
         let index = self.running.partition_point(|other| other.arrival < seq.arrival);
         self.running.insert(index, seq);
+        assert!(
+            promised_blocks(&self.kv, &self.running) <= self.kv.num_free_blocks(),
+            "what is admitted fits beside what runs"
+        );
     }
 
     /// Shares out the token budget: one number per running sequence.
@@ -282,6 +286,8 @@ impl Scheduler {
                 index += 1;
             }
         }
+        let served = output.scheduled.first().map(|scheduled| scheduled.id);
+        assert_eq!(served, self.running.first().map(Sequence::id), "the oldest always progresses");
         output
     }
 
@@ -379,6 +385,7 @@ impl Scheduler {
         }
         for seq in self.waiting.iter() {
             assert!(seq.blocks.table().blocks().is_empty());
+            assert_eq!(seq.blocks.num_published(), 0);
             assert_eq!(seq.num_computed_tokens, 0);
         }
     }
@@ -407,9 +414,13 @@ fn has_room(
     seq: &Sequence,
     prefix: CachedPrefix,
 ) -> bool {
-    let missing = |seq: &Sequence, num_held: usize| kv.blocks_for(seq.tokens.len()) - num_held;
-    let promised: usize =
-        running.iter().map(|other| 1 + missing(other, other.blocks.table().blocks().len())).sum();
-    let needed = missing(seq, prefix.num_blocks) + prefix.num_free_blocks;
-    needed + promised <= kv.num_free_blocks()
+    let needed = kv.blocks_for(seq.tokens.len()) - prefix.num_blocks + prefix.num_free_blocks;
+    needed + promised_blocks(kv, running) + running.len() <= kv.num_free_blocks()
+}
+
+/// How many more blocks the running sequences need for the tokens they already know.
+fn promised_blocks(kv: &KvCacheManager, running: &[Sequence]) -> usize {
+    let lacking =
+        |seq: &Sequence| kv.blocks_for(seq.tokens.len()) - seq.blocks.table().blocks().len();
+    running.iter().map(lacking).sum()
 }

@@ -18,18 +18,18 @@ use qwen_server::scheduler::step::{
 use qwen_server::text::TokenId;
 
 /// A prompt with this token makes the runner return an error.
-pub const ERROR_TOKEN: TokenId = 900;
+pub(crate) const ERROR_TOKEN: TokenId = 900;
 /// A prompt with this token makes the runner panic.
-pub const PANIC_TOKEN: TokenId = 901;
+pub(crate) const PANIC_TOKEN: TokenId = 901;
 /// A prompt that ends with this token has logits that are not finite.
-pub const NAN_TOKEN: TokenId = 902;
+pub(crate) const NAN_TOKEN: TokenId = 902;
 
 /// Lets the steps of a runner pass one by one; dropping it opens the way for good.
-pub struct Gate(Sender<()>);
+pub(crate) struct Gate(Sender<()>);
 
 impl Gate {
     /// Lets this many more steps pass.
-    pub fn let_pass(&self, num_steps: usize) {
+    pub(crate) fn let_pass(&self, num_steps: usize) {
         for _ in 0..num_steps {
             self.0.send(()).expect("the runner lives");
         }
@@ -37,17 +37,17 @@ impl Gate {
 }
 
 /// See the module.
-pub struct FakeRunner {
+pub(crate) struct FakeRunner {
     /// Generated tokens are below this.
-    pub vocab_size: u32,
+    pub(crate) vocab_size: u32,
     /// How long a step takes.
-    pub step_delay: Duration,
+    pub(crate) step_delay: Duration,
     /// When not empty: what every request is answered, token by token; the last one repeats.
-    pub script: Vec<TokenId>,
+    pub(crate) script: Vec<TokenId>,
     /// When present: every step waits for its permission.
-    pub gate: Option<Receiver<()>>,
+    pub(crate) gate: Option<Receiver<()>>,
     /// Counts steps that began.
-    pub num_steps: Arc<AtomicUsize>,
+    pub(crate) num_steps: Arc<AtomicUsize>,
 }
 
 impl Default for FakeRunner {
@@ -64,14 +64,14 @@ impl Default for FakeRunner {
 
 impl FakeRunner {
     /// Makes every step wait for the returned gate.
-    pub fn gated(mut self) -> (Self, Gate) {
+    pub(crate) fn gated(mut self) -> (Self, Gate) {
         let (sender, receiver) = channel();
         self.gate = Some(receiver);
         (self, Gate(sender))
     }
 
     /// The token a request gets: a function of its last token, its seed and the random counter.
-    pub fn next_token(&self, last: TokenId, request: &SampleRequest) -> TokenId {
+    pub(crate) fn next_token(&self, last: TokenId, request: &SampleRequest) -> TokenId {
         if let Some(end) = self.script.len().checked_sub(1) {
             return self.script[request.num_output_tokens.min(end)];
         }
@@ -126,8 +126,7 @@ impl Runner for FakeRunner {
 
     fn sample(&mut self, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, String> {
         let output = |scheduled: &ScheduledSeq| {
-            let sampled =
-                scheduled.sample.as_ref().map(|request| self.sampled(scheduled, request));
+            let sampled = scheduled.sample.as_ref().map(|request| self.sampled(scheduled, request));
             let wanted = scheduled.prompt_logprobs.iter();
             let prompt_logprobs = wanted
                 .flat_map(|wanted| {
