@@ -20,4 +20,4 @@ mod tokenize;
 
 pub use router::router;
 pub use serve::serve;
-pub use state::{AppState, HttpLimits, Lifecycle};
+pub use state::{AppState, HttpLimits};

@@ -43,6 +43,8 @@ pub struct PromptLimits {
     pub max_choices: u32,
     /// Prompts per request.
     pub max_prompts: usize,
+    /// Choices of all prompts together: more could never run or wait at a time.
+    pub max_sequences: usize,
 }
 
 /// What preparing needs to know beside the request.
@@ -158,6 +160,16 @@ pub fn prepare_completion(
         settings.params.prompt_logprobs = settings.params.prompt_logprobs.max(logprobs);
     }
     let prompts = split_prompts(&request.prompt, context)?;
+    let num_sequences = prompts.len() * settings.n as usize;
+    if context.limits.max_sequences < num_sequences {
+        return Err(PromptError::invalid(
+            "prompt",
+            format!(
+                "asks for {num_sequences} choices in all, more than the {} this server can queue",
+                context.limits.max_sequences
+            ),
+        ));
+    }
     let demand = Demand {
         max_tokens: request.max_tokens,
         default: DEFAULT_COMPLETION_TOKENS,

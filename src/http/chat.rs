@@ -20,7 +20,7 @@ use crate::openai::chat::{
     AssistantMessage, ChatChoice, ChatCompletion, ChatCompletionRequest, ChatLogprobs,
 };
 use crate::openai::generation::Usage;
-use crate::openai::stream::{ChatChunkChoice, ChatCompletionChunk, ChatDelta};
+use crate::openai::stream::{ChatChunkChoice, ChatCompletionChunk, ChatDelta, ChunkUsage};
 use crate::text::TokenId;
 
 const OBJECT: &str = "chat.completion";
@@ -135,11 +135,7 @@ impl ChatRenderer {
         piece
     }
 
-    fn chunk(
-        &self,
-        choices: Vec<ChatChunkChoice>,
-        usage: Option<Option<Usage>>,
-    ) -> ChatCompletionChunk {
+    fn chunk(&self, choices: Vec<ChatChunkChoice>, usage: ChunkUsage) -> ChatCompletionChunk {
         ChatCompletionChunk {
             id: self.head.id.clone(),
             object: CHUNK_OBJECT,
@@ -191,7 +187,7 @@ impl RenderChunks for ChatRenderer {
         match self.usage {
             UsageMode::Off => Vec::new(),
             UsageMode::Final | UsageMode::Continuous => {
-                vec![self.chunk(Vec::new(), Some(Some(usage)))]
+                vec![self.chunk(Vec::new(), ChunkUsage::Known(usage))]
             }
         }
     }

@@ -22,7 +22,7 @@ use crate::openai::completion::{
     Completion, CompletionChoice, CompletionLogprobs, CompletionRequest,
 };
 use crate::openai::generation::{PromptLogprobs, Usage};
-use crate::openai::stream::CompletionChunk;
+use crate::openai::stream::{ChunkUsage, CompletionChunk};
 use crate::text::TokenId;
 
 const OBJECT: &str = "text_completion";
@@ -191,11 +191,7 @@ impl CompletionRenderer {
         }
     }
 
-    fn chunk(
-        &self,
-        choices: Vec<CompletionChoice>,
-        usage: Option<Option<Usage>>,
-    ) -> CompletionChunk {
+    fn chunk(&self, choices: Vec<CompletionChoice>, usage: ChunkUsage) -> CompletionChunk {
         CompletionChunk {
             id: self.head.id.clone(),
             object: OBJECT,
@@ -224,7 +220,7 @@ impl RenderChunks for CompletionRenderer {
         match self.usage {
             UsageMode::Off => Vec::new(),
             UsageMode::Final | UsageMode::Continuous => {
-                vec![self.chunk(Vec::new(), Some(Some(usage)))]
+                vec![self.chunk(Vec::new(), ChunkUsage::Known(usage))]
             }
         }
     }

@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 
 use crate::chat::output::OutputError;
 use crate::chat::prompt::PromptError;
-use crate::engine::handle::SubmitError;
+use crate::engine::SubmitError;
 use crate::openai::error::{ErrorBody, ErrorObject};
 
 /// Longest message sent to a client: some echo what the client sent.

@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use super::generation::run_sized;
 use super::state::AppState;
 use crate::chat::options::is_ignored;
 use crate::openai::chat::ChatCompletionRequest;
@@ -24,17 +25,19 @@ pub(super) struct ApiJson<T> {
     pub(super) num_bytes: usize,
 }
 
-impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
+impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for ApiJson<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
-        let (value, num_bytes) = read_json(request, state).await?;
-        Ok(Self { value: parse(&value)?, num_bytes })
+        let bytes = read(request, state).await?;
+        let num_bytes = bytes.len();
+        let value = run_sized(num_bytes, state, move || parse(&parse_json(&bytes)?)).await??;
+        Ok(Self { value, num_bytes })
     }
 }
 
 /// The fields of one generating endpoint that `GenerationFields` does not know.
-pub(super) trait EndpointFields: DeserializeOwned {
+pub(super) trait EndpointFields: DeserializeOwned + Send + 'static {
     /// Fields the endpoint's own type does not know.
     fn other(&self) -> &Map<String, Value>;
 }
@@ -64,13 +67,20 @@ impl<T: EndpointFields> FromRequest<AppState> for GenerationBody<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
-        let (value, num_bytes) = read_json(request, state).await?;
+        let bytes = read(request, state).await?;
+        run_sized(bytes.len(), state, move || Self::decode(&bytes)).await?
+    }
+}
+
+impl<T: EndpointFields> GenerationBody<T> {
+    fn decode(bytes: &[u8]) -> Result<Self, ApiError> {
+        let value = parse_json(bytes)?;
         let request: T = parse(&value)?;
         let fields: GenerationFields = parse(&value)?;
         let unknown = request.other().iter().filter(|(name, _)| fields.other.contains_key(*name));
         let ignored = unknown.filter(|(name, value)| is_ignored(name, value));
         let ignored = ignored.map(|(name, _)| name.clone()).collect();
-        Ok(Self { request, fields, ignored, num_bytes })
+        Ok(Self { request, fields, ignored, num_bytes: bytes.len() })
     }
 }
 
@@ -92,17 +102,20 @@ pub(super) fn ignored_header(ignored: &[String]) -> Option<(HeaderName, HeaderVa
     Some((HeaderName::from_static("x-ignored-params"), value))
 }
 
-async fn read_json(request: Request, state: &AppState) -> Result<(Value, usize), ApiError> {
+async fn read(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
     if !is_json(request.headers()) {
         return Err(ApiError::UnsupportedMediaType);
     }
-    let bytes = Bytes::from_request(request, state).await.map_err(|rejection| {
+    Bytes::from_request(request, state).await.map_err(|rejection| {
         match rejection.into_response().status() {
             StatusCode::PAYLOAD_TOO_LARGE => ApiError::BodyTooLarge(state.limits.max_body_bytes),
             _ => ApiError::BodyUnreadable,
         }
-    })?;
-    let value: Value = serde_json::from_slice(&bytes).map_err(|error| ApiError::Invalid {
+    })
+}
+
+fn parse_json(bytes: &[u8]) -> Result<Value, ApiError> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|error| ApiError::Invalid {
         message: format!("the body is not valid JSON: {error}"),
         param: None,
     })?;
@@ -110,7 +123,7 @@ async fn read_json(request: Request, state: &AppState) -> Result<(Value, usize),
         let message = "the body must be a JSON object".to_owned();
         return Err(ApiError::Invalid { message, param: None });
     }
-    Ok((value, bytes.len()))
+    Ok(value)
 }
 
 fn is_json(headers: &HeaderMap) -> bool {

@@ -17,7 +17,7 @@ use super::request_id::RequestId;
 use super::state::{AppState, unix_seconds};
 use crate::chat::output::{OutputError, RequestOutput, Update};
 use crate::chat::prompt::Prepared;
-use crate::engine::handle::EventStream;
+use crate::engine::EventStream;
 use crate::openai::generation::Usage;
 
 /// What every response to one request, whole or in chunks, begins with.

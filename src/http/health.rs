@@ -1,5 +1,7 @@
 //! What probes, dashboards and operators ask.
 
+use std::sync::atomic::Ordering;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -8,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::state::AppState;
-use crate::engine::handle::Health;
+use crate::engine::Health;
 use crate::telemetry;
 
 /// `GET /health/live`: whether restarting would help. A busy server is alive.
@@ -21,7 +23,7 @@ pub(super) async fn live(State(state): State<AppState>) -> Response {
 
 /// `GET /health` and `/health/ready`: whether to send requests here.
 pub(super) async fn ready(State(state): State<AppState>) -> Response {
-    match engine_obstacle(&state).or(state.lifecycle.obstacle()) {
+    match engine_obstacle(&state).or(door_obstacle(&state)) {
         None => ok(),
         Some(reason) => unavailable(reason),
     }
@@ -44,6 +46,13 @@ fn engine_obstacle(state: &AppState) -> Option<&'static str> {
         Health::Stalled { .. } => Some("the engine makes no progress"),
         Health::Dead { .. } => Some("the engine is not running"),
     }
+}
+
+fn door_obstacle(state: &AppState) -> Option<&'static str> {
+    if state.is_draining.load(Ordering::Acquire) {
+        return Some("the server is shutting down");
+    }
+    (!state.engine.is_ready()).then_some("the model is loading")
 }
 
 fn ok() -> Response {

@@ -1,6 +1,7 @@
 //! `GET /v1/models` and `/v1/models/{id}`.
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 
 use super::error::ApiError;
@@ -14,8 +15,9 @@ pub(super) async fn list(State(state): State<AppState>) -> Json<ModelList> {
 
 pub(super) async fn retrieve(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
+    let Path(id) = id.map_err(|_| ApiError::NotFound("the name is not UTF-8".into()))?;
     check_model(&id, &state)?;
     Ok(Json(model(&id, &state)))
 }

@@ -2,12 +2,18 @@
 
 use std::future::Future;
 use std::io;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
+use tokio::time::timeout;
 
 use super::router::router;
 use super::state::AppState;
+
+/// How long clients may take to read the end of their answers after the engine has stopped.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves until `shutdown` resolves and running requests have finished, or the drain timeout has
 /// passed.
@@ -29,11 +35,9 @@ pub async fn serve(
         async move {
             shutdown.await;
             tracing::info!("shutting down: finishing running requests");
-            state.lifecycle.begin_drain();
-            state.engine.drain();
             // The receiver only goes away together with the server.
             let _ = begin.send(());
-            state.engine.stopped().await;
+            drain(&state).await;
         }
     };
     let server = axum::serve(listener, router(state.clone())).with_graceful_shutdown(drained);
@@ -41,13 +45,24 @@ pub async fn serve(
         if began.await.is_err() {
             std::future::pending::<()>().await;
         }
-        tokio::time::sleep(state.limits.drain_timeout).await;
+        tokio::time::sleep(state.limits.drain_timeout + FLUSH_TIMEOUT).await;
     };
     tokio::select! {
         result = server => result,
         () = deadline => {
-            tracing::warn!("shutdown took too long: aborting what still runs");
+            tracing::warn!("gave up on clients that do not read their answers");
             Ok(())
         }
+    }
+}
+
+/// Closes the door, then waits until the engine has finished what it accepted.
+async fn drain(state: &AppState) {
+    state.is_draining.store(true, Ordering::Release);
+    state.engine.drain();
+    if timeout(state.limits.drain_timeout, state.engine.stopped()).await.is_err() {
+        tracing::warn!("shutdown took too long: aborting what still runs");
+        state.engine.abort_all();
+        state.engine.stopped().await;
     }
 }

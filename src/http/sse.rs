@@ -13,6 +13,7 @@ use super::generation::Generation;
 use super::state::HttpLimits;
 use crate::chat::output::Update;
 use crate::openai::generation::{GenerationFields, Usage};
+use crate::openai::stream::ChunkUsage;
 
 /// What ends a stream that did not fail.
 const DONE: &str = "[DONE]";
@@ -52,11 +53,11 @@ impl UsageMode {
     }
 
     /// The `usage` of a chunk with choices.
-    pub(super) fn in_chunk(self, usage: Usage) -> Option<Option<Usage>> {
+    pub(super) fn in_chunk(self, usage: Usage) -> ChunkUsage {
         match self {
-            Self::Off => None,
-            Self::Final => Some(None),
-            Self::Continuous => Some(Some(usage)),
+            Self::Off => ChunkUsage::NotAsked,
+            Self::Final => ChunkUsage::Pending,
+            Self::Continuous => ChunkUsage::Known(usage),
         }
     }
 }

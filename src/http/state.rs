@@ -1,14 +1,14 @@
 //! What every handler can reach.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use uuid::Uuid;
 
 use crate::chat::model::ServedModel;
 use crate::chat::prompt::PromptLimits;
-use crate::engine::handle::EngineHandle;
+use crate::engine::EngineHandle;
 
 /// Bounds on what clients may ask of the HTTP side.
 #[derive(Clone, Debug)]
@@ -40,35 +40,6 @@ impl Default for HttpLimits {
     }
 }
 
-/// Where the server is between start and exit. Clones share it.
-#[derive(Clone, Debug, Default)]
-pub struct Lifecycle(Arc<AtomicU8>);
-
-const LOADING: u8 = 0;
-const READY: u8 = 1;
-const DRAINING: u8 = 2;
-
-impl Lifecycle {
-    /// The model is loaded and warm. Has no effect once draining began.
-    pub fn mark_ready(&self) {
-        let _ = self.0.compare_exchange(LOADING, READY, Ordering::AcqRel, Ordering::Acquire);
-    }
-
-    /// Shutdown began: not ready from here on.
-    pub fn begin_drain(&self) {
-        self.0.store(DRAINING, Ordering::Release);
-    }
-
-    /// Why the server is not ready, if it is not.
-    pub fn obstacle(&self) -> Option<&'static str> {
-        match self.0.load(Ordering::Acquire) {
-            LOADING => Some("the model is loading"),
-            READY => None,
-            _ => Some("the server is shutting down"),
-        }
-    }
-}
-
 /// What every handler can reach. Cheap to clone.
 #[derive(Clone)]
 pub struct AppState {
@@ -78,22 +49,22 @@ pub struct AppState {
     pub model: Arc<ServedModel>,
     /// Bounds.
     pub limits: Arc<HttpLimits>,
-    /// Loading, ready or draining.
-    pub lifecycle: Lifecycle,
     /// When the model was made available, in seconds since the epoch.
     pub created: u64,
     /// Seed of requests that have none; without it, each gets a random one.
     pub seed: Option<u64>,
+    /// Whether shutdown has begun.
+    pub(super) is_draining: Arc<AtomicBool>,
 }
 
 impl AppState {
-    /// State of a server that is still loading; see [`Lifecycle::mark_ready`].
+    /// State of a server whose requests go to `engine`, which may still be loading.
     pub fn new(engine: EngineHandle, model: ServedModel, limits: HttpLimits) -> Self {
         Self {
             engine,
             model: Arc::new(model),
             limits: Arc::new(limits),
-            lifecycle: Lifecycle::default(),
+            is_draining: Arc::default(),
             created: unix_seconds(),
             seed: None,
         }
@@ -115,6 +86,7 @@ impl AppState {
             vocab_size: engine.vocab_size,
             max_choices: self.limits.max_choices,
             max_prompts: self.limits.max_prompts,
+            max_sequences: engine.max_num_seqs + engine.max_queue,
         }
     }
 }

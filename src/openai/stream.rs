@@ -20,9 +20,8 @@ pub struct ChatCompletionChunk {
     pub created: u64,
     pub model: String,
     pub choices: Vec<ChatChunkChoice>,
-    /// Outer `None`: the client did not ask. Inner `None`: not yet known, sent as null.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "ChunkUsage::is_not_asked")]
+    pub usage: ChunkUsage,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_token_ids: Option<Vec<u32>>,
 }
@@ -54,7 +53,23 @@ pub struct CompletionChunk {
     pub created: u64,
     pub model: String,
     pub choices: Vec<CompletionChoice>,
-    /// As in [`ChatCompletionChunk::usage`].
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "ChunkUsage::is_not_asked")]
+    pub usage: ChunkUsage,
+}
+
+/// The `usage` of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum ChunkUsage {
+    /// The key is absent.
+    NotAsked,
+    /// Sent as null.
+    Pending,
+    Known(Usage),
+}
+
+impl ChunkUsage {
+    fn is_not_asked(&self) -> bool {
+        *self == Self::NotAsked
+    }
 }
