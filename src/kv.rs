@@ -1,4 +1,17 @@
 //! Paged KV-cache bookkeeping: which block belongs to whom, and which full blocks can be shared.
+//!
+//! Knows token ids and block ids, never a tensor. **Invariant:** a block is either free or counted
+//! by exactly as many block tables as its reference count says. Start reading at
+//! [`KvCacheManager`].
+
+pub mod hash;
+pub mod manager;
+mod pool;
+pub mod table;
+
+pub use hash::HashKey;
+pub use manager::{KvCacheManager, OutOfBlocks};
+pub use table::SequenceBlocks;
 
 /// Index of a block of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

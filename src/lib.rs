@@ -7,4 +7,5 @@ pub mod kv;
 pub mod openai;
 pub mod sampling;
 pub mod scheduler;
+pub mod telemetry;
 pub mod text;

@@ -1,6 +1,20 @@
 //! Decides which tokens run next. Pure: no tensors, clocks, async or randomness.
+//!
+//! There is no prefill phase and no decode phase. Every sequence has tokens whose keys and values
+//! are not computed yet; each step hands out a token budget so that they catch up. Chunked prefill,
+//! prefix-cache hits and recomputation after preemption are all the same rule. Start reading at
+//! [`Scheduler::schedule`].
 
+mod queue;
+#[expect(clippy::module_inception, reason = "the file is named for its type")]
+mod scheduler;
+pub mod sequence;
 pub mod step;
+
+pub use scheduler::{
+    DoesNotFit, Scheduler, SchedulerConfig, SchedulerStats, SeqEvent, SeqFinish, SeqPhase,
+};
+pub use sequence::SequenceSpec;
 
 /// Identifies a sequence for the lifetime of the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

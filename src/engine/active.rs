@@ -1,0 +1,245 @@
+//! The requests that are being answered: who hears of which sequence, and since when.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::engine::event::{Event, FinishReason};
+use crate::engine::handle::{RequestKey, Seats, Submission};
+use crate::scheduler::{SeqEvent, SeqFinish, SeqId, SeqPhase};
+use crate::telemetry::metrics;
+
+/// One choice that has not ended.
+#[derive(Debug)]
+struct ActiveChoice {
+    index: u32,
+    last_token_at: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct ActiveRequest {
+    id: Arc<str>,
+    events: UnboundedSender<Event>,
+    choices: BTreeMap<SeqId, ActiveChoice>,
+    num_prompt_tokens: usize,
+    num_output_tokens: usize,
+    submitted_at: Instant,
+    started_at: Option<Instant>,
+    first_token_at: Option<Instant>,
+    last_token_at: Option<Instant>,
+}
+
+/// Everything the engine thread still owes an answer.
+#[derive(Debug)]
+pub(super) struct ActiveRequests {
+    requests: BTreeMap<RequestKey, ActiveRequest>,
+    seats: Arc<Seats>,
+}
+
+impl ActiveRequests {
+    pub(super) fn new(seats: Arc<Seats>) -> Self {
+        Self { requests: BTreeMap::new(), seats }
+    }
+
+    pub(super) fn add(&mut self, submission: &Submission) {
+        let choices = submission
+            .sequences()
+            .map(|spec| (spec.id, ActiveChoice { index: spec.choice, last_token_at: None }))
+            .collect();
+        let request = ActiveRequest {
+            id: Arc::clone(&submission.request.id),
+            events: submission.events.clone(),
+            choices,
+            num_prompt_tokens: submission.request.prompt.len(),
+            num_output_tokens: 0,
+            submitted_at: submission.submitted_at,
+            started_at: None,
+            first_token_at: None,
+            last_token_at: None,
+        };
+        let previous = self.requests.insert(submission.key, request);
+        assert!(previous.is_none(), "keys are unique");
+    }
+
+    /// A request's sequences have consecutive ids, and its key is the first of them.
+    fn key_of(&self, id: SeqId) -> Option<RequestKey> {
+        let (&key, request) = self.requests.range(..=RequestKey(id.0)).next_back()?;
+        request.choices.contains_key(&id).then_some(key)
+    }
+
+    /// Passes an event on. Returns sequences that nobody needs any more.
+    pub(super) fn deliver(&mut self, event: SeqEvent, now: Instant) -> Vec<SeqId> {
+        let (SeqEvent::Started { id, .. }
+        | SeqEvent::PromptLogprobs(id, _)
+        | SeqEvent::Token(id, _)
+        | SeqEvent::Finished(id, _)
+        | SeqEvent::Failed(id, _)) = event;
+        let Some(key) = self.key_of(id) else { return Vec::new() };
+        let request = self.requests.get_mut(&key).expect("the key was just found");
+        match event {
+            SeqEvent::Started { num_cached_tokens, .. } => request.start(num_cached_tokens, now),
+            SeqEvent::PromptLogprobs(_, logprobs) => request.send(Event::PromptLogprobs(logprobs)),
+            SeqEvent::Token(_, token) => {
+                let choice = request.record_token(id, now);
+                request.send(Event::Token { choice, token });
+            }
+            SeqEvent::Finished(_, finish) => {
+                let reason = match finish {
+                    SeqFinish::Stop => FinishReason::Stop,
+                    SeqFinish::Length => FinishReason::Length,
+                };
+                self.finish_sequence(key, id, reason, now);
+            }
+            SeqEvent::Failed(_, error) => return self.fail(key, &error.to_string(), now),
+        }
+        Vec::new()
+    }
+
+    fn finish_sequence(&mut self, key: RequestKey, id: SeqId, reason: FinishReason, now: Instant) {
+        let Some(request) = self.requests.get_mut(&key) else { return };
+        let Some(choice) = request.choices.remove(&id) else { return };
+        metrics::request_finished(reason_label(reason));
+        request.send(Event::Finished { choice: choice.index, reason });
+        let is_complete = request.choices.is_empty();
+        // Seats before the end of the stream: whoever sees the end may submit again.
+        self.seats.give_back(1);
+        if is_complete && let Some(request) = self.requests.remove(&key) {
+            request.record_end(now);
+        }
+    }
+
+    /// Ends a choice because its caller has all it wants. The sequence is then nobody's.
+    pub(super) fn finish_choice(
+        &mut self,
+        key: RequestKey,
+        choice: u32,
+        now: Instant,
+    ) -> Option<SeqId> {
+        let request = self.requests.get(&key)?;
+        let (&id, _) = request.choices.iter().find(|(_, active)| active.index == choice)?;
+        self.finish_sequence(key, id, FinishReason::Stop, now);
+        Some(id)
+    }
+
+    /// Forgets a request whose client left. Returns its sequences.
+    pub(super) fn forget(&mut self, key: RequestKey) -> Vec<SeqId> {
+        let Some(request) = self.requests.remove(&key) else { return Vec::new() };
+        for _ in &request.choices {
+            metrics::request_finished(reason_label(FinishReason::Abort));
+        }
+        self.seats.give_back(request.choices.len());
+        request.choices.into_keys().collect()
+    }
+
+    /// Ends a request with an error. Returns its sequences.
+    pub(super) fn fail(&mut self, key: RequestKey, reason: &str, now: Instant) -> Vec<SeqId> {
+        let Some(request) = self.requests.remove(&key) else { return Vec::new() };
+        tracing::warn!(request_id = %request.id, reason, "request failed");
+        for _ in &request.choices {
+            metrics::request_finished(reason_label(FinishReason::Error));
+        }
+        self.seats.give_back(request.choices.len());
+        request.send(Event::Failed(reason.to_owned()));
+        request.record_end(now);
+        request.choices.into_keys().collect()
+    }
+
+    /// Ends the requests of these sequences with an error. Returns all their sequences.
+    pub(super) fn fail_sequences(
+        &mut self,
+        ids: &[SeqId],
+        reason: &str,
+        now: Instant,
+    ) -> Vec<SeqId> {
+        let mut orphans = Vec::new();
+        for &id in ids {
+            if let Some(key) = self.key_of(id) {
+                orphans.extend(self.fail(key, reason, now));
+            }
+        }
+        orphans
+    }
+
+    /// Ends everything with an error.
+    pub(super) fn fail_all(&mut self, reason: &str, now: Instant) {
+        while let Some((&key, _)) = self.requests.first_key_value() {
+            self.fail(key, reason, now);
+        }
+    }
+
+    /// Ends everything with [`FinishReason::Abort`]. Returns all sequences.
+    pub(super) fn abort_all(&mut self, now: Instant) -> Vec<SeqId> {
+        let ids: Vec<_> = self
+            .requests
+            .iter()
+            .flat_map(|(&key, request)| request.choices.keys().map(move |&id| (key, id)))
+            .collect();
+        for &(key, id) in &ids {
+            self.finish_sequence(key, id, FinishReason::Abort, now);
+        }
+        ids.into_iter().map(|(_, id)| id).collect()
+    }
+}
+
+impl ActiveRequest {
+    /// A client that has left is noticed by its `AbortRequest`, not here.
+    fn send(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+
+    fn start(&mut self, num_cached_tokens: usize, now: Instant) {
+        if self.started_at.is_none() {
+            self.started_at = Some(now);
+            metrics::request_started(self.num_prompt_tokens, now - self.submitted_at);
+            self.send(Event::Started { num_cached_tokens });
+        }
+    }
+
+    fn record_token(&mut self, id: SeqId, now: Instant) -> u32 {
+        self.num_output_tokens += 1;
+        self.last_token_at = Some(now);
+        if self.first_token_at.is_none() {
+            self.first_token_at = Some(now);
+            let started_at = self.started_at.unwrap_or(self.submitted_at);
+            metrics::first_token(now - self.submitted_at, now - started_at);
+        }
+        let choice = self.choices.get_mut(&id).expect("the sequence was just found");
+        if let Some(last) = choice.last_token_at.replace(now) {
+            metrics::next_token(now - last);
+        }
+        metrics::generated_token();
+        choice.index
+    }
+
+    fn record_end(&self, now: Instant) {
+        let decode_time =
+            self.first_token_at.zip(self.last_token_at).map(|(first, last)| last - first);
+        metrics::request_ended(&metrics::EndedRequest {
+            latency: now - self.submitted_at,
+            decode_time: decode_time.unwrap_or_default(),
+            num_prompt_tokens: self.num_prompt_tokens,
+            num_output_tokens: self.num_output_tokens,
+        });
+    }
+}
+
+/// vLLM's values of the label `finished_reason`.
+fn reason_label(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Abort => "abort",
+        FinishReason::Error => "error",
+    }
+}
+
+/// Values of the label `phase`.
+pub(super) fn phase_label(phase: SeqPhase) -> &'static str {
+    match phase {
+        SeqPhase::Waiting => "waiting",
+        SeqPhase::Prefill => "prefill",
+        SeqPhase::Decode => "decode",
+    }
+}

@@ -1,0 +1,415 @@
+//! The engine thread: takes commands, steps while there is work, sleeps while there is none.
+//!
+//! The only place below `http` that reads the clock.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use crate::engine::active::{ActiveRequests, phase_label};
+use crate::engine::core::{EngineCore, FailedStep, panic_message};
+use crate::engine::event::Event;
+use crate::engine::handle::{Command, EngineHandle, RequestKey, Seats, Submission};
+use crate::engine::stats::{EngineLimits, EngineStats, Lifecycle};
+use crate::kv::{HashKey, KvCacheManager};
+use crate::scheduler::step::{Runner, SchedulerOutput};
+use crate::scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqId};
+use crate::telemetry::metrics;
+
+/// Time a step may take for each of its tokens, beside [`EngineConfig::stall_timeout`], before the
+/// engine counts as stalled: ten times what the largest supported model needs on a slow CPU.
+const STALL_TIMEOUT_PER_TOKEN: Duration = Duration::from_millis(250);
+
+/// Histograms collect samples until someone sorts them into buckets.
+const STEPS_PER_METRICS_UPKEEP: u64 = 256;
+
+/// How the engine is set up. Everything was decided before; nothing is guessed here.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// At most this many sequences run at a time.
+    pub max_num_seqs: usize,
+    /// At most this many tokens are computed in a step; at least two.
+    pub max_num_batched_tokens: usize,
+    /// At most this many of them belong to prompts while other sequences are generating.
+    pub max_prefill_tokens_while_decoding: usize,
+    /// The shortest prompt goes first; one that arrives a step later counts as this much longer.
+    pub prefill_ageing_tokens_per_step: usize,
+    /// Tokens per block of the KV cache.
+    pub block_size: usize,
+    /// Blocks of the KV cache; the runner must have as many.
+    pub num_blocks: u32,
+    /// Prompt and generated tokens of one sequence together, at most.
+    pub max_model_len: usize,
+    /// At most this many sequences wait beside those that run.
+    pub max_queue: usize,
+    /// Token ids are below this.
+    pub vocab_size: usize,
+    /// A step that takes longer than this, and a little more per token, is reported as a stall.
+    pub stall_timeout: Duration,
+    /// After this many failed steps in a row the engine gives up.
+    pub max_failed_steps: u32,
+    /// Names cached blocks; random per process, so that clients can predict nothing.
+    pub hash_key: HashKey,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            max_num_seqs: 16,
+            max_num_batched_tokens: 512,
+            max_prefill_tokens_while_decoding: 128,
+            prefill_ageing_tokens_per_step: 64,
+            block_size: 16,
+            num_blocks: 2048,
+            max_model_len: 32_768,
+            max_queue: 1024,
+            vocab_size: 151_936,
+            stall_timeout: Duration::from_secs(60),
+            max_failed_steps: 3,
+            hash_key: random_hash_key(),
+        }
+    }
+}
+
+impl EngineConfig {
+    /// What requests may ask for: a sequence must fit into the cache when it runs alone.
+    pub fn limits(&self) -> EngineLimits {
+        let num_blocks = self.num_blocks as usize;
+        EngineLimits {
+            max_model_len: self.max_model_len.min(num_blocks * self.block_size),
+            num_blocks,
+            block_size: self.block_size,
+            max_num_seqs: self.max_num_seqs,
+            max_queue: self.max_queue,
+            vocab_size: self.vocab_size,
+        }
+    }
+
+    fn scheduler(&self) -> Scheduler {
+        let config = SchedulerConfig {
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_prefill_tokens_while_decoding: self.max_prefill_tokens_while_decoding,
+            prefill_ageing_tokens_per_step: self.prefill_ageing_tokens_per_step,
+            max_model_len: self.limits().max_model_len,
+        };
+        let kv = KvCacheManager::new(self.num_blocks, self.block_size, self.hash_key);
+        Scheduler::new(config, kv)
+    }
+}
+
+/// A key from the operating system's generator.
+fn random_hash_key() -> HashKey {
+    let mut key = [0; 32];
+    for half in key.chunks_exact_mut(16) {
+        half.copy_from_slice(uuid::Uuid::new_v4().as_bytes());
+    }
+    HashKey(key)
+}
+
+/// The time, for the rest of the engine.
+pub(super) fn now() -> Instant {
+    Instant::now()
+}
+
+/// Since when a step has been running, for those who must not wait for it.
+#[derive(Debug)]
+pub(super) struct Heartbeat {
+    origin: Instant,
+    /// Milliseconds after `origin` at which the running step is overdue; zero between steps.
+    overdue_at_ms: AtomicU64,
+    started_at_ms: AtomicU64,
+}
+
+impl Heartbeat {
+    fn new() -> Self {
+        let started_at_ms = AtomicU64::new(0);
+        Self { origin: now(), overdue_at_ms: AtomicU64::new(0), started_at_ms }
+    }
+
+    fn elapsed_ms(&self) -> u64 {
+        self.origin.elapsed().as_millis() as u64
+    }
+
+    fn begin(&self, allowed: Duration) {
+        let started_at_ms = self.elapsed_ms();
+        self.started_at_ms.store(started_at_ms, Ordering::SeqCst);
+        let overdue_at_ms = started_at_ms + (allowed.as_millis() as u64).max(1);
+        self.overdue_at_ms.store(overdue_at_ms, Ordering::SeqCst);
+    }
+
+    fn end(&self) {
+        self.overdue_at_ms.store(0, Ordering::SeqCst);
+    }
+
+    /// How long the running step has been running, if that is too long.
+    pub(super) fn overdue(&self) -> Option<Duration> {
+        let overdue_at_ms = self.overdue_at_ms.load(Ordering::SeqCst);
+        let now_ms = self.elapsed_ms();
+        if overdue_at_ms == 0 || now_ms < overdue_at_ms {
+            return None;
+        }
+        let started_at_ms = self.started_at_ms.load(Ordering::SeqCst);
+        Some(Duration::from_millis(now_ms.saturating_sub(started_at_ms)))
+    }
+}
+
+/// Starts the engine. The runner is built on the engine thread, because it may belong to it; until
+/// then requests are queued. [`EngineHandle::ready`] tells when, or why not.
+///
+/// Metrics should be installed before: what is said once at the start is lost otherwise.
+pub fn spawn<R, F>(config: EngineConfig, make_runner: F) -> (EngineHandle, JoinHandle<()>)
+where
+    R: Runner + 'static,
+    F: FnOnce() -> Result<R, String> + Send + 'static,
+{
+    let limits = config.limits();
+    let (commands, receiver) = channel();
+    let stats = EngineStats {
+        num_free_blocks: limits.num_blocks,
+        num_blocks: limits.num_blocks,
+        ..EngineStats::default()
+    };
+    let (stats_sender, stats) = watch::channel(stats);
+    let (lifecycle_sender, lifecycle) = watch::channel(Lifecycle::Loading);
+    let seats = Arc::new(Seats::default());
+    let heartbeat = Arc::new(Heartbeat::new());
+    let handle = EngineHandle {
+        limits,
+        commands,
+        seats: Arc::clone(&seats),
+        next_id: Arc::default(),
+        stats,
+        lifecycle,
+        heartbeat: Arc::clone(&heartbeat),
+    };
+    let start = move || {
+        metrics::engine_started(limits.block_size, limits.num_blocks);
+        let mut outbox = Outbox {
+            commands: receiver,
+            active: ActiveRequests::new(Arc::clone(&seats)),
+            seats,
+            heartbeat,
+            stats: stats_sender,
+            recorded: SchedulerStats::default(),
+        };
+        let run = || live(&config, make_runner, &mut outbox, &lifecycle_sender);
+        let ended = catch_unwind(AssertUnwindSafe(run))
+            .unwrap_or_else(|panic| Err(format!("panic: {}", panic_message(panic.as_ref()))));
+        let state = match ended {
+            Ok(()) => Lifecycle::Ended,
+            Err(reason) => Lifecycle::Dead { reason },
+        };
+        lifecycle_sender.send_replace(state.clone());
+        if let Lifecycle::Dead { reason } = state {
+            tracing::error!(reason, "the engine is dead");
+            outbox.fail_everything(&reason);
+        }
+    };
+    let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(start);
+    (handle, thread.expect("the operating system can start one thread"))
+}
+
+/// The life of the engine thread; an error is its cause of death.
+fn live<R, F>(
+    config: &EngineConfig,
+    make_runner: F,
+    outbox: &mut Outbox,
+    lifecycle: &watch::Sender<Lifecycle>,
+) -> Result<(), String>
+where
+    R: Runner,
+    F: FnOnce() -> Result<R, String>,
+{
+    let core = EngineCore::new(config.scheduler(), make_runner()?);
+    lifecycle.send_replace(Lifecycle::Running);
+    let stall_timeout = config.stall_timeout;
+    let max_failed_steps = config.max_failed_steps;
+    EngineThread { core, outbox, stall_timeout, max_failed_steps, num_steps: 0, failures: 0 }.run()
+}
+
+/// The thread's side of the channels. It outlives the scheduler and the runner, so that a bug in
+/// them leaves nobody without an answer.
+struct Outbox {
+    commands: Receiver<Command>,
+    active: ActiveRequests,
+    seats: Arc<Seats>,
+    heartbeat: Arc<Heartbeat>,
+    stats: watch::Sender<EngineStats>,
+    /// What metrics know already.
+    recorded: SchedulerStats,
+}
+
+impl Outbox {
+    fn fail_everything(&mut self, reason: &str) {
+        self.heartbeat.end();
+        self.active.fail_all(reason, now());
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Add(submission) = command {
+                let _ = submission.events.send(Event::Failed(reason.to_owned()));
+            }
+        }
+    }
+}
+
+struct EngineThread<'a, R> {
+    core: EngineCore<R>,
+    outbox: &'a mut Outbox,
+    stall_timeout: Duration,
+    max_failed_steps: u32,
+    num_steps: u64,
+    /// Failed steps in a row.
+    failures: u32,
+}
+
+impl<R: Runner> EngineThread<'_, R> {
+    fn run(&mut self) -> Result<(), String> {
+        while self.take_commands() {
+            if !self.core.scheduler().is_idle() {
+                self.step()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what was asked since the last step; sleeps while there is nothing to compute. Returns
+    /// false when there is nothing left to live for.
+    fn take_commands(&mut self) -> bool {
+        let is_idle = self.core.scheduler().is_idle();
+        if is_idle {
+            if self.outbox.seats.are_closed_and_empty() {
+                return false;
+            }
+            let Ok(command) = self.outbox.commands.recv() else { return false };
+            self.obey(command);
+        }
+        let mut is_changed = is_idle;
+        while let Ok(command) = self.outbox.commands.try_recv() {
+            self.obey(command);
+            is_changed = true;
+        }
+        if is_changed {
+            self.publish_stats();
+        }
+        true
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Add(submission) => self.add(&submission),
+            Command::AbortRequest(key) => self.abort_request(key),
+            Command::FinishChoice(key, choice) => {
+                let sequence = self.outbox.active.finish_choice(key, choice, now());
+                self.abort_sequences(sequence);
+            }
+            Command::AbortAll => {
+                let sequences = self.outbox.active.abort_all(now());
+                self.abort_sequences(sequences);
+            }
+            Command::Wake => {}
+        }
+    }
+
+    fn add(&mut self, submission: &Submission) {
+        self.outbox.active.add(submission);
+        for spec in submission.sequences() {
+            if self.core.scheduler_mut().add(spec).is_err() {
+                // The handle refuses such requests; it and the scheduler must agree.
+                let reason = "the request does not fit into the cache";
+                let sequences = self.outbox.active.fail(submission.key, reason, now());
+                self.abort_sequences(sequences);
+                return;
+            }
+        }
+    }
+
+    fn abort_request(&mut self, key: RequestKey) {
+        let sequences = self.outbox.active.forget(key);
+        let scheduler = self.core.scheduler_mut();
+        let phases = sequences.into_iter().filter_map(|id| scheduler.abort(id));
+        if let Some(phase) = phases.max() {
+            metrics::request_cancelled(phase_label(phase));
+        }
+    }
+
+    fn abort_sequences(&mut self, ids: impl IntoIterator<Item = SeqId>) {
+        for id in ids {
+            self.core.scheduler_mut().abort(id);
+        }
+    }
+
+    fn step(&mut self) -> Result<(), String> {
+        let step = self.core.scheduler_mut().schedule();
+        let num_tokens = num_tokens(&step);
+        let began_at = now();
+        self.outbox.heartbeat.begin(self.stall_timeout + STALL_TIMEOUT_PER_TOKEN * num_tokens);
+        let outcome = self.core.execute(&step);
+        self.outbox.heartbeat.end();
+        let ended_at = now();
+        self.num_steps += 1;
+        metrics::step_ended(ended_at - began_at, num_tokens);
+        if self.num_steps.is_multiple_of(STEPS_PER_METRICS_UPKEEP) {
+            metrics::upkeep();
+        }
+        // Before the events: whoever reads the end of a stream finds its blocks free.
+        self.publish_stats();
+        for event in outcome.events {
+            let orphans = self.outbox.active.deliver(event, ended_at);
+            self.abort_sequences(orphans);
+        }
+        match outcome.failed {
+            Some(failed) => self.survive(&failed),
+            None => {
+                self.failures = 0;
+                Ok(())
+            }
+        }
+    }
+
+    /// A failed step costs only its own requests, unless it keeps happening.
+    fn survive(&mut self, failed: &FailedStep) -> Result<(), String> {
+        let reason = failed.error.to_string();
+        self.failures += 1;
+        tracing::error!(reason, failures = self.failures, lost = failed.lost.len(), "step failed");
+        self.outbox.stats.send_modify(|stats| stats.num_failed_steps += 1);
+        let orphans = self.outbox.active.fail_sequences(&failed.lost, &reason, now());
+        self.abort_sequences(orphans);
+        self.publish_stats();
+        if self.failures < self.max_failed_steps { Ok(()) } else { Err(reason) }
+    }
+
+    fn publish_stats(&mut self) {
+        let stats = self.core.scheduler().stats();
+        let num_blocks = self.core.scheduler().kv().num_blocks();
+        let num_steps = self.num_steps;
+        self.outbox.stats.send_modify(|published| {
+            *published = EngineStats {
+                num_running: stats.num_running,
+                num_waiting: stats.num_waiting,
+                num_free_blocks: num_blocks - stats.num_held_blocks,
+                num_blocks,
+                num_steps,
+                num_preemptions: stats.num_preemptions,
+                num_failed_steps: published.num_failed_steps,
+            };
+        });
+        let recorded = std::mem::replace(&mut self.outbox.recorded, stats);
+        metrics::scheduler_state(&metrics::SchedulerState {
+            num_running: stats.num_running,
+            num_waiting: stats.num_waiting,
+            kv_cache_usage: stats.num_held_blocks as f64 / num_blocks as f64,
+            new_preemptions: stats.num_preemptions - recorded.num_preemptions,
+            new_prefix_queries: stats.num_prefix_queries - recorded.num_prefix_queries,
+            new_prefix_hits: stats.num_prefix_hits - recorded.num_prefix_hits,
+        });
+    }
+}
+
+fn num_tokens(step: &SchedulerOutput) -> u32 {
+    step.scheduled.iter().map(|scheduled| scheduled.tokens.len() as u32).sum()
+}

@@ -1,0 +1,168 @@
+//! One token stream: the prompt, what was generated, and how far the cache lags behind.
+
+use std::sync::Arc;
+
+use crate::kv::SequenceBlocks;
+use crate::sampling::params::SamplingParams;
+use crate::scheduler::SeqId;
+use crate::scheduler::step::{PromptLogprobsRequest, SampleRequest, ScheduledSeq, TokenHistory};
+use crate::text::TokenId;
+
+/// What a sequence is to become: one choice of a request.
+#[derive(Clone, Debug)]
+pub struct SequenceSpec {
+    /// Must be unique for the lifetime of the engine.
+    pub id: SeqId,
+    /// The prompt; never empty.
+    pub prompt: Arc<[TokenId]>,
+    /// How tokens are drawn.
+    pub params: Arc<SamplingParams>,
+    /// Which of the request's choices this is.
+    pub choice: u32,
+    /// At most this many tokens are generated. Zero only computes the prompt.
+    pub max_tokens: usize,
+    /// Drawing one of these ends the sequence.
+    pub stop_token_ids: Arc<[TokenId]>,
+    /// How many top log-probabilities to report for every prompt token, if any.
+    pub prompt_logprobs: Option<u32>,
+    /// Prefixes are shared only between sequences with the same salt.
+    pub cache_salt: Option<Arc<str>>,
+}
+
+/// A sequence the scheduler knows.
+#[derive(Debug)]
+pub(super) struct Sequence {
+    spec: SequenceSpec,
+    pub(super) tokens: Vec<TokenId>,
+    max_len: usize,
+    /// Order of arrival: decides who is preempted and who is admitted. Kept for life.
+    pub(super) arrival: u64,
+    /// The step of arrival; long prompts age from here.
+    pub(super) arrival_step: u64,
+    /// The last step that computed something.
+    pub(super) last_scheduled_step: u64,
+    /// Whether it ever left the queue.
+    pub(super) was_started: bool,
+    /// Tokens whose keys and values are in the cache. **Invariant:** `<= tokens.len()`.
+    pub(super) num_computed_tokens: usize,
+    /// Prompt tokens whose log-probability was reported. Survives preemption.
+    pub(super) num_prompt_logprobs: usize,
+    pub(super) blocks: SequenceBlocks,
+}
+
+impl Sequence {
+    pub(super) fn new(spec: SequenceSpec, blocks: SequenceBlocks, max_model_len: usize) -> Self {
+        assert!(!spec.prompt.is_empty(), "a prompt has a token");
+        let tokens = spec.prompt.to_vec();
+        let max_len = tokens.len().saturating_add(spec.max_tokens).min(max_model_len);
+        Self {
+            spec,
+            tokens,
+            max_len,
+            arrival: 0,
+            arrival_step: 0,
+            last_scheduled_step: 0,
+            was_started: false,
+            num_computed_tokens: 0,
+            num_prompt_logprobs: 0,
+            blocks,
+        }
+    }
+
+    pub(super) fn id(&self) -> SeqId {
+        self.spec.id
+    }
+
+    pub(super) fn num_prompt_tokens(&self) -> usize {
+        self.spec.prompt.len()
+    }
+
+    pub(super) fn num_output_tokens(&self) -> usize {
+        self.tokens.len() - self.num_prompt_tokens()
+    }
+
+    /// How far the cache lags behind the tokens. Prefill and decode differ only in this number.
+    pub(super) fn num_uncomputed_tokens(&self) -> usize {
+        self.tokens.len() - self.num_computed_tokens
+    }
+
+    /// The most tokens it will ever have in the cache. The last one is never fed back.
+    pub(super) fn max_computed_tokens(&self) -> usize {
+        if self.spec.max_tokens == 0 { self.num_prompt_tokens() } else { self.max_len - 1 }
+    }
+
+    /// How much of its beginning may come from the cache: never all of it, because the last token
+    /// must yield logits, and nothing whose logits are still owed.
+    pub(super) fn max_cached_tokens(&self) -> usize {
+        let max_hit = self.tokens.len() - 1;
+        if self.owes_prompt_logprobs() { max_hit.min(self.num_prompt_logprobs) } else { max_hit }
+    }
+
+    fn owes_prompt_logprobs(&self) -> bool {
+        self.spec.prompt_logprobs.is_some()
+            && self.num_prompt_logprobs + 1 < self.num_prompt_tokens()
+    }
+
+    pub(super) fn push(&mut self, token: TokenId) {
+        assert!(self.tokens.len() < self.max_len, "a finished sequence grows no more");
+        self.tokens.push(token);
+    }
+
+    pub(super) fn is_stop_token(&self, token: TokenId) -> bool {
+        self.spec.stop_token_ids.contains(&token)
+    }
+
+    pub(super) fn has_max_len(&self) -> bool {
+        self.max_len <= self.tokens.len()
+    }
+
+    /// The order of prefills: fewer tokens first, but everyone who arrives a step later starts
+    /// `ageing_tokens_per_step` tokens behind. So only finitely many can overtake a long prompt.
+    pub(super) fn prefill_deadline(&self, ageing_tokens_per_step: usize) -> u64 {
+        let waited = self.arrival_step.saturating_mul(ageing_tokens_per_step as u64);
+        waited.saturating_add(self.num_uncomputed_tokens() as u64)
+    }
+
+    /// The next `num_new_tokens` tokens as an order to the runner.
+    pub(super) fn schedule(&self, num_new_tokens: usize) -> ScheduledSeq {
+        let start = self.num_computed_tokens;
+        let end = start + num_new_tokens;
+        assert!(start < end && end <= self.tokens.len(), "only known tokens are computed");
+        let is_sampled = end == self.tokens.len() && !self.has_max_len();
+        ScheduledSeq {
+            id: self.id(),
+            start,
+            tokens: self.tokens[start..end].to_vec(),
+            blocks: self.blocks.table().clone(),
+            sample: is_sampled.then(|| self.sample_request()),
+            prompt_logprobs: self.prompt_logprobs_request(start, end),
+        }
+    }
+
+    fn sample_request(&self) -> SampleRequest {
+        let params = &self.spec.params;
+        let num_output_tokens = self.num_output_tokens();
+        let may_stop = params.min_tokens <= num_output_tokens;
+        SampleRequest {
+            params: Arc::clone(params),
+            choice: self.spec.choice,
+            num_output_tokens,
+            forbidden: if may_stop { Vec::new() } else { self.spec.stop_token_ids.to_vec() },
+            history: params.needs_history().then(|| TokenHistory {
+                tokens: self.tokens.clone(),
+                num_prompt_tokens: self.num_prompt_tokens(),
+            }),
+        }
+    }
+
+    /// The logits of token `i` score token `i + 1`. Absent when all of them were reported before a
+    /// preemption.
+    fn prompt_logprobs_request(&self, start: usize, end: usize) -> Option<PromptLogprobsRequest> {
+        let num_top = self.spec.prompt_logprobs?;
+        let last = end.min(self.num_prompt_tokens() - 1);
+        (self.num_prompt_logprobs < last).then(|| PromptLogprobsRequest {
+            num_top,
+            targets: self.tokens[start + 1..=last].to_vec(),
+        })
+    }
+}

@@ -1,0 +1,3 @@
+//! Logs, metrics and traces: set up once, names defined once.
+
+pub mod metrics;

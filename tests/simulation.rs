@@ -1,0 +1,630 @@
+//! Goal: no schedule, cache hit, eviction, preemption, abort or device failure may ever change what
+//! a sequence says, and nobody waits for ever.
+//!
+//! Method: `ShadowRunner` keeps a fake KV memory with one number per slot. Like a real key or value,
+//! the number depends on its token *and on everything before it*: it mixes the token with the
+//! predecessor's number, read through the block table. Tokens and log-probabilities are hashes of
+//! all numbers of the sequence, again read through the block table. So a stale, missing or wrongly
+//! shared slot changes the output. The oracle is the same recurrence over the tokens alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use qwen_server::engine::core::EngineCore;
+use qwen_server::kv::{HashKey, KvCacheManager};
+use qwen_server::sampling::SamplingParams;
+use qwen_server::scheduler::step::{
+    NonFiniteLogits, Runner, SampleRequest, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput,
+    TokenLogprobs,
+};
+use qwen_server::scheduler::{
+    Scheduler, SchedulerConfig, SeqEvent, SeqFinish, SeqId, SequenceSpec,
+};
+use qwen_server::text::TokenId;
+
+const VOCAB_SIZE: u32 = 24;
+const STOP_TOKENS: [TokenId; 2] = [3, 4];
+const KEY: HashKey = HashKey([9; 32]);
+type Salt = Option<&'static str>;
+
+// The recurrence, and what it says without any paging.
+
+fn mix(before: u32, token: TokenId) -> u32 {
+    (before ^ token).wrapping_mul(0x9E37_79B1).rotate_left(7).wrapping_add(1)
+}
+
+fn fold(values: impl Iterator<Item = u32>) -> u32 {
+    values.fold(17, mix)
+}
+
+fn values(tokens: &[TokenId]) -> impl Iterator<Item = u32> {
+    tokens.iter().scan(0, |before, &token| {
+        *before = mix(*before, token);
+        Some(*before)
+    })
+}
+
+fn draw(context: u32, choice: u32, num_output_tokens: usize, forbidden: &[TokenId]) -> TokenId {
+    let counter = mix(choice, num_output_tokens as u32);
+    let first = mix(context, counter);
+    let mut candidates = (0..VOCAB_SIZE).map(|i| first.wrapping_add(i) % VOCAB_SIZE);
+    candidates.find(|token| !forbidden.contains(token)).expect("not everything is forbidden")
+}
+
+fn logprob(context: u32, target: TokenId) -> f32 {
+    (mix(context, target) % 1000) as f32
+}
+
+#[derive(Clone, Debug)]
+struct Arrival {
+    step: usize,
+    prompt: Vec<TokenId>,
+    n: u32,
+    max_tokens: usize,
+    min_tokens: usize,
+    stops: bool,
+    penalised: bool,
+    prompt_logprobs: bool,
+    salt: Salt,
+    /// The logits after so many generated tokens are not finite.
+    broken_after: Option<usize>,
+    abort_after: Option<usize>,
+}
+
+impl Arrival {
+    fn simple(step: usize, prompt: Vec<TokenId>, max_tokens: usize) -> Self {
+        Self {
+            step,
+            prompt,
+            n: 1,
+            max_tokens,
+            min_tokens: 0,
+            stops: false,
+            penalised: false,
+            prompt_logprobs: false,
+            salt: None,
+            broken_after: None,
+            abort_after: None,
+        }
+    }
+
+    fn spec(&self, index: usize, choice: u32) -> SequenceSpec {
+        let params = SamplingParams {
+            min_tokens: self.min_tokens,
+            presence_penalty: if self.penalised { 1.0 } else { 0.0 },
+            ..SamplingParams::default()
+        };
+        SequenceSpec {
+            id: seq_id(index, choice),
+            prompt: self.prompt.as_slice().into(),
+            params: Arc::new(params),
+            choice,
+            max_tokens: self.max_tokens,
+            stop_token_ids: if self.stops { STOP_TOKENS.into() } else { [].into() },
+            prompt_logprobs: (self.prompt_logprobs && choice == 0).then_some(0),
+            cache_salt: self.salt.map(Into::into),
+        }
+    }
+
+    /// What the choice says when it is alone in the world.
+    fn expected(&self, choice: u32, max_model_len: usize) -> Told {
+        let mut tokens = self.prompt.clone();
+        let mut told = Told::default();
+        if self.prompt_logprobs && choice == 0 {
+            let contexts = (1..tokens.len()).map(|end| (fold(values(&tokens[..end])), tokens[end]));
+            told.prompt_logprobs =
+                contexts.map(|(c, target)| (target, logprob(c, target))).collect();
+        }
+        told.end = Some(loop {
+            if told.tokens.len() == self.max_tokens || tokens.len() == max_model_len {
+                break End::Length;
+            }
+            if self.broken_after == Some(told.tokens.len()) {
+                break End::Failed;
+            }
+            let is_forbidden = self.stops && told.tokens.len() < self.min_tokens;
+            let forbidden: &[_] = if is_forbidden { &STOP_TOKENS } else { &[] };
+            let token = draw(fold(values(&tokens)), choice, told.tokens.len(), forbidden);
+            tokens.push(token);
+            told.tokens.push(token);
+            if self.stops && STOP_TOKENS.contains(&token) {
+                break End::Stop;
+            }
+        });
+        told
+    }
+}
+
+fn seq_id(index: usize, choice: u32) -> SeqId {
+    SeqId(index as u64 * 16 + u64::from(choice))
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Stop,
+    Length,
+    Failed,
+    Aborted,
+    Lost,
+}
+
+/// What a client heard.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Told {
+    tokens: Vec<TokenId>,
+    prompt_logprobs: Vec<(TokenId, f32)>,
+    num_cached_tokens: Option<usize>,
+    end: Option<End>,
+}
+
+// The fake device.
+
+#[derive(Default)]
+struct ShadowRunner {
+    slots: Vec<u32>,
+    /// The salt of the sequence that wrote each slot.
+    owners: Vec<Salt>,
+    salts: BTreeMap<SeqId, Salt>,
+    broken_after: BTreeMap<SeqId, usize>,
+    block_size: usize,
+    /// Steps that fail and leave garbage everywhere.
+    failing_steps: BTreeSet<usize>,
+    num_steps: usize,
+    num_computed_tokens: usize,
+}
+
+impl ShadowRunner {
+    fn read(&self, seq: &ScheduledSeq, position: usize) -> u32 {
+        let slot = seq.blocks.slot(position, self.block_size);
+        assert_eq!(self.owners[slot], self.salts[&seq.id], "read across salts");
+        self.slots[slot]
+    }
+
+    /// What a device would not notice until much later.
+    fn check_preconditions(&self, output: &SchedulerOutput) {
+        let mut written = BTreeSet::new();
+        let mut seen = BTreeSet::new();
+        for seq in &output.scheduled {
+            assert!(!seq.tokens.is_empty(), "no logits without a token");
+            assert!(!output.preempted.contains(&seq.id));
+            assert!(seen.insert(seq.id), "scheduled twice");
+            assert_eq!(seq.blocks.blocks().len(), seq.end().div_ceil(self.block_size));
+            for i in seq.start..seq.end() {
+                let slot = seq.blocks.slot(i, self.block_size);
+                assert!(written.insert(slot), "two sequences write slot {slot} in one step");
+            }
+        }
+    }
+
+    fn sampled(
+        &self,
+        seq: &ScheduledSeq,
+        request: &SampleRequest,
+    ) -> Result<SampledToken, NonFiniteLogits> {
+        if self.broken_after.get(&seq.id) == Some(&request.num_output_tokens) {
+            return Err(NonFiniteLogits);
+        }
+        assert_eq!(request.history.is_some(), request.params.needs_history());
+        if let Some(history) = &request.history {
+            assert_eq!(history.tokens.len(), seq.end());
+            assert_eq!(history.num_prompt_tokens, seq.end() - request.num_output_tokens);
+            let last = values(&history.tokens).last();
+            assert_eq!(last, Some(self.read(seq, seq.end() - 1)), "a wrong history");
+        }
+        let context = fold((0..seq.end()).map(|i| self.read(seq, i)));
+        let id = draw(context, request.choice, request.num_output_tokens, &request.forbidden);
+        Ok(SampledToken { id, logprobs: None })
+    }
+
+    fn prompt_logprobs(&self, seq: &ScheduledSeq) -> Vec<TokenLogprobs> {
+        let targets = seq.prompt_logprobs.iter().flat_map(|wanted| &wanted.targets);
+        let score = |(i, &token)| {
+            let context = fold((0..=i).map(|position| self.read(seq, position)));
+            TokenLogprobs { token, logprob: logprob(context, token), top: Vec::new() }
+        };
+        (seq.start..).zip(targets).map(score).collect()
+    }
+}
+
+impl Runner for ShadowRunner {
+    type Error = &'static str;
+
+    fn launch(&mut self, output: &SchedulerOutput) -> Result<(), &'static str> {
+        self.check_preconditions(output);
+        self.num_steps += 1;
+        if self.failing_steps.contains(&self.num_steps) {
+            self.slots.fill(0xDEAD);
+            return Err("planned");
+        }
+        for seq in &output.scheduled {
+            for (i, &token) in (seq.start..).zip(&seq.tokens) {
+                let before = if i == 0 { 0 } else { self.read(seq, i - 1) };
+                let slot = seq.blocks.slot(i, self.block_size);
+                self.slots[slot] = mix(before, token);
+                self.owners[slot] = self.salts[&seq.id];
+                self.num_computed_tokens += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn sample(&mut self, output: &SchedulerOutput) -> Result<Vec<SeqOutput>, &'static str> {
+        let outputs = output.scheduled.iter().map(|seq| SeqOutput {
+            sampled: seq.sample.as_ref().map(|request| self.sampled(seq, request)),
+            prompt_logprobs: self.prompt_logprobs(seq),
+        });
+        Ok(outputs.collect())
+    }
+}
+
+// The world: arrivals, steps, and what everybody hears.
+
+#[derive(Clone, Debug)]
+struct Shape {
+    num_blocks: u32,
+    block_size: usize,
+    config: SchedulerConfig,
+    failing_steps: BTreeSet<usize>,
+}
+
+impl Shape {
+    /// A machine with room for everything.
+    fn roomy() -> Self {
+        let config = SchedulerConfig {
+            max_num_seqs: 16,
+            max_num_batched_tokens: 32,
+            max_prefill_tokens_while_decoding: 8,
+            prefill_ageing_tokens_per_step: 4,
+            max_model_len: 4096,
+        };
+        Self { num_blocks: 2048, block_size: 4, config, failing_steps: BTreeSet::new() }
+    }
+}
+
+struct World<'a> {
+    arrivals: &'a [Arrival],
+    engine: EngineCore<ShadowRunner>,
+    told: BTreeMap<SeqId, Told>,
+    /// Accepted and not over yet, with the order of arrival.
+    live: BTreeMap<SeqId, usize>,
+    step: usize,
+}
+
+impl<'a> World<'a> {
+    fn new(arrivals: &'a [Arrival], shape: &Shape) -> Self {
+        let kv = KvCacheManager::new(shape.num_blocks, shape.block_size, KEY);
+        let num_slots = shape.num_blocks as usize * shape.block_size;
+        let runner = ShadowRunner {
+            slots: vec![0; num_slots],
+            owners: vec![None; num_slots],
+            block_size: shape.block_size,
+            failing_steps: shape.failing_steps.clone(),
+            ..ShadowRunner::default()
+        };
+        let mut runner = runner;
+        for (index, arrival) in arrivals.iter().enumerate() {
+            for choice in 0..arrival.n {
+                let id = seq_id(index, choice);
+                runner.salts.insert(id, arrival.salt);
+                runner.broken_after.extend(arrival.broken_after.map(|after| (id, after)));
+            }
+        }
+        let engine = EngineCore::new(Scheduler::new(shape.config, kv), runner);
+        Self { arrivals, engine, told: BTreeMap::new(), live: BTreeMap::new(), step: 0 }
+    }
+
+    fn arrive_and_abort(&mut self) {
+        for (index, arrival) in self.arrivals.iter().enumerate() {
+            for choice in 0..arrival.n {
+                let id = seq_id(index, choice);
+                let is_accepted = arrival.step == self.step
+                    && self.engine.scheduler_mut().add(arrival.spec(index, choice)).is_ok();
+                if is_accepted {
+                    self.live.insert(id, self.told.len());
+                    self.told.insert(id, Told::default());
+                }
+                let is_aborted = arrival.abort_after.map(|after| arrival.step + after);
+                if is_aborted == Some(self.step) && self.live.remove(&id).is_some() {
+                    assert!(self.engine.scheduler_mut().abort(id).is_some());
+                    self.told.get_mut(&id).expect("known").end = Some(End::Aborted);
+                }
+            }
+        }
+    }
+
+    /// One step; returns what was scheduled.
+    fn tick(&mut self) -> SchedulerOutput {
+        self.arrive_and_abort();
+        self.engine.scheduler().check_invariants();
+        let output = self.engine.scheduler_mut().schedule();
+        let order = |id: &SeqId| self.live[id];
+        let oldest = output.scheduled.iter().map(|seq| order(&seq.id)).min();
+        if !self.engine.scheduler().is_idle() {
+            assert!(oldest.is_some(), "a step without progress");
+        }
+        if let Some(preempted) = output.preempted.iter().map(order).min() {
+            assert!(oldest < Some(preempted), "the oldest was preempted");
+        }
+        let outcome = self.engine.execute(&output);
+        self.engine.scheduler().check_invariants();
+        outcome.events.into_iter().for_each(|event| self.hear(event));
+        for id in outcome.failed.into_iter().flat_map(|failed| failed.lost) {
+            self.end(id, End::Lost);
+        }
+        self.step += 1;
+        output
+    }
+
+    fn hear(&mut self, event: SeqEvent) {
+        match event {
+            SeqEvent::Started { id, num_cached_tokens } => {
+                let told = self.told.get_mut(&id).expect("known");
+                assert_eq!(told.num_cached_tokens.replace(num_cached_tokens), None);
+            }
+            SeqEvent::PromptLogprobs(id, scored) => {
+                let scored = scored.into_iter().map(|entry| (entry.token, entry.logprob));
+                self.told.get_mut(&id).expect("known").prompt_logprobs.extend(scored);
+            }
+            SeqEvent::Token(id, token) => {
+                assert!(self.live.contains_key(&id));
+                let told = self.told.get_mut(&id).expect("known");
+                assert!(told.num_cached_tokens.is_some(), "started before its first token");
+                told.tokens.push(token.id);
+            }
+            SeqEvent::Finished(id, SeqFinish::Stop) => self.end(id, End::Stop),
+            SeqEvent::Finished(id, SeqFinish::Length) => self.end(id, End::Length),
+            SeqEvent::Failed(id, NonFiniteLogits) => self.end(id, End::Failed),
+        }
+    }
+
+    fn end(&mut self, id: SeqId, end: End) {
+        assert!(self.live.remove(&id).is_some(), "ended twice");
+        let previous = self.told.get_mut(&id).expect("known").end.replace(end);
+        assert_eq!(previous, None);
+    }
+
+    /// Until everybody has arrived and ended. The bound is what a machine needs that computes one
+    /// token per step and starts everybody anew after each end of another.
+    fn run(&mut self) {
+        let last = self.arrivals.iter().map(|arrival| arrival.step).max().unwrap_or(0);
+        let sizes = self.arrivals.iter().map(|a| a.n as usize * (a.prompt.len() + a.max_tokens));
+        let bound = last + 20 + sizes.sum::<usize>() * 2;
+        while self.step <= last || !self.live.is_empty() {
+            self.tick();
+            assert!(self.step <= bound, "no progress");
+        }
+        assert!(self.engine.scheduler().is_idle());
+        assert_eq!(self.engine.scheduler().kv().num_held_blocks(), 0);
+    }
+}
+
+fn run(arrivals: &[Arrival], shape: &Shape) -> BTreeMap<SeqId, Told> {
+    let mut world = World::new(arrivals, shape);
+    world.run();
+    world.told
+}
+
+fn arrival() -> impl Strategy<Value = Arrival> {
+    // A tiny alphabet makes shared prefixes common.
+    let prompt = prop::collection::vec(0..2_u32, 1..40);
+    let salt = prop::sample::select(vec![None, None, Some(""), Some("tenant")]);
+    let rare = || prop::bool::weighted(0.2);
+    (
+        (0..20_usize, prompt, 1..4_u32, 0..12_usize),
+        (0..6_usize, any::<bool>(), rare(), rare(), salt),
+        prop::option::weighted(0.1, 0..6_usize),
+        prop::option::weighted(0.2, 0..10_usize),
+    )
+        .prop_map(|(what, how, broken_after, abort_after)| {
+            let (step, prompt, n, max_tokens) = what;
+            let (min_tokens, stops, penalised, prompt_logprobs, salt) = how;
+            Arrival {
+                step,
+                prompt,
+                n,
+                max_tokens,
+                min_tokens,
+                stops,
+                penalised,
+                prompt_logprobs,
+                salt,
+                broken_after,
+                abort_after,
+            }
+        })
+}
+
+fn shape() -> impl Strategy<Value = Shape> {
+    let config = (1..6_usize, 2..32_usize, 1..16_usize, 0..9_usize, 8..60_usize).prop_map(
+        |(max_num_seqs, max_num_batched_tokens, cap, ageing, max_model_len)| SchedulerConfig {
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_prefill_tokens_while_decoding: cap,
+            prefill_ageing_tokens_per_step: ageing,
+            max_model_len,
+        },
+    );
+    let failing_steps = prop::collection::btree_set(1..60_usize, 0..3);
+    (4..40_u32, 1..9_usize, config, failing_steps).prop_map(
+        |(num_blocks, block_size, config, failing_steps)| Shape {
+            num_blocks,
+            block_size,
+            config,
+            failing_steps,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn scheduling_never_changes_the_output(
+        arrivals in prop::collection::vec(arrival(), 1..12),
+        shape in shape(),
+    ) {
+        let told = run(&arrivals, &shape);
+        for (index, arrival) in arrivals.iter().enumerate() {
+            for choice in 0..arrival.n {
+                let Some(told) = told.get(&seq_id(index, choice)) else { continue };
+                let expected = arrival.expected(choice, shape.config.max_model_len);
+                prop_assert!(expected.tokens.starts_with(&told.tokens));
+                prop_assert!(expected.prompt_logprobs.starts_with(&told.prompt_logprobs));
+                if !matches!(told.end, Some(End::Aborted | End::Lost)) {
+                    prop_assert_eq!(told.end, expected.end);
+                    prop_assert_eq!(&told.tokens, &expected.tokens);
+                    // The scores of the step that failed are lost with it.
+                    if told.end != Some(End::Failed) {
+                        prop_assert_eq!(&told.prompt_logprobs, &expected.prompt_logprobs);
+                    }
+                }
+            }
+        }
+        // Deterministic: the same calls give the same decisions.
+        prop_assert_eq!(told, run(&arrivals, &shape));
+    }
+
+    /// Goal: identical prompts that arrive together are computed once, as far as blocks are full.
+    /// Method: count computed tokens on a machine with enough room.
+    #[test]
+    fn a_shared_prefix_is_computed_once(
+        len in 1..60_usize,
+        num_requests in 1..4_usize,
+        n in 1..4_u32,
+        block_size in 1..9_usize,
+        max_num_batched_tokens in 2..40_usize,
+        cap in 1..16_usize,
+    ) {
+        let prompt: Vec<_> = (0..len as u32).map(|i| mix(0, i) % VOCAB_SIZE).collect();
+        let arrival = Arrival { n, ..Arrival::simple(0, prompt, 1) };
+        let mut shape = Shape { block_size, ..Shape::roomy() };
+        shape.config.max_num_batched_tokens = max_num_batched_tokens;
+        shape.config.max_prefill_tokens_while_decoding = cap;
+        let arrivals = vec![arrival; num_requests];
+        let mut world = World::new(&arrivals, &shape);
+        world.run();
+        let num_sharable = (len - 1) / block_size * block_size;
+        let num_seqs = num_requests * n as usize;
+        let expected = num_sharable + num_seqs * (len - num_sharable);
+        prop_assert_eq!(world.engine.runner().num_computed_tokens, expected);
+        for (id, told) in &world.told {
+            let cached = if *id == seq_id(0, 0) { 0 } else { num_sharable };
+            prop_assert_eq!(told.num_cached_tokens, Some(cached));
+        }
+    }
+
+    /// Goal: whoever waits for a prefix goes on when the sequence that computes it disappears, and
+    /// no block is computed twice even then. Method: abort the leader after every possible step.
+    #[test]
+    fn an_aborted_leader_holds_nobody_back(len in 2..60_usize, after in 0..12_usize) {
+        let prompt: Vec<_> = (0..len as u32).collect();
+        let leader = Arrival { abort_after: Some(after), ..Arrival::simple(0, prompt.clone(), 9) };
+        let mut shape = Shape::roomy();
+        shape.config.max_num_batched_tokens = 8;
+        let arrivals = [leader, Arrival::simple(0, prompt.clone(), 3), Arrival::simple(0, prompt, 3)];
+        let mut world = World::new(&arrivals, &shape);
+        world.run();
+        for (index, arrival) in arrivals.iter().enumerate().skip(1) {
+            let told = &world.told[&seq_id(index, 0)];
+            prop_assert_eq!(&told.tokens, &arrival.expected(0, 4096).tokens);
+        }
+        // Partial blocks at worst: of the leader, and per follower the tail and what it generates.
+        let most = len + 4 + 9 + 2 * (4 + 2);
+        prop_assert!(world.engine.runner().num_computed_tokens <= most);
+    }
+}
+
+/// Goal: a long prompt never makes a running stream miss a step, and takes no more than its share.
+/// Method: look at every step between the long prompt's arrival and its first token.
+#[test]
+fn a_long_prompt_does_not_starve_running_streams() {
+    let mut arrivals: Vec<_> =
+        (0..6).map(|i| Arrival::simple(0, vec![i, i + 1, i + 2], 400)).collect();
+    arrivals.push(Arrival::simple(5, (0..1000).collect(), 1));
+    let long = seq_id(6, 0);
+    let mut world = World::new(&arrivals, &Shape::roomy());
+    let mut num_prompt_steps = 0;
+    while world.told.get(&long).is_none_or(|told| told.end.is_none()) {
+        let output = world.tick();
+        if 5 < world.step {
+            let (prompts, decodes): (Vec<_>, Vec<_>) =
+                output.scheduled.iter().partition(|seq| seq.id == long);
+            assert_eq!(decodes.len(), 6, "a stream missed step {}", world.step);
+            assert!(prompts.iter().all(|seq| seq.tokens.len() <= 8));
+            num_prompt_steps += 1;
+        }
+    }
+    assert_eq!(num_prompt_steps, 1000_usize.div_ceil(8));
+}
+
+/// Goal: a short prompt overtakes a long one, but an endless stream of short ones cannot keep the
+/// long one from finishing. Method: a machine that short prompts keep busy all by themselves; the
+/// ageing rule says how many of them may pass.
+#[test]
+fn a_long_prompt_ages() {
+    let (num_long, ageing, budget) = (400_u32, 4, 16);
+    let mut shape = Shape::roomy();
+    shape.config.max_num_batched_tokens = budget;
+    shape.config.max_prefill_tokens_while_decoding = budget;
+    shape.config.prefill_ageing_tokens_per_step = ageing;
+    let long = seq_id(1, 0);
+    // The first one is the oldest, so the long one gets nothing out of courtesy.
+    let mut arrivals = vec![Arrival::simple(0, vec![7], 1000)];
+    arrivals.push(Arrival::simple(0, (0..num_long).collect(), 1));
+    let short =
+        |i: u32| Arrival::simple(1 + i as usize, (0..15).map(|k| k + 1000 * i).collect(), 1);
+    arrivals.extend((1..600).map(short));
+    let mut world = World::new(&arrivals, &shape);
+    while world.told.get(&long).is_none_or(|told| told.end.is_none()) {
+        world.tick();
+        assert!(world.step < 250, "starved");
+    }
+    let overtaken = world.told.values().filter(|told| told.end.is_some()).count();
+    assert!(20 < overtaken, "short prompts go first: {overtaken}");
+    let may_overtake = num_long as usize / ageing;
+    let own_steps = (num_long as usize).div_ceil(budget - 1);
+    assert!(world.step <= may_overtake + 2 * own_steps + 10, "{}", world.step);
+}
+
+/// Goal: what made logits infinite is never shared. Method: send the same prompt again.
+#[test]
+fn a_failed_sequence_leaves_nothing_in_the_cache() {
+    let prompt: Vec<_> = (0..20).collect();
+    let broken = Arrival { broken_after: Some(2), ..Arrival::simple(0, prompt.clone(), 5) };
+    let arrivals = [broken, Arrival::simple(30, prompt.clone(), 5), Arrival::simple(60, prompt, 5)];
+    let told = run(&arrivals, &Shape::roomy());
+    assert_eq!(told[&seq_id(0, 0)].end, Some(End::Failed));
+    assert_eq!(told[&seq_id(1, 0)].num_cached_tokens, Some(0));
+    assert_eq!(told[&seq_id(2, 0)].num_cached_tokens, Some(16));
+}
+
+/// Goal: prompts whose log-probabilities are wanted are computed in full, others are not.
+#[test]
+fn prompt_logprobs_skip_the_cache() {
+    let prompt: Vec<_> = (0..20).collect();
+    let first = Arrival::simple(0, prompt.clone(), 1);
+    let scored = Arrival { prompt_logprobs: true, n: 2, ..Arrival::simple(9, prompt.clone(), 0) };
+    let told = run(&[first, scored, Arrival::simple(20, prompt, 1)], &Shape::roomy());
+    assert_eq!(told[&seq_id(1, 0)].num_cached_tokens, Some(0));
+    assert_eq!(told[&seq_id(1, 0)].prompt_logprobs.len(), 19);
+    assert_eq!(told[&seq_id(1, 0)].tokens, []);
+    assert_eq!(told[&seq_id(1, 1)].num_cached_tokens, Some(16));
+    assert_eq!(told[&seq_id(2, 0)].num_cached_tokens, Some(16));
+}
+
+/// Goal: what can never fit is refused at once; what just fits runs.
+#[test]
+fn refuses_what_never_fits() {
+    let mut shape = Shape { num_blocks: 4, ..Shape::roomy() };
+    let told =
+        run(&[Arrival::simple(0, vec![1; 10], 7), Arrival::simple(0, vec![1; 10], 8)], &shape);
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[&seq_id(0, 0)].tokens.len(), 7);
+    shape.config.max_model_len = 12;
+    let fitting = [Arrival::simple(0, vec![1; 12], 0), Arrival::simple(0, vec![1; 11], 9)];
+    let told = run(&fitting, &shape);
+    assert_eq!(told[&seq_id(0, 0)].end, Some(End::Length));
+    assert_eq!(told[&seq_id(1, 0)].tokens.len(), 1);
+    assert!(run(&[Arrival::simple(0, vec![1; 12], 1)], &shape).is_empty());
+}
