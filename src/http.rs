@@ -1,8 +1,7 @@
 //! Speaks HTTP: routes, limits, server-sent events, one error type. Holds no idea about models.
 //!
-//! Start at [`router`]. A handler parses ([`extract`](self)), calls one function of `chat`,
-//! submits to the engine and renders. Every answer, whatever went wrong, is JSON in OpenAI's shape
-//! with a request id.
+//! Start at [`router`]. A handler parses, calls one function of `chat`, submits to the engine and
+//! renders. **Invariant:** whatever goes wrong is answered in OpenAI's shape with a request id.
 
 mod chat;
 mod completions;

@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use crate::engine::event::{Event, FinishReason as EngineFinish, SampledToken, TokenLogprobs};
 use crate::openai::generation::{FinishReason, StopReason};
-use crate::text::{IncrementalDetokenizer, StopMatcher, TokenId, Tokenizer};
+use crate::text::{IncrementalDetokenizer, SpecialTokens, StopMatcher, TokenId, Tokenizer};
 
 /// How a request wants its output.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct OutputOptions {
     /// How many choices.
     pub n: u32,
@@ -20,8 +20,8 @@ pub struct OutputOptions {
     pub stop: Vec<String>,
     /// Whether a stop string or token stays in the text.
     pub include_stop_in_output: bool,
-    /// Whether special tokens leave no text.
-    pub skip_special_tokens: bool,
+    /// Whether special tokens leave text.
+    pub special_tokens: SpecialTokens,
     /// All tokens that end a choice.
     pub stop_token_ids: Vec<TokenId>,
     /// How many of `stop_token_ids`, from the front, are the client's own: these are reported.
@@ -204,10 +204,7 @@ impl Choice {
     fn new(index: u32, tokenizer: &Arc<Tokenizer>, options: &OutputOptions) -> Self {
         Self {
             index,
-            detokenizer: IncrementalDetokenizer::new(
-                Arc::clone(tokenizer),
-                options.skip_special_tokens,
-            ),
+            detokenizer: IncrementalDetokenizer::new(Arc::clone(tokenizer), options.special_tokens),
             matcher: StopMatcher::new(options.stop.clone(), options.include_stop_in_output),
             text: String::new(),
             tokens: Vec::new(),
@@ -276,5 +273,107 @@ impl Choice {
             tokens: std::mem::take(&mut self.tokens),
             finish,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chat::tokenize::byte_level_char;
+    use crate::text::TokenizerSpec;
+
+    fn output(n: u32, stop: &[&str], num_prompt_logprobs: usize) -> RequestOutput {
+        let tokens = (0..=u8::MAX).map(|byte| byte_level_char(byte).to_string()).collect();
+        let spec = TokenizerSpec {
+            tokens,
+            merges: Vec::new(),
+            token_types: vec![1; 256],
+            pre: "qwen2".to_owned(),
+        };
+        let options = OutputOptions {
+            n,
+            stop: stop.iter().map(ToString::to_string).collect(),
+            include_stop_in_output: false,
+            special_tokens: SpecialTokens::Skip,
+            stop_token_ids: vec![0],
+            num_own_stop_tokens: 0,
+            min_tokens: 0,
+            num_prompt_logprobs,
+        };
+        RequestOutput::new(&Arc::new(Tokenizer::from_spec(spec).unwrap()), options)
+    }
+
+    fn token(choice: u32, byte: u8) -> Event {
+        let token = SampledToken { id: TokenId::from(byte), logprobs: None };
+        Event::Token { choice, token }
+    }
+
+    /// Feeds events; returns the text of every update (`^` for the start, `$` for an end) and the
+    /// choices that were to be cancelled.
+    fn feed(output: &mut RequestOutput, events: Vec<Event>) -> (Vec<String>, Vec<u32>) {
+        let cancelled: Vec<u32> =
+            events.into_iter().filter_map(|event| output.push(event).unwrap()).collect();
+        let updates = std::iter::from_fn(|| output.next_update());
+        let shown = updates.map(|update| match update {
+            Update::Started { prompt_logprobs, .. } => format!("^{}", prompt_logprobs.len()),
+            Update::Delta(delta) => {
+                let end = if delta.finish.is_some() { "$" } else { "" };
+                format!("{}{}:{}{end}", delta.choice, delta.text, delta.tokens.len())
+            }
+        });
+        (shown.collect(), cancelled)
+    }
+
+    const STARTED: Event = Event::Started { num_cached_tokens: 0 };
+
+    fn finished(choice: u32, reason: EngineFinish) -> Event {
+        Event::Finished { choice, reason }
+    }
+
+    #[test]
+    fn deltas_of_other_choices_wait_for_the_log_probabilities_of_the_prompt() {
+        let entry = || TokenLogprobs { token: 1, logprob: -1.0, top: Vec::new() };
+        let mut output = output(2, &[], 2);
+        let early = vec![STARTED, token(1, b'x'), Event::PromptLogprobs(vec![entry()])];
+        assert_eq!(feed(&mut output, early).0, [""; 0]);
+        let rest = vec![Event::PromptLogprobs(vec![entry()]), token(0, b'a')];
+        assert_eq!(feed(&mut output, rest).0, ["^2", "1x:1", "0a:1"]);
+    }
+
+    #[test]
+    fn a_stop_string_cancels_its_choice_and_silences_it() {
+        let mut output = output(2, &["yz"], 0);
+        let events = [STARTED, token(0, b'x'), token(0, b'y'), token(0, b'z'), token(0, b'!')];
+        let (shown, cancelled) = feed(&mut output, events.into());
+        assert_eq!(shown, ["^0", "0x:1", "0:2$"]);
+        assert_eq!(cancelled, [0]);
+        assert!(!output.is_finished());
+        let rest = vec![
+            finished(0, EngineFinish::Abort),
+            token(1, b'y'),
+            finished(1, EngineFinish::Length),
+        ];
+        assert_eq!(feed(&mut output, rest).0, ["1y:1$"]);
+        assert!(output.is_finished());
+    }
+
+    #[test]
+    fn half_a_character_and_a_stop_token_have_no_text_of_their_own() {
+        let mut output = output(1, &[], 0);
+        let events = [STARTED, token(0, 0xc3), token(0, 0xa9), token(0, 0xe4), token(0, 0)];
+        assert_eq!(feed(&mut output, events.into()).0, ["^0", "0\u{e9}:2"]);
+        let end = vec![finished(0, EngineFinish::Stop)];
+        assert_eq!(feed(&mut output, end).0, ["0\u{fffd}:2$"]);
+    }
+
+    #[test]
+    fn an_abort_and_a_failure_are_errors() {
+        let mut aborted = output(1, &[], 0);
+        let result = aborted.push(finished(0, EngineFinish::Abort));
+        assert_eq!(result, Err(OutputError::Aborted));
+        let mut failed = output(1, &[], 0);
+        assert_eq!(failed.push(finished(0, EngineFinish::Error)), Ok(None));
+        let result = failed.push(Event::Failed("why".to_owned()));
+        assert_eq!(result, Err(OutputError::Failed("why".to_owned())));
     }
 }

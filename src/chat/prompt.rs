@@ -23,7 +23,7 @@ use crate::openai::chat::ChatCompletionRequest;
 use crate::openai::completion::{CompletionRequest, Prompt};
 use crate::openai::generation::GenerationFields;
 use crate::openai::message::{ChatMessage, Content, Role};
-use crate::text::TokenId;
+use crate::text::{SpecialTokens, TokenId};
 
 /// `max_tokens` of a completion that does not say, by OpenAI's schema.
 const DEFAULT_COMPLETION_TOKENS: usize = 16;
@@ -357,7 +357,7 @@ struct Settings {
     own_stop_tokens: Vec<TokenId>,
     stop_tokens: Vec<TokenId>,
     include_stop: bool,
-    skip_special_tokens: bool,
+    special_tokens: SpecialTokens,
     cache_salt: Option<Arc<str>>,
 }
 
@@ -396,7 +396,10 @@ impl Settings {
             own_stop_tokens,
             stop_tokens,
             include_stop: fields.include_stop_str_in_output.unwrap_or(false),
-            skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
+            special_tokens: match fields.skip_special_tokens {
+                Some(false) => SpecialTokens::Keep,
+                _ => SpecialTokens::Skip,
+            },
             cache_salt: fields.cache_salt.as_deref().map(Arc::from),
         })
     }
@@ -423,7 +426,7 @@ impl Settings {
             n: self.n,
             stop: self.stop.clone(),
             include_stop_in_output: self.include_stop,
-            skip_special_tokens: self.skip_special_tokens,
+            special_tokens: self.special_tokens,
             stop_token_ids: self.stop_tokens.clone(),
             num_own_stop_tokens: self.own_stop_tokens.len(),
             min_tokens: self.params.min_tokens,

@@ -52,7 +52,32 @@ pub fn detokenize(
     Ok(DetokenizeResponse { prompt: context.model.decode_all(&request.tokens) })
 }
 
-/// How the vocabulary spells a token.
+/// How the vocabulary spells a token: byte by byte, a printable character for each.
 fn token_spelling(id: TokenId, context: &PromptContext<'_>) -> String {
-    context.model.tokenizer.token_text(id).map(ToString::to_string).unwrap_or_default()
+    let bytes = context.model.tokenizer.token_bytes(id).unwrap_or_default();
+    bytes.iter().map(|byte| byte_level_char(*byte)).collect()
+}
+
+/// The byte-level alphabet: printable Latin-1 stands for itself, the others in order for the
+/// characters from U+0100 on.
+pub(super) fn byte_level_char(byte: u8) -> char {
+    let offset = match byte {
+        0..=0x20 => 0x100,
+        0x7f..=0xa0 => 0x121 - 0x7f,
+        0xad => 0x143 - 0xad,
+        _ => 0,
+    };
+    char::from_u32(u32::from(byte) + offset).expect("code points below 0x144 are characters")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_spelled_as_in_the_vocabulary() {
+        let spelled: String =
+            [b' ', b'\n', b'a', 0x7f, 0xa0, 0xad, 0xff].map(byte_level_char).iter().collect();
+        assert_eq!(spelled, "\u{120}\u{10a}a\u{121}\u{142}\u{143}\u{ff}");
+    }
 }
