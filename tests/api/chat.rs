@@ -47,26 +47,27 @@ async fn a_stream_is_framed_byte_by_byte_as_clients_expect() {
     assert_eq!(answer.header("x-accel-buffering"), Some("no"));
     let first = &answer.chunks()[0];
     let head = format!(
-        r#"{{"id":{},"object":"chat.completion.chunk","created":{},"model":"fake-model","choices":["#,
+        concat!(
+            r#"data: {{"id":{},"object":"chat.completion.chunk","created":{},"#,
+            r#""model":"fake-model","choices":["#
+        ),
         first["id"], first["created"]
     );
-    let choice = |delta: &str, reason: &str| {
-        format!(r#"{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{reason}}}"#)
+    let chunk = |delta: &str, reason: &str| {
+        let choice =
+            format!(r#"{{"index":0,"delta":{delta},"logprobs":null,"finish_reason":{reason}}}"#);
+        format!("{head}{choice}],\"usage\":null}}\n\n")
     };
-    let prompt_tokens = 26;
-    let usage = format!(
-        r#"{{"prompt_tokens":{prompt_tokens},"completion_tokens":3,"total_tokens":{},"prompt_tokens_details":{{"cached_tokens":0}}}}"#,
-        prompt_tokens + 3
+    let usage = concat!(
+        r#"{"prompt_tokens":26,"completion_tokens":3,"total_tokens":29,"#,
+        r#""prompt_tokens_details":{"cached_tokens":0}}"#
     );
     let expected = [
-        format!(
-            "data: {head}{}],\"usage\":null}}\n\n",
-            choice(r#"{"role":"assistant","content":""}"#, "null")
-        ),
-        format!("data: {head}{}],\"usage\":null}}\n\n", choice(r#"{"content":"h"}"#, "null")),
-        format!("data: {head}{}],\"usage\":null}}\n\n", choice(r#"{"content":"i"}"#, "null")),
-        format!("data: {head}{}],\"usage\":null}}\n\n", choice("{}", "\"stop\"")),
-        format!("data: {head}],\"usage\":{usage}}}\n\n"),
+        chunk(r#"{"role":"assistant","content":""}"#, "null"),
+        chunk(r#"{"content":"h"}"#, "null"),
+        chunk(r#"{"content":"i"}"#, "null"),
+        chunk("{}", "\"stop\""),
+        format!("{head}],\"usage\":{usage}}}\n\n"),
         "data: [DONE]\n\n".to_owned(),
     ];
     assert_eq!(answer.text, expected.concat());

@@ -10,10 +10,20 @@ use crate::api_fake::{FakeServer, MODEL, chat, config, with};
 
 const PATH: &str = "/v1/chat/completions";
 
-#[tokio::test]
-async fn a_bad_field_is_named() {
+/// Each case: fields added to a good request, and the field the error must name.
+async fn check_named(cases: &[(Value, &str)]) {
     let server = FakeServer::start();
-    let cases = [
+    for (more, param) in cases {
+        let error = server.post(PATH, with(chat("x"), more.clone())).await.error(400);
+        assert_eq!(error["param"], *param, "{more} gave {error}");
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains(param.split(['[', '.']).next().unwrap()), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn a_number_or_list_out_of_range_is_named() {
+    check_named(&[
         (json!({"temperature": "hot"}), "temperature"),
         (json!({"temperature": -1}), "temperature"),
         (json!({"temperature": 1e300}), "temperature"),
@@ -52,6 +62,13 @@ async fn a_bad_field_is_named() {
             json!({"stream": true, "stream_options": {"include_usage": 3}}),
             "stream_options.include_usage",
         ),
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn what_is_not_supported_or_malformed_is_named() {
+    check_named(&[
         (json!({"response_format": {"type": "json_object"}}), "response_format"),
         (json!({"response_format": {"type": "json_schema", "json_schema": {}}}), "response_format"),
         (json!({"guided_regex": "a+"}), "guided_regex"),
@@ -78,13 +95,8 @@ async fn a_bad_field_is_named() {
             ]}]}),
             "messages[0].content[1]",
         ),
-    ];
-    for (more, param) in cases {
-        let error = server.post(PATH, with(chat("x"), more.clone())).await.error(400);
-        assert_eq!(error["param"], param, "{more} gave {error}");
-        let message = error["message"].as_str().unwrap();
-        assert!(message.contains(param.split(['[', '.']).next().unwrap()), "{message}");
-    }
+    ])
+    .await;
 }
 
 #[tokio::test]

@@ -135,13 +135,16 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn garbage_is_refused(bodies in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..4096), 8)) {
+    fn garbage_is_refused(
+        bodies in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..4096), 8)
+    ) {
         check(&bodies);
     }
 
     #[test]
     fn wrong_types_and_huge_numbers_are_refused(bodies in prop::collection::vec(body(), 32)) {
-        let bodies: Vec<Vec<u8>> = bodies.iter().map(|body| body.to_string().into_bytes()).collect();
+        let bodies = bodies.iter().map(|body| body.to_string().into_bytes());
+        let bodies: Vec<Vec<u8>> = bodies.collect();
         check(&bodies);
     }
 
