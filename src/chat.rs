@@ -11,6 +11,3 @@ pub mod output;
 pub mod prompt;
 pub mod template;
 pub mod tokenize;
-//! Chat: from messages to a prompt, and from generated text back to a message.
-
-pub mod template;
