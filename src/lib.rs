@@ -3,7 +3,9 @@
 pub mod cli;
 pub mod config;
 pub mod device;
+pub mod chat;
 pub mod engine;
+pub mod http;
 pub mod kv;
 pub mod layers;
 pub mod models;
@@ -13,6 +15,7 @@ pub mod device;
 pub mod engine;
 pub mod kv;
 pub mod ops;
+pub mod openai;
 pub mod sampling;
 pub mod scheduler;
 pub mod telemetry;

@@ -1,6 +1,6 @@
 //! What the engine tells a request while it runs.
 
-use crate::scheduler::step::{SampledToken, TokenLogprobs};
+pub use crate::scheduler::step::{SampledToken, TokenLogprobs};
 
 /// Why a choice ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::sampling::params::SamplingParams;
+pub use crate::sampling::params::{
+    GenerationDefaults, InvalidParam, SamplingOptions, SamplingParams,
+};
 use crate::text::TokenId;
 
 /// When a sequence ends, apart from stop strings, which are matched on text by `chat`.

@@ -1,0 +1,193 @@
+//! Turns the wire's messages and tools into the plain JSON that chat templates read.
+
+use serde_json::{Map, Value, json};
+
+use crate::chat::prompt::PromptError;
+use crate::openai::chat::ChatCompletionRequest;
+use crate::openai::message::{ChatMessage, Content, FunctionCall, Role};
+
+/// The messages as a template sees them: parts flattened to text, roles of the model's vocabulary,
+/// tool-call arguments as objects.
+pub fn template_messages(messages: &[ChatMessage]) -> Result<Value, PromptError> {
+    if messages.is_empty() {
+        return Err(PromptError::invalid("messages", "must hold at least one message"));
+    }
+    let rendered: Result<Vec<Value>, _> = messages
+        .iter()
+        .enumerate()
+        .map(|(index, message)| template_message(index, message))
+        .collect();
+    rendered.map(Value::Array)
+}
+
+fn template_message(index: usize, message: &ChatMessage) -> Result<Value, PromptError> {
+    let mut out = Map::new();
+    let role = match message.role {
+        Role::System | Role::Developer => "system",
+        Role::User => "user",
+        Role::Assistant => "assistant",
+        Role::Tool | Role::Function => "tool",
+    };
+    out.insert("role".into(), role.into());
+    out.insert("content".into(), flatten_content(index, message.content.as_ref())?.into());
+    let optional = [
+        ("name", &message.name),
+        ("tool_call_id", &message.tool_call_id),
+        ("reasoning_content", &message.reasoning_content),
+    ];
+    for (key, value) in optional {
+        if let Some(value) = value {
+            out.insert(key.into(), value.as_str().into());
+        }
+    }
+    if message.role == Role::Assistant {
+        let calls = template_tool_calls(message);
+        if !calls.is_empty() {
+            out.insert("tool_calls".into(), calls.into());
+        }
+    }
+    Ok(Value::Object(out))
+}
+
+/// Text of the content; several text parts are joined by newlines.
+fn flatten_content(index: usize, content: Option<&Content>) -> Result<String, PromptError> {
+    let parts = match content {
+        None => return Ok(String::new()),
+        Some(Content::Text(text)) => return Ok(text.clone()),
+        Some(Content::Parts(parts)) => parts,
+    };
+    let texts: Result<Vec<&str>, PromptError> = parts
+        .iter()
+        .enumerate()
+        .map(|(part_index, part)| {
+            part_text(part).map_err(|message| {
+                PromptError::invalid(format!("messages[{index}].content[{part_index}]"), message)
+            })
+        })
+        .collect();
+    Ok(texts?.join("\n"))
+}
+
+fn part_text(part: &Value) -> Result<&str, String> {
+    if let Value::String(text) = part {
+        return Ok(text);
+    }
+    let kind = part.get("type").and_then(Value::as_str);
+    let key = match kind {
+        Some("text" | "input_text" | "output_text") => "text",
+        Some("refusal") => "refusal",
+        Some(other) => {
+            return Err(format!(
+                "content parts of type `{other}` are not supported: this model reads only text"
+            ));
+        }
+        None => return Err("expected a content part with a string `type`".into()),
+    };
+    part.get(key)
+        .and_then(Value::as_str)
+        .ok_or_else(|| format!("a part of this type needs a string `{key}`"))
+}
+
+fn template_tool_calls(message: &ChatMessage) -> Vec<Value> {
+    let calls = message.tool_calls.iter().flatten();
+    let mut out: Vec<Value> = calls
+        .map(|call| {
+            let mut value = json!({"type": "function", "function": template_call(&call.function)});
+            if let Some(id) = &call.id {
+                value["id"] = id.as_str().into();
+            }
+            value
+        })
+        .collect();
+    if let Some(call) = &message.function_call {
+        out.push(json!({"type": "function", "function": template_call(call)}));
+    }
+    out
+}
+
+/// Templates print arguments as JSON, so a string that holds an object becomes the object.
+fn template_call(call: &FunctionCall) -> Value {
+    let arguments = match &call.arguments {
+        None | Some(Value::Null) => json!({}),
+        Some(Value::String(text)) if text.trim().is_empty() => json!({}),
+        Some(Value::String(text)) => match serde_json::from_str(text) {
+            Ok(object @ Value::Object(_)) => object,
+            _ => text.as_str().into(),
+        },
+        Some(other) => other.clone(),
+    };
+    json!({"name": call.name, "arguments": arguments})
+}
+
+/// The tools to render into the prompt, from `tools` or the older `functions`.
+///
+/// `tool_choice: none` renders none, which is what keeps the model from calling one.
+pub fn template_tools(request: &ChatCompletionRequest) -> Result<Option<Value>, PromptError> {
+    let tools = match (&request.tools, &request.functions) {
+        (Some(tools), _) => {
+            for (index, tool) in tools.iter().enumerate() {
+                check_tool(tool).map_err(|(key, message)| {
+                    PromptError::invalid(format!("tools[{index}]{key}"), message)
+                })?;
+            }
+            tools.clone()
+        }
+        (None, Some(functions)) => {
+            for (index, function) in functions.iter().enumerate() {
+                check_function(function).map_err(|(key, message)| {
+                    PromptError::invalid(format!("functions[{index}]{key}"), message)
+                })?;
+            }
+            functions.iter().map(|f| json!({"type": "function", "function": f})).collect()
+        }
+        (None, None) => Vec::new(),
+    };
+    let wanted = check_choice("tool_choice", request.tool_choice.as_ref())?
+        && check_choice("function_call", request.function_call.as_ref())?;
+    Ok((wanted && !tools.is_empty()).then_some(Value::Array(tools)))
+}
+
+/// The tools of a `/tokenize` request, checked.
+pub fn checked_tools(tools: Option<&[Value]>) -> Result<Option<Value>, PromptError> {
+    let Some(tools) = tools.filter(|tools| !tools.is_empty()) else { return Ok(None) };
+    for (index, tool) in tools.iter().enumerate() {
+        check_tool(tool).map_err(|(key, message)| {
+            PromptError::invalid(format!("tools[{index}]{key}"), message)
+        })?;
+    }
+    Ok(Some(tools.to_vec().into()))
+}
+
+type Flaw = (&'static str, &'static str);
+
+fn check_tool(tool: &Value) -> Result<(), Flaw> {
+    match tool.get("type").map(Value::as_str) {
+        None | Some(Some("function")) => {}
+        Some(_) => return Err((".type", "only tools of type `function` are supported")),
+    }
+    let function = tool.get("function").ok_or((".function", "is missing"))?;
+    check_function(function).map_err(|(key, message)| match key {
+        "" => (".function", message),
+        _ => (".function.name", message),
+    })
+}
+
+fn check_function(function: &Value) -> Result<(), Flaw> {
+    let object = function.as_object().ok_or(("", "expected an object"))?;
+    match object.get("name").and_then(Value::as_str) {
+        Some(name) if !name.is_empty() => Ok(()),
+        _ => Err((".name", "expected a string that is not empty")),
+    }
+}
+
+/// Whether the model may call tools. Forcing a call needs constrained decoding.
+fn check_choice(param: &'static str, choice: Option<&Value>) -> Result<bool, PromptError> {
+    match choice {
+        None | Some(Value::Null) => Ok(true),
+        Some(Value::String(choice)) if choice == "auto" => Ok(true),
+        Some(Value::String(choice)) if choice == "none" => Ok(false),
+        Some(_) => {
+            Err(PromptError::invalid(param, "only `none` and `auto` are supported by this version"))
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! What the server knows about the model it serves, apart from the weights.
+
+use std::sync::Arc;
+
+use crate::chat::template::ChatTemplate;
+use crate::engine::request::GenerationDefaults;
+use crate::text::{TokenId, Tokenizer};
+
+/// The text side of the served model.
+pub struct ServedModel {
+    /// The name in answers and the first entry of `/v1/models`.
+    pub name: String,
+    /// Further names that requests may use.
+    pub aliases: Vec<String>,
+    /// Where the model came from (`root` in `/v1/models`).
+    pub root: String,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Its chat template; a base model may have none.
+    pub template: Option<ChatTemplate>,
+    /// Tokens that end a sequence unless `ignore_eos` is set.
+    pub eos_token_ids: Vec<TokenId>,
+    /// Sampling defaults of the model's `generation_config`, used where a request is silent.
+    pub sampling_defaults: GenerationDefaults,
+}
+
+impl ServedModel {
+    /// Whether `name` addresses this model.
+    pub fn answers_to(&self, name: &str) -> bool {
+        self.names().any(|known| known == name)
+    }
+
+    /// All names, the primary one first.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.name.as_str()).chain(self.aliases.iter().map(String::as_str))
+    }
+}

@@ -1,0 +1,175 @@
+//! Reads the fields that all generating endpoints share: sampling, stopping, and what to refuse.
+
+use serde_json::Value;
+
+use crate::chat::prompt::{PromptError, PromptLimits};
+use crate::engine::request::SamplingOptions;
+use crate::openai::generation::{GenerationFields, Stop};
+use crate::text::TokenId;
+
+/// As many most likely tokens as OpenAI allows to ask for.
+const MAX_TOP_LOGPROBS: i64 = 20;
+/// More stop strings than any client sends; every one costs time at each token.
+const MAX_STOP_STRINGS: usize = 128;
+/// Longest stop string in bytes: text as long as this may be held back.
+const MAX_STOP_STRING_BYTES: usize = 4096;
+
+/// Fields that constrain or change the output in ways this version cannot honour. Ignoring them
+/// would hand out something else than was asked for.
+const REFUSED: [&str; 13] = [
+    "audio",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structural_tag",
+    "structured_outputs",
+    "grammar",
+    "json_schema",
+    "use_beam_search",
+    "logits_processors",
+    "bad_words",
+    "prompt_embeds",
+];
+
+/// Fields that mean nothing to a self-hosted server, or ask for what it does anyway.
+const WITHOUT_EFFECT: [&str; 9] = [
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "add_special_tokens",
+    "request_id",
+    "spaces_between_special_tokens",
+];
+
+/// Whether an unknown field deserves to be reported as ignored.
+pub fn is_ignored(name: &str, value: &Value) -> bool {
+    !value.is_null() && !WITHOUT_EFFECT.contains(&name)
+}
+
+/// Refuses what cannot be honoured.
+pub(super) fn check_refused(fields: &GenerationFields) -> Result<(), PromptError> {
+    for name in REFUSED {
+        let is_set =
+            !matches!(fields.other.get(name), None | Some(Value::Null | Value::Bool(false)));
+        if is_set {
+            return Err(PromptError::invalid(name, "is not supported by this version"));
+        }
+    }
+    if let Some(format) = fields.response_format.as_ref().filter(|format| format.kind != "text") {
+        return Err(PromptError::invalid(
+            "response_format",
+            format!("type `{}` is not supported by this version: use `text`", format.kind),
+        ));
+    }
+    if fields.stream_options.is_some() && fields.stream != Some(true) {
+        return Err(PromptError::invalid("stream_options", "needs `stream` to be true"));
+    }
+    if fields.cache_salt.as_deref() == Some("") {
+        return Err(PromptError::invalid("cache_salt", "must not be empty"));
+    }
+    Ok(())
+}
+
+/// How many choices to generate.
+pub(super) fn num_choices(
+    fields: &GenerationFields,
+    limits: &PromptLimits,
+) -> Result<u32, PromptError> {
+    let n = fields.n.unwrap_or(1);
+    if n < 1 || i64::from(limits.max_choices) < n {
+        return Err(PromptError::invalid(
+            "n",
+            format!("must be between 1 and {}, got {n}", limits.max_choices),
+        ));
+    }
+    if fields.best_of.is_some_and(|best_of| best_of != n) {
+        return Err(PromptError::invalid("best_of", "is supported only when it equals `n`"));
+    }
+    Ok(n as u32)
+}
+
+/// The stop strings, at least one byte each.
+pub(super) fn stop_strings(fields: &GenerationFields) -> Result<Vec<String>, PromptError> {
+    let strings = match &fields.stop {
+        None => Vec::new(),
+        Some(Stop::One(string)) => vec![string.clone()],
+        Some(Stop::Many(strings)) => strings.clone(),
+    };
+    if MAX_STOP_STRINGS < strings.len() {
+        return Err(PromptError::invalid(
+            "stop",
+            format!("must hold at most {MAX_STOP_STRINGS} strings, got {}", strings.len()),
+        ));
+    }
+    if strings.iter().any(String::is_empty) {
+        return Err(PromptError::invalid("stop", "must not hold an empty string"));
+    }
+    if strings.iter().any(|string| MAX_STOP_STRING_BYTES < string.len()) {
+        return Err(PromptError::invalid(
+            "stop",
+            format!("must hold strings of at most {MAX_STOP_STRING_BYTES} bytes"),
+        ));
+    }
+    Ok(strings)
+}
+
+/// The request's own stop tokens.
+pub(super) fn stop_token_ids(
+    fields: &GenerationFields,
+    limits: &PromptLimits,
+) -> Result<Vec<TokenId>, PromptError> {
+    let ids = fields.stop_token_ids.clone().unwrap_or_default();
+    check_token_ids("stop_token_ids", &ids, limits)?;
+    Ok(ids)
+}
+
+/// Every id must name a token of the vocabulary.
+pub(super) fn check_token_ids(
+    param: &str,
+    ids: &[TokenId],
+    limits: &PromptLimits,
+) -> Result<(), PromptError> {
+    match ids.iter().position(|id| limits.vocab_size <= *id as usize) {
+        None => Ok(()),
+        Some(index) => Err(PromptError::invalid(
+            format!("{param}[{index}]"),
+            format!(
+                "token id {} is out of the vocabulary of {} tokens",
+                ids[index], limits.vocab_size
+            ),
+        )),
+    }
+}
+
+/// A count of most likely tokens, `0..=20`.
+pub(super) fn top_count(param: &str, count: Option<i64>) -> Result<Option<u32>, PromptError> {
+    match count {
+        Some(count) if !(0..=MAX_TOP_LOGPROBS).contains(&count) => Err(PromptError::invalid(
+            param,
+            format!("must be between 0 and {MAX_TOP_LOGPROBS}, got {count}"),
+        )),
+        count => Ok(count.map(|count| count as u32)),
+    }
+}
+
+/// The client's sampling fields, still unchecked. A request without a seed gets `random_seed`.
+pub(super) fn sampling_options(fields: &GenerationFields, random_seed: u64) -> SamplingOptions {
+    let logit_bias = fields.logit_bias.iter().flatten();
+    SamplingOptions {
+        temperature: fields.temperature,
+        top_p: fields.top_p,
+        top_k: fields.top_k,
+        min_p: fields.min_p,
+        repetition_penalty: fields.repetition_penalty,
+        presence_penalty: fields.presence_penalty,
+        frequency_penalty: fields.frequency_penalty,
+        logit_bias: logit_bias.map(|(id, bias)| (id.clone(), *bias)).collect(),
+        seed: Some(fields.seed.unwrap_or(random_seed as i64)),
+        min_tokens: fields.min_tokens,
+        ..SamplingOptions::default()
+    }
+}

@@ -1,0 +1,379 @@
+//! Turns what the engine reports about a request into deltas of text.
+//!
+//! Pure: events in, updates out. Streams and whole answers are built from the same updates, so
+//! they cannot disagree. **Invariant:** text that could be the beginning of a stop string, and
+//! half characters, are held back, and with them the tokens they came from.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::engine::event::{Event, FinishReason as EngineFinish, SampledToken, TokenLogprobs};
+use crate::openai::generation::{FinishReason, StopReason};
+use crate::text::{IncrementalDetokenizer, SpecialTokens, StopMatcher, TokenId, Tokenizer};
+
+/// How a request wants its output.
+#[derive(Clone, Debug)]
+pub struct OutputOptions {
+    /// How many choices.
+    pub n: u32,
+    /// Text that ends a choice.
+    pub stop: Vec<String>,
+    /// Whether a stop string or token stays in the text.
+    pub include_stop_in_output: bool,
+    /// Whether special tokens leave text.
+    pub special_tokens: SpecialTokens,
+    /// All tokens that end a choice.
+    pub stop_token_ids: Vec<TokenId>,
+    /// How many of `stop_token_ids`, from the front, are the client's own: these are reported.
+    pub num_own_stop_tokens: usize,
+    /// Stop strings are not looked for before this many tokens.
+    pub min_tokens: usize,
+    /// How many log-probabilities of prompt tokens will come.
+    pub num_prompt_logprobs: usize,
+}
+
+/// What a reader of the output learns, in order. `Started` comes first, once.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Update {
+    /// The request runs, and everything about its prompt is known.
+    Started {
+        /// Prompt tokens found in the prefix cache.
+        num_cached_tokens: usize,
+        /// One entry per prompt token after the first, when they were asked for.
+        prompt_logprobs: Vec<TokenLogprobs>,
+    },
+    /// A piece of a choice.
+    Delta(Delta),
+}
+
+/// A piece of a choice: text, the tokens it came from, and at the end the reason.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Delta {
+    /// Which of the `n` choices.
+    pub choice: u32,
+    /// Text to append; empty only when the choice ends.
+    pub text: String,
+    /// The tokens since the last delta.
+    pub tokens: Vec<SampledToken>,
+    /// Present on the choice's last delta.
+    pub finish: Option<Finish>,
+}
+
+/// How a choice ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finish {
+    /// OpenAI's reason.
+    pub reason: FinishReason,
+    /// The stop string or the client's stop token, if one of them did it.
+    pub stop_reason: Option<StopReason>,
+}
+
+/// Why a request has no (further) output.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OutputError {
+    /// The server shuts down.
+    #[error("the request was aborted because the server is shutting down")]
+    Aborted,
+    /// The engine could not compute it.
+    #[error("the engine failed: {0}")]
+    Failed(String),
+}
+
+/// The output side of one request: one state machine per choice.
+pub struct RequestOutput {
+    options: OutputOptions,
+    choices: Vec<Choice>,
+    num_cached_tokens: usize,
+    prompt_logprobs: Vec<TokenLogprobs>,
+    has_run: bool,
+    is_started: bool,
+    early: Vec<Delta>,
+    updates: VecDeque<Update>,
+}
+
+impl RequestOutput {
+    /// Output of a request that has not run yet.
+    pub fn new(tokenizer: &Arc<Tokenizer>, options: OutputOptions) -> Self {
+        let choices = (0..options.n).map(|index| Choice::new(index, tokenizer, &options)).collect();
+        Self {
+            options,
+            choices,
+            num_cached_tokens: 0,
+            prompt_logprobs: Vec::new(),
+            has_run: false,
+            is_started: false,
+            early: Vec::new(),
+            updates: VecDeque::new(),
+        }
+    }
+
+    /// Takes in an event. Returns the choice to cancel, if its text just hit a stop string.
+    pub fn push(&mut self, event: Event) -> Result<Option<u32>, OutputError> {
+        let mut cancel = None;
+        match event {
+            Event::Started { num_cached_tokens } => {
+                self.num_cached_tokens = num_cached_tokens;
+                self.has_run = true;
+            }
+            Event::PromptLogprobs(entries) => self.prompt_logprobs.extend(entries),
+            Event::Token { choice, token } => {
+                let state = &mut self.choices[choice as usize];
+                if !state.is_finished {
+                    let delta = state.push(token, &self.options);
+                    cancel = state.is_finished.then_some(choice);
+                    self.deliver(delta);
+                }
+            }
+            Event::Finished { choice, reason } => self.finish_choice(choice, reason)?,
+            Event::Failed(reason) => return Err(OutputError::Failed(reason)),
+        }
+        let has_prompt = self.options.num_prompt_logprobs <= self.prompt_logprobs.len();
+        if self.has_run && has_prompt {
+            self.start();
+        }
+        Ok(cancel)
+    }
+
+    fn finish_choice(&mut self, choice: u32, reason: EngineFinish) -> Result<(), OutputError> {
+        let state = &mut self.choices[choice as usize];
+        if state.is_finished {
+            return Ok(());
+        }
+        let reason = match reason {
+            EngineFinish::Stop => FinishReason::Stop,
+            EngineFinish::Length => FinishReason::Length,
+            EngineFinish::Abort => return Err(OutputError::Aborted),
+            // `Failed` follows and says why.
+            EngineFinish::Error => return Ok(()),
+        };
+        let delta = state.finish(reason, &self.options);
+        self.deliver(Some(delta));
+        if self.is_finished() {
+            self.start();
+        }
+        Ok(())
+    }
+
+    /// The next update, if there is one already.
+    pub fn next_update(&mut self) -> Option<Update> {
+        self.updates.pop_front()
+    }
+
+    /// Whether every choice has ended.
+    pub fn is_finished(&self) -> bool {
+        self.choices.iter().all(|choice| choice.is_finished)
+    }
+
+    /// Deltas wait until the prompt's log-probabilities are complete: with `n > 1` other choices
+    /// may be ahead of the first one, which delivers these.
+    fn deliver(&mut self, delta: Option<Delta>) {
+        let Some(delta) = delta else { return };
+        if self.is_started {
+            self.updates.push_back(Update::Delta(delta));
+        } else {
+            self.early.push(delta);
+        }
+    }
+
+    fn start(&mut self) {
+        if self.is_started {
+            return;
+        }
+        self.is_started = true;
+        self.updates.push_back(Update::Started {
+            num_cached_tokens: self.num_cached_tokens,
+            prompt_logprobs: std::mem::take(&mut self.prompt_logprobs),
+        });
+        self.updates.extend(self.early.drain(..).map(Update::Delta));
+    }
+}
+
+/// One choice: tokens to text to text without stop strings.
+struct Choice {
+    index: u32,
+    detokenizer: IncrementalDetokenizer,
+    matcher: StopMatcher,
+    text: String,
+    tokens: Vec<SampledToken>,
+    num_tokens: usize,
+    stop_reason: Option<StopReason>,
+    is_finished: bool,
+}
+
+impl Choice {
+    fn new(index: u32, tokenizer: &Arc<Tokenizer>, options: &OutputOptions) -> Self {
+        Self {
+            index,
+            detokenizer: IncrementalDetokenizer::new(Arc::clone(tokenizer), options.special_tokens),
+            matcher: StopMatcher::new(options.stop.clone(), options.include_stop_in_output),
+            text: String::new(),
+            tokens: Vec::new(),
+            num_tokens: 0,
+            stop_reason: None,
+            is_finished: false,
+        }
+    }
+
+    fn push(&mut self, token: SampledToken, options: &OutputOptions) -> Option<Delta> {
+        let id = token.id;
+        self.tokens.push(token);
+        self.num_tokens += 1;
+        if let Some(index) = options.stop_token_ids.iter().position(|stop| *stop == id) {
+            if index < options.num_own_stop_tokens {
+                self.stop_reason = Some(StopReason::TokenId(id));
+            }
+            if !options.include_stop_in_output {
+                return None;
+            }
+        }
+        let piece = self.detokenizer.push(id);
+        if self.take_text(&piece, options) {
+            return Some(self.end(FinishReason::Stop));
+        }
+        if self.text.is_empty() { None } else { Some(self.take_delta(None)) }
+    }
+
+    fn finish(&mut self, reason: FinishReason, options: &OutputOptions) -> Delta {
+        let rest = self.detokenizer.finish();
+        if self.take_text(&rest, options) {
+            return self.end(FinishReason::Stop);
+        }
+        let held = self.matcher.finish();
+        self.text.push_str(&held);
+        self.end(reason)
+    }
+
+    /// Appends what is safe to send; whether a stop string was hit.
+    fn take_text(&mut self, piece: &str, options: &OutputOptions) -> bool {
+        if piece.is_empty() {
+            return false;
+        }
+        if self.num_tokens <= options.min_tokens {
+            self.text.push_str(piece);
+            return false;
+        }
+        let outcome = self.matcher.push(piece);
+        self.text.push_str(&outcome.text);
+        if let Some(index) = outcome.stopped {
+            self.stop_reason = Some(StopReason::String(options.stop[index].clone()));
+        }
+        outcome.stopped.is_some()
+    }
+
+    fn end(&mut self, reason: FinishReason) -> Delta {
+        self.is_finished = true;
+        let stop_reason = self.stop_reason.take().filter(|_| reason == FinishReason::Stop);
+        self.take_delta(Some(Finish { reason, stop_reason }))
+    }
+
+    fn take_delta(&mut self, finish: Option<Finish>) -> Delta {
+        Delta {
+            choice: self.index,
+            text: std::mem::take(&mut self.text),
+            tokens: std::mem::take(&mut self.tokens),
+            finish,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chat::tokenize::byte_level_char;
+    use crate::text::TokenizerSpec;
+
+    fn output(n: u32, stop: &[&str], num_prompt_logprobs: usize) -> RequestOutput {
+        let tokens = (0..=u8::MAX).map(|byte| byte_level_char(byte).to_string()).collect();
+        let spec = TokenizerSpec {
+            tokens,
+            merges: Vec::new(),
+            token_types: vec![1; 256],
+            pre: "qwen2".to_owned(),
+        };
+        let options = OutputOptions {
+            n,
+            stop: stop.iter().map(ToString::to_string).collect(),
+            include_stop_in_output: false,
+            special_tokens: SpecialTokens::Skip,
+            stop_token_ids: vec![0],
+            num_own_stop_tokens: 0,
+            min_tokens: 0,
+            num_prompt_logprobs,
+        };
+        RequestOutput::new(&Arc::new(Tokenizer::from_spec(spec).unwrap()), options)
+    }
+
+    fn token(choice: u32, byte: u8) -> Event {
+        let token = SampledToken { id: TokenId::from(byte), logprobs: None };
+        Event::Token { choice, token }
+    }
+
+    /// Feeds events; returns the text of every update (`^` for the start, `$` for an end) and the
+    /// choices that were to be cancelled.
+    fn feed(output: &mut RequestOutput, events: Vec<Event>) -> (Vec<String>, Vec<u32>) {
+        let cancelled: Vec<u32> =
+            events.into_iter().filter_map(|event| output.push(event).unwrap()).collect();
+        let updates = std::iter::from_fn(|| output.next_update());
+        let shown = updates.map(|update| match update {
+            Update::Started { prompt_logprobs, .. } => format!("^{}", prompt_logprobs.len()),
+            Update::Delta(delta) => {
+                let end = if delta.finish.is_some() { "$" } else { "" };
+                format!("{}{}:{}{end}", delta.choice, delta.text, delta.tokens.len())
+            }
+        });
+        (shown.collect(), cancelled)
+    }
+
+    const STARTED: Event = Event::Started { num_cached_tokens: 0 };
+
+    fn finished(choice: u32, reason: EngineFinish) -> Event {
+        Event::Finished { choice, reason }
+    }
+
+    #[test]
+    fn deltas_of_other_choices_wait_for_the_log_probabilities_of_the_prompt() {
+        let entry = || TokenLogprobs { token: 1, logprob: -1.0, top: Vec::new() };
+        let mut output = output(2, &[], 2);
+        let early = vec![STARTED, token(1, b'x'), Event::PromptLogprobs(vec![entry()])];
+        assert_eq!(feed(&mut output, early).0, [""; 0]);
+        let rest = vec![Event::PromptLogprobs(vec![entry()]), token(0, b'a')];
+        assert_eq!(feed(&mut output, rest).0, ["^2", "1x:1", "0a:1"]);
+    }
+
+    #[test]
+    fn a_stop_string_cancels_its_choice_and_silences_it() {
+        let mut output = output(2, &["yz"], 0);
+        let events = [STARTED, token(0, b'x'), token(0, b'y'), token(0, b'z'), token(0, b'!')];
+        let (shown, cancelled) = feed(&mut output, events.into());
+        assert_eq!(shown, ["^0", "0x:1", "0:2$"]);
+        assert_eq!(cancelled, [0]);
+        assert!(!output.is_finished());
+        let rest = vec![
+            finished(0, EngineFinish::Abort),
+            token(1, b'y'),
+            finished(1, EngineFinish::Length),
+        ];
+        assert_eq!(feed(&mut output, rest).0, ["1y:1$"]);
+        assert!(output.is_finished());
+    }
+
+    #[test]
+    fn half_a_character_and_a_stop_token_have_no_text_of_their_own() {
+        let mut output = output(1, &[], 0);
+        let events = [STARTED, token(0, 0xc3), token(0, 0xa9), token(0, 0xe4), token(0, 0)];
+        assert_eq!(feed(&mut output, events.into()).0, ["^0", "0\u{e9}:2"]);
+        let end = vec![finished(0, EngineFinish::Stop)];
+        assert_eq!(feed(&mut output, end).0, ["0\u{fffd}:2$"]);
+    }
+
+    #[test]
+    fn an_abort_and_a_failure_are_errors() {
+        let mut aborted = output(1, &[], 0);
+        let result = aborted.push(finished(0, EngineFinish::Abort));
+        assert_eq!(result, Err(OutputError::Aborted));
+        let mut failed = output(1, &[], 0);
+        assert_eq!(failed.push(finished(0, EngineFinish::Error)), Ok(None));
+        let result = failed.push(Event::Failed("why".to_owned()));
+        assert_eq!(result, Err(OutputError::Failed("why".to_owned())));
+    }
+}

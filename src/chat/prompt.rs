@@ -1,0 +1,446 @@
+//! The door: checks a request, renders and encodes its prompt, and builds what the engine runs.
+//!
+//! Nothing after this re-checks a request. **Invariant:** a prompt is never shortened; one that
+//! does not fit is refused with the numbers.
+
+use std::fmt::Display;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use crate::chat::messages::{template_messages, template_tools};
+use crate::chat::model::ServedModel;
+use crate::chat::options::{
+    check_refused, check_token_ids, num_choices, sampling_options, stop_strings, stop_token_ids,
+    top_count,
+};
+use crate::chat::output::{OutputOptions, RequestOutput};
+use crate::chat::template::RenderOptions;
+use crate::engine::request::{
+    InvalidParam, Request, SamplingOptions, SamplingParams, StopConditions,
+};
+use crate::openai::chat::ChatCompletionRequest;
+use crate::openai::completion::{CompletionRequest, Prompt};
+use crate::openai::generation::GenerationFields;
+use crate::openai::message::{ChatMessage, Content, Role};
+use crate::text::{SpecialTokens, TokenId};
+
+/// `max_tokens` of a completion that does not say, by OpenAI's schema.
+const DEFAULT_COMPLETION_TOKENS: usize = 16;
+
+/// No token of the vocabulary stands for more bytes than this, so a longer text cannot fit and is
+/// not worth encoding.
+const MAX_BYTES_PER_TOKEN: usize = 256;
+
+/// What a request may ask for.
+#[derive(Clone, Copy, Debug)]
+pub struct PromptLimits {
+    /// Prompt and generated tokens together.
+    pub max_model_len: usize,
+    /// Token ids are below this.
+    pub vocab_size: usize,
+    /// Choices per prompt.
+    pub max_choices: u32,
+    /// Prompts per request.
+    pub max_prompts: usize,
+    /// Choices of all prompts together: more could never run or wait at a time.
+    pub max_sequences: usize,
+}
+
+/// What preparing needs to know beside the request.
+pub struct PromptContext<'a> {
+    /// The model asked.
+    pub model: &'a ServedModel,
+    /// What is allowed.
+    pub limits: PromptLimits,
+    /// Identifies the request.
+    pub id: &'a str,
+    /// The seed of a request that has none.
+    pub random_seed: u64,
+}
+
+/// A request ready for the engine.
+pub struct Prepared {
+    /// What the engine runs.
+    pub request: Request,
+    /// What its events are fed to.
+    pub output: RequestOutput,
+    /// Text that every choice begins with, when `echo` was asked for.
+    pub echo: Option<String>,
+}
+
+/// Why a request is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum PromptError {
+    /// A field has a value that cannot be used.
+    #[error("{message}")]
+    Invalid {
+        /// The field.
+        param: String,
+        /// What is wrong with it, a sentence of its own.
+        message: String,
+    },
+    /// Prompt and completion exceed the context.
+    #[error("{message}")]
+    TooLong {
+        /// The field that asks for too much.
+        param: &'static str,
+        /// The numbers.
+        message: String,
+    },
+    /// The prompt could not be encoded.
+    #[error("cannot encode the prompt: {0}")]
+    Encode(String),
+}
+
+impl PromptError {
+    /// A field has a value that cannot be used; `flaw` is said of it.
+    pub fn invalid(param: impl Into<String>, flaw: impl Display) -> Self {
+        let param = param.into();
+        let message = format!("`{param}`: {flaw}");
+        Self::Invalid { param, message }
+    }
+}
+
+impl From<InvalidParam> for PromptError {
+    fn from(error: InvalidParam) -> Self {
+        Self::Invalid { param: error.param.to_owned(), message: error.message }
+    }
+}
+
+/// Prepares a chat completion.
+pub fn prepare_chat(
+    request: &ChatCompletionRequest,
+    fields: &GenerationFields,
+    context: &PromptContext<'_>,
+) -> Result<Prepared, PromptError> {
+    check_refused(fields)?;
+    if request.modalities.iter().flatten().any(|modality| modality != "text") {
+        return Err(PromptError::invalid("modalities", "only `text` is supported"));
+    }
+    let logprobs = chat_logprobs(request)?;
+    let (max_tokens, max_tokens_param) = match (request.max_completion_tokens, request.max_tokens) {
+        (Some(count), _) => (Some(count), "max_completion_tokens"),
+        (None, count) => (count, "max_tokens"),
+    };
+    if max_tokens == Some(0) {
+        return Err(PromptError::invalid(max_tokens_param, "must be at least 1, got 0"));
+    }
+    let options = render_options(
+        request.add_generation_prompt,
+        request.continue_final_message,
+        request.chat_template_kwargs.as_ref(),
+    )?;
+    let settings = Settings::new(fields, logprobs, context)?;
+    let text =
+        render(&request.messages, template_tools(request)?.as_ref(), &options, context.model)?;
+    let prompt = encode(&text, "messages", context)?;
+    let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
+    let mut prepared = settings.prepare(prompt, &demand, ("messages", 0), context)?;
+    if fields.echo == Some(true) {
+        prepared.echo = last_assistant_text(&request.messages);
+    }
+    Ok(prepared)
+}
+
+/// Prepares a completion: one engine request per prompt.
+pub fn prepare_completion(
+    request: &CompletionRequest,
+    fields: &GenerationFields,
+    context: &PromptContext<'_>,
+) -> Result<Vec<Prepared>, PromptError> {
+    check_refused(fields)?;
+    if request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
+        return Err(PromptError::invalid("suffix", "is not supported by this version"));
+    }
+    let logprobs = top_count("logprobs", request.logprobs)?;
+    let mut settings = Settings::new(fields, logprobs, context)?;
+    let echo = fields.echo == Some(true);
+    if echo && logprobs.is_some() {
+        settings.params.prompt_logprobs = settings.params.prompt_logprobs.max(logprobs);
+    }
+    let prompts = split_prompts(&request.prompt, context)?;
+    let num_sequences = prompts.len() * settings.n as usize;
+    if context.limits.max_sequences < num_sequences {
+        return Err(PromptError::invalid(
+            "prompt",
+            format!(
+                "asks for {num_sequences} choices in all, more than the {} this server can queue",
+                context.limits.max_sequences
+            ),
+        ));
+    }
+    let demand = Demand {
+        max_tokens: request.max_tokens,
+        default: DEFAULT_COMPLETION_TOKENS,
+        param: "max_tokens",
+    };
+    prompts
+        .into_iter()
+        .enumerate()
+        .map(|(index, (tokens, text))| {
+            let echo = echo.then(|| text.unwrap_or_else(|| context.model.decode_all(&tokens)));
+            let mut prepared = settings.prepare(tokens, &demand, ("prompt", index), context)?;
+            prepared.echo = echo;
+            Ok(prepared)
+        })
+        .collect()
+}
+
+/// Renders a conversation with the model's template.
+pub fn render(
+    messages: &[ChatMessage],
+    tools: Option<&Value>,
+    options: &RenderOptions,
+    model: &ServedModel,
+) -> Result<String, PromptError> {
+    let template = model.template.as_ref().ok_or_else(|| {
+        PromptError::invalid("messages", "this model has no chat template: use /v1/completions")
+    })?;
+    let messages = template_messages(messages)?;
+    template
+        .render(&messages, tools, options)
+        .map_err(|error| PromptError::invalid("messages", format!("the chat template: {error}")))
+}
+
+/// How to render, from the fields of a request.
+pub fn render_options(
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
+    kwargs: Option<&Map<String, Value>>,
+) -> Result<RenderOptions, PromptError> {
+    let continue_final_message = continue_final_message.unwrap_or(false);
+    if continue_final_message && add_generation_prompt == Some(true) {
+        return Err(PromptError::invalid(
+            "continue_final_message",
+            "cannot be combined with `add_generation_prompt`",
+        ));
+    }
+    Ok(RenderOptions {
+        add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
+        continue_final_message,
+        extra: kwargs.cloned().unwrap_or_default(),
+    })
+}
+
+/// Encodes a text, which must yield at least one token.
+pub fn encode(
+    text: &str,
+    param: &'static str,
+    context: &PromptContext<'_>,
+) -> Result<Vec<TokenId>, PromptError> {
+    let max_model_len = context.limits.max_model_len;
+    if max_model_len.saturating_mul(MAX_BYTES_PER_TOKEN) < text.len() {
+        return Err(PromptError::TooLong {
+            param,
+            message: format!(
+                "This model's maximum context length is {max_model_len} tokens. However, your \
+                 {param} has {} bytes, more than that many tokens can hold.",
+                text.len()
+            ),
+        });
+    }
+    let tokens = context
+        .model
+        .tokenizer
+        .encode(text)
+        .map_err(|error| PromptError::Encode(error.to_string()))?;
+    if tokens.is_empty() {
+        return Err(PromptError::invalid(param, "must not be empty"));
+    }
+    Ok(tokens)
+}
+
+fn chat_logprobs(request: &ChatCompletionRequest) -> Result<Option<u32>, PromptError> {
+    let top = top_count("top_logprobs", request.top_logprobs)?;
+    match (request.logprobs, top) {
+        (Some(true), top) => Ok(Some(top.unwrap_or(0))),
+        (_, None | Some(0)) => Ok(None),
+        (_, Some(_)) => Err(PromptError::invalid("top_logprobs", "needs `logprobs` to be true")),
+    }
+}
+
+fn last_assistant_text(messages: &[ChatMessage]) -> Option<String> {
+    let last = messages.last().filter(|message| message.role == Role::Assistant)?;
+    match last.content.as_ref()? {
+        Content::Text(text) => Some(text.clone()),
+        Content::Parts(_) => None,
+    }
+}
+
+type PromptText = (Vec<TokenId>, Option<String>);
+
+fn split_prompts(
+    prompt: &Prompt,
+    context: &PromptContext<'_>,
+) -> Result<Vec<PromptText>, PromptError> {
+    let encode_text = |text: &String| Ok((encode(text, "prompt", context)?, Some(text.clone())));
+    let check_ids = |ids: &Vec<TokenId>, param: &str| {
+        if ids.is_empty() {
+            return Err(PromptError::invalid(param, "must not be empty"));
+        }
+        check_token_ids(param, ids, &context.limits)?;
+        Ok((ids.clone(), None))
+    };
+    let count = match prompt {
+        Prompt::Texts(texts) => texts.len(),
+        Prompt::TokenLists(lists) => lists.len(),
+        Prompt::Text(_) | Prompt::Tokens(_) => 1,
+    };
+    if count < 1 || context.limits.max_prompts < count {
+        return Err(PromptError::invalid(
+            "prompt",
+            format!("must hold between 1 and {} prompts, got {count}", context.limits.max_prompts),
+        ));
+    }
+    match prompt {
+        Prompt::Text(text) => Ok(vec![encode_text(text)?]),
+        Prompt::Texts(texts) => texts.iter().map(encode_text).collect(),
+        Prompt::Tokens(ids) => Ok(vec![check_ids(ids, "prompt")?]),
+        Prompt::TokenLists(lists) => lists
+            .iter()
+            .enumerate()
+            .map(|(index, ids)| check_ids(ids, &format!("prompt[{index}]")))
+            .collect(),
+    }
+}
+
+/// How many tokens a request wants, and which field says so.
+struct Demand {
+    max_tokens: Option<u64>,
+    default: usize,
+    param: &'static str,
+}
+
+impl Demand {
+    /// The number of tokens to generate, or why it does not fit behind the prompt.
+    fn resolve(
+        &self,
+        num_prompt_tokens: usize,
+        prompt_param: &'static str,
+        max_model_len: usize,
+    ) -> Result<usize, PromptError> {
+        let intro = format!("This model's maximum context length is {max_model_len} tokens.");
+        let needs_room = self.max_tokens != Some(0);
+        if max_model_len < num_prompt_tokens + usize::from(needs_room) {
+            return Err(PromptError::TooLong {
+                param: prompt_param,
+                message: format!(
+                    "{intro} However, your {prompt_param} resulted in {num_prompt_tokens} tokens. \
+                     Please reduce the length of the {prompt_param}."
+                ),
+            });
+        }
+        let left = max_model_len - num_prompt_tokens;
+        match self.max_tokens {
+            None => Ok(self.default.min(left)),
+            Some(count) if count <= left as u64 => Ok(count as usize),
+            Some(count) => Err(PromptError::TooLong {
+                param: self.param,
+                message: format!(
+                    "{intro} However, you requested {} tokens ({num_prompt_tokens} in the \
+                     {prompt_param}, {count} in the completion). Please reduce the length of the \
+                     {prompt_param} or `{}`.",
+                    (num_prompt_tokens as u64).saturating_add(count),
+                    self.param,
+                ),
+            }),
+        }
+    }
+}
+
+/// What all prompts of a request share.
+struct Settings {
+    params: SamplingParams,
+    n: u32,
+    stop: Vec<String>,
+    own_stop_tokens: Vec<TokenId>,
+    stop_tokens: Vec<TokenId>,
+    include_stop: bool,
+    special_tokens: SpecialTokens,
+    cache_salt: Option<Arc<str>>,
+}
+
+impl Settings {
+    fn new(
+        fields: &GenerationFields,
+        logprobs: Option<u32>,
+        context: &PromptContext<'_>,
+    ) -> Result<Self, PromptError> {
+        let model = context.model;
+        let prompt_logprobs = top_count("prompt_logprobs", fields.prompt_logprobs)?;
+        if prompt_logprobs.is_some() && fields.stream == Some(true) {
+            return Err(PromptError::invalid(
+                "prompt_logprobs",
+                "is not available when `stream` is true",
+            ));
+        }
+        let n = num_choices(fields, &context.limits)?;
+        let stop = stop_strings(fields)?;
+        let own_stop_tokens = stop_token_ids(fields, &context.limits)?;
+        let options = SamplingOptions {
+            logprobs: logprobs.map(i64::from),
+            prompt_logprobs: prompt_logprobs.map(i64::from),
+            ..sampling_options(fields, context.random_seed)
+        };
+        let params =
+            SamplingParams::validate(options, &model.sampling_defaults, context.limits.vocab_size)?;
+        let mut stop_tokens = own_stop_tokens.clone();
+        if fields.ignore_eos != Some(true) {
+            stop_tokens.extend(&model.eos_token_ids);
+        }
+        Ok(Self {
+            params,
+            n,
+            stop,
+            own_stop_tokens,
+            stop_tokens,
+            include_stop: fields.include_stop_str_in_output.unwrap_or(false),
+            special_tokens: match fields.skip_special_tokens {
+                Some(false) => SpecialTokens::Keep,
+                _ => SpecialTokens::Skip,
+            },
+            cache_salt: fields.cache_salt.as_deref().map(Arc::from),
+        })
+    }
+
+    /// `origin` is the field the prompt came from and its place in it.
+    fn prepare(
+        &self,
+        prompt: Vec<TokenId>,
+        demand: &Demand,
+        (prompt_param, index): (&'static str, usize),
+        context: &PromptContext<'_>,
+    ) -> Result<Prepared, PromptError> {
+        let max_tokens =
+            demand.resolve(prompt.len(), prompt_param, context.limits.max_model_len)?;
+        if max_tokens < self.params.min_tokens {
+            return Err(PromptError::invalid(
+                "min_tokens",
+                format!("must be at most `max_tokens`, which is {max_tokens} here"),
+            ));
+        }
+        let num_prompt_logprobs =
+            if self.params.prompt_logprobs.is_some() { prompt.len() - 1 } else { 0 };
+        let output = OutputOptions {
+            n: self.n,
+            stop: self.stop.clone(),
+            include_stop_in_output: self.include_stop,
+            special_tokens: self.special_tokens,
+            stop_token_ids: self.stop_tokens.clone(),
+            num_own_stop_tokens: self.own_stop_tokens.len(),
+            min_tokens: self.params.min_tokens,
+            num_prompt_logprobs,
+        };
+        let request = Request {
+            id: format!("{}-{index}", context.id).into(),
+            prompt: prompt.into(),
+            params: Arc::new(self.params.clone()),
+            stop: StopConditions { max_tokens, stop_token_ids: self.stop_tokens.clone() },
+            n: self.n,
+            cache_salt: self.cache_salt.clone(),
+        };
+        let output = RequestOutput::new(&context.model.tokenizer, output);
+        Ok(Prepared { request, output, echo: None })
+    }
+}

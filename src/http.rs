@@ -1,0 +1,22 @@
+//! Speaks HTTP: routes, limits, server-sent events, one error type. Holds no idea about models.
+//!
+//! Start at [`router`]. A handler parses, calls one function of `chat`, submits to the engine and
+//! renders. **Invariant:** whatever goes wrong is answered in OpenAI's shape with a request id.
+
+mod chat;
+mod completions;
+mod error;
+mod extract;
+mod generation;
+mod health;
+mod models;
+mod request_id;
+mod router;
+mod serve;
+mod sse;
+mod state;
+mod tokenize;
+
+pub use router::router;
+pub use serve::serve;
+pub use state::{AppState, HttpLimits};

@@ -1,0 +1,256 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+
+use super::error::ApiError;
+use super::extract::{GenerationBody, ignored_header};
+use super::generation::{Generation, ResponseHead, run_sized};
+use super::models::check_model;
+use super::request_id::RequestId;
+use super::sse::{self, RenderChunks, UsageMode};
+use super::state::AppState;
+use crate::chat::model::ServedModel;
+use crate::chat::output::{Delta, Update};
+use crate::chat::prompt::{Prepared, PromptContext, PromptError, prepare_chat};
+use crate::openai::chat::{
+    AssistantMessage, ChatChoice, ChatCompletion, ChatCompletionRequest, ChatLogprobs,
+};
+use crate::openai::generation::Usage;
+use crate::openai::stream::{ChatChunkChoice, ChatCompletionChunk, ChatDelta, ChunkUsage};
+use crate::text::TokenId;
+
+const OBJECT: &str = "chat.completion";
+const CHUNK_OBJECT: &str = "chat.completion.chunk";
+const ASSISTANT: &str = "assistant";
+
+type Body = GenerationBody<ChatCompletionRequest>;
+
+pub(super) async fn create(
+    State(state): State<AppState>,
+    Extension(request_id): Extension<RequestId>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    check_model(&body.request.model, &state)?;
+    let head = ResponseHead::new("chatcmpl", &body.request.model);
+    let ignored = ignored_header(&body.ignored);
+    let (prepared, rendering) = prepare(&state, head, body).await??;
+    let generation = Generation::submit(&state, &request_id, vec![prepared])?;
+    let mut response = match rendering {
+        Rendering::Stream(renderer) => sse::response(generation, renderer, &state.limits),
+        Rendering::Whole(renderer) => Json(fold(generation, renderer).await?).into_response(),
+    };
+    response.headers_mut().extend(ignored);
+    Ok(response)
+}
+
+enum Rendering {
+    Stream(ChatRenderer),
+    Whole(ChatRenderer),
+}
+
+async fn prepare(
+    state: &AppState,
+    head: ResponseHead,
+    body: Body,
+) -> Result<Result<(Prepared, Rendering), PromptError>, ApiError> {
+    let (model, limits, random_seed) =
+        (Arc::clone(&state.model), state.prompt_limits(), state.seed());
+    run_sized(body.num_bytes, state, move || {
+        let context = PromptContext { model: &model, limits, id: &head.id, random_seed };
+        let prepared = prepare_chat(&body.request, &body.fields, &context)?;
+        let renderer = ChatRenderer::new(head, model, &body, &prepared);
+        let rendering = match body.fields.stream {
+            Some(true) => Rendering::Stream(renderer),
+            _ => Rendering::Whole(renderer),
+        };
+        Ok((prepared, rendering))
+    })
+    .await
+}
+
+/// Turns updates into pieces of choices, from which chunks and whole answers are made.
+struct ChatRenderer {
+    head: ResponseHead,
+    model: Arc<ServedModel>,
+    n: u32,
+    prompt: Arc<[TokenId]>,
+    echo: Option<String>,
+    usage: UsageMode,
+    has_logprobs: bool,
+    has_token_ids: bool,
+    num_prompt_logprobs: Option<usize>,
+}
+
+impl ChatRenderer {
+    fn new(head: ResponseHead, model: Arc<ServedModel>, body: &Body, prepared: &Prepared) -> Self {
+        let params = &prepared.request.params;
+        Self {
+            head,
+            model,
+            n: prepared.request.n,
+            prompt: Arc::clone(&prepared.request.prompt),
+            echo: prepared.echo.clone().filter(|text| !text.is_empty()),
+            usage: UsageMode::of(&body.fields),
+            has_logprobs: params.logprobs.is_some(),
+            has_token_ids: body.fields.return_token_ids == Some(true),
+            num_prompt_logprobs: params.prompt_logprobs.map(|count| count as usize),
+        }
+    }
+
+    /// The pieces a choice begins with: its role, and what it echoes.
+    fn first_pieces(&self, index: u32) -> Vec<ChatChunkChoice> {
+        let role = ChatDelta { role: Some(ASSISTANT), content: Some(String::new()) };
+        let echo = self.echo.clone().map(|text| ChatDelta { role: None, content: Some(text) });
+        std::iter::once(role).chain(echo).map(|delta| bare_piece(index, delta)).collect()
+    }
+
+    /// A piece with the text and, by itself as clients expect it, one with the end.
+    fn pieces(&self, mut delta: Delta) -> Vec<ChatChunkChoice> {
+        let mut pieces = Vec::new();
+        if !delta.text.is_empty() {
+            let content = ChatDelta { role: None, content: Some(std::mem::take(&mut delta.text)) };
+            pieces.push(self.token_piece(&mut delta, content));
+        }
+        if let Some(finish) = delta.finish.take() {
+            let mut piece = self.token_piece(&mut delta, ChatDelta::default());
+            piece.finish_reason = Some(finish.reason);
+            piece.stop_reason = finish.stop_reason;
+            pieces.push(piece);
+        }
+        pieces
+    }
+
+    /// A piece that accounts for the delta's tokens, if no earlier piece did.
+    fn token_piece(&self, delta: &mut Delta, content: ChatDelta) -> ChatChunkChoice {
+        let tokens = std::mem::take(&mut delta.tokens);
+        let mut piece = bare_piece(delta.choice, content);
+        if !tokens.is_empty() {
+            piece.logprobs = self.has_logprobs.then(|| self.model.chat_logprobs(&tokens));
+            piece.token_ids = self.has_token_ids.then(|| tokens.iter().map(|t| t.id).collect());
+        }
+        piece
+    }
+
+    fn chunk(&self, choices: Vec<ChatChunkChoice>, usage: ChunkUsage) -> ChatCompletionChunk {
+        ChatCompletionChunk {
+            id: self.head.id.clone(),
+            object: CHUNK_OBJECT,
+            created: self.head.created,
+            model: self.head.model.clone(),
+            choices,
+            usage,
+            prompt_token_ids: None,
+        }
+    }
+
+    fn prompt_usage(&self) -> Usage {
+        let prompt_tokens = self.prompt.len();
+        Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() }
+    }
+}
+
+fn bare_piece(index: u32, delta: ChatDelta) -> ChatChunkChoice {
+    ChatChunkChoice {
+        index,
+        delta,
+        logprobs: None,
+        finish_reason: None,
+        stop_reason: None,
+        token_ids: None,
+    }
+}
+
+impl RenderChunks for ChatRenderer {
+    type Chunk = ChatCompletionChunk;
+
+    fn begin(&mut self) -> Vec<ChatCompletionChunk> {
+        let usage = self.usage.in_chunk(self.prompt_usage());
+        let pieces = (0..self.n).flat_map(|index| self.first_pieces(index));
+        let mut chunks: Vec<_> = pieces.map(|piece| self.chunk(vec![piece], usage)).collect();
+        if let Some(first) = chunks.first_mut().filter(|_| self.has_token_ids) {
+            first.prompt_token_ids = Some(self.prompt.to_vec());
+        }
+        chunks
+    }
+
+    fn update(&mut self, _: usize, update: Update, usage: Usage) -> Vec<ChatCompletionChunk> {
+        let Update::Delta(delta) = update else { return Vec::new() };
+        let usage = self.usage.in_chunk(usage);
+        self.pieces(delta).into_iter().map(|piece| self.chunk(vec![piece], usage)).collect()
+    }
+
+    fn end(&mut self, usage: Usage) -> Vec<ChatCompletionChunk> {
+        match self.usage {
+            UsageMode::Off => Vec::new(),
+            UsageMode::Final | UsageMode::Continuous => {
+                vec![self.chunk(Vec::new(), ChunkUsage::Known(usage))]
+            }
+        }
+    }
+}
+
+/// The whole answer: all pieces, joined.
+async fn fold(
+    mut generation: Generation,
+    renderer: ChatRenderer,
+) -> Result<ChatCompletion, ApiError> {
+    let mut choices: Vec<ChatChoice> = (0..renderer.n).map(empty_choice).collect();
+    for index in 0..renderer.n {
+        for piece in renderer.first_pieces(index) {
+            append(&mut choices[index as usize], piece);
+        }
+    }
+    let mut prompt_logprobs = None;
+    while let Some(item) = generation.next().await {
+        match item?.1 {
+            Update::Started { prompt_logprobs: entries, .. } => {
+                prompt_logprobs = renderer
+                    .num_prompt_logprobs
+                    .map(|num_top| renderer.model.prompt_logprobs(&entries, num_top));
+            }
+            Update::Delta(delta) => {
+                for piece in renderer.pieces(delta) {
+                    append(&mut choices[piece.index as usize], piece);
+                }
+            }
+        }
+    }
+    Ok(ChatCompletion {
+        id: renderer.head.id,
+        object: OBJECT,
+        created: renderer.head.created,
+        model: renderer.head.model,
+        choices,
+        usage: generation.usage(),
+        prompt_logprobs,
+        prompt_token_ids: renderer.has_token_ids.then(|| renderer.prompt.to_vec()),
+    })
+}
+
+fn empty_choice(index: u32) -> ChatChoice {
+    ChatChoice {
+        index,
+        message: AssistantMessage { role: ASSISTANT, content: String::new(), refusal: None },
+        logprobs: None,
+        finish_reason: None,
+        stop_reason: None,
+        token_ids: None,
+    }
+}
+
+fn append(choice: &mut ChatChoice, piece: ChatChunkChoice) {
+    choice.message.content.push_str(piece.delta.content.as_deref().unwrap_or_default());
+    if let Some(logprobs) = piece.logprobs {
+        let all = choice.logprobs.get_or_insert_with(ChatLogprobs::default);
+        all.content.extend(logprobs.content);
+    }
+    if let Some(ids) = piece.token_ids {
+        choice.token_ids.get_or_insert_with(Vec::new).extend(ids);
+    }
+    choice.finish_reason = choice.finish_reason.or(piece.finish_reason);
+    choice.stop_reason = choice.stop_reason.take().or(piece.stop_reason);
+}

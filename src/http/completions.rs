@@ -1,0 +1,278 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+
+use super::error::ApiError;
+use super::extract::{GenerationBody, ignored_header};
+use super::generation::{Generation, ResponseHead, run_sized};
+use super::models::check_model;
+use super::request_id::RequestId;
+use super::sse::{self, RenderChunks, UsageMode};
+use super::state::AppState;
+use crate::chat::logprobs::{CompletionLogprobsWriter, append_completion_logprobs};
+use crate::chat::model::ServedModel;
+use crate::chat::output::{Delta, Update};
+use crate::chat::prompt::{Prepared, PromptContext, PromptError, prepare_completion};
+use crate::engine::event::TokenLogprobs;
+use crate::openai::completion::{
+    Completion, CompletionChoice, CompletionLogprobs, CompletionRequest,
+};
+use crate::openai::generation::{PromptLogprobs, Usage};
+use crate::openai::stream::{ChunkUsage, CompletionChunk};
+use crate::text::TokenId;
+
+const OBJECT: &str = "text_completion";
+
+type Body = GenerationBody<CompletionRequest>;
+
+pub(super) async fn create(
+    State(state): State<AppState>,
+    Extension(request_id): Extension<RequestId>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    check_model(&body.request.model, &state)?;
+    let head = ResponseHead::new("cmpl", &body.request.model);
+    let ignored = ignored_header(&body.ignored);
+    let (prepared, rendering) = prepare(&state, head, body).await??;
+    let generation = Generation::submit(&state, &request_id, prepared)?;
+    let mut response = match rendering {
+        Rendering::Stream(renderer) => sse::response(generation, renderer, &state.limits),
+        Rendering::Whole(renderer) => Json(fold(generation, renderer).await?).into_response(),
+    };
+    response.headers_mut().extend(ignored);
+    Ok(response)
+}
+
+enum Rendering {
+    Stream(CompletionRenderer),
+    Whole(CompletionRenderer),
+}
+
+type PreparedPrompts = (Vec<Prepared>, Rendering);
+
+async fn prepare(
+    state: &AppState,
+    head: ResponseHead,
+    body: Body,
+) -> Result<Result<PreparedPrompts, PromptError>, ApiError> {
+    let (model, limits, random_seed) =
+        (Arc::clone(&state.model), state.prompt_limits(), state.seed());
+    run_sized(body.num_bytes, state, move || {
+        let context = PromptContext { model: &model, limits, id: &head.id, random_seed };
+        let prepared = prepare_completion(&body.request, &body.fields, &context)?;
+        let renderer = CompletionRenderer::new(head, model, &body, &prepared);
+        let rendering = match body.fields.stream {
+            Some(true) => Rendering::Stream(renderer),
+            _ => Rendering::Whole(renderer),
+        };
+        Ok((prepared, rendering))
+    })
+    .await
+}
+
+/// Turns updates into pieces of choices, from which chunks and whole answers are made.
+struct CompletionRenderer {
+    head: ResponseHead,
+    model: Arc<ServedModel>,
+    prompts: Vec<PromptFacts>,
+    choices: Vec<ChoiceState>,
+    usage: UsageMode,
+    has_logprobs: bool,
+    has_token_ids: bool,
+    num_prompt_logprobs: Option<usize>,
+}
+
+struct PromptFacts {
+    tokens: Arc<[TokenId]>,
+    echo: Option<String>,
+    n: u32,
+    first_index: u32,
+}
+
+/// What a choice still owes, and how far its offsets are.
+#[derive(Clone, Default)]
+struct ChoiceState {
+    writer: CompletionLogprobsWriter,
+    prompt_token_ids: Option<Vec<u32>>,
+    prompt_logprobs: Option<PromptLogprobs>,
+}
+
+impl CompletionRenderer {
+    fn new(
+        head: ResponseHead,
+        model: Arc<ServedModel>,
+        body: &Body,
+        prepared: &[Prepared],
+    ) -> Self {
+        let mut prompts = Vec::new();
+        let mut choices = Vec::new();
+        let has_token_ids = body.fields.return_token_ids == Some(true);
+        for Prepared { request, echo, .. } in prepared {
+            prompts.push(PromptFacts {
+                tokens: Arc::clone(&request.prompt),
+                echo: echo.clone(),
+                n: request.n,
+                first_index: choices.len() as u32,
+            });
+            let prompt_token_ids = has_token_ids.then(|| request.prompt.to_vec());
+            let state = ChoiceState { prompt_token_ids, ..ChoiceState::default() };
+            choices.extend(std::iter::repeat_n(state, request.n as usize));
+        }
+        Self {
+            head,
+            model,
+            prompts,
+            choices,
+            usage: UsageMode::of(&body.fields),
+            has_logprobs: body.request.logprobs.is_some(),
+            has_token_ids,
+            num_prompt_logprobs: body.fields.prompt_logprobs.map(|count| count as usize),
+        }
+    }
+
+    fn pieces(&mut self, prompt: usize, update: Update) -> Vec<CompletionChoice> {
+        match update {
+            Update::Started { prompt_logprobs, .. } => self.first_pieces(prompt, &prompt_logprobs),
+            Update::Delta(delta) => vec![self.delta_piece(prompt, delta)],
+        }
+    }
+
+    /// The echoed prompt, for every choice.
+    fn first_pieces(&mut self, prompt: usize, entries: &[TokenLogprobs]) -> Vec<CompletionChoice> {
+        let facts = &self.prompts[prompt];
+        let (first, last) = (facts.first_index, facts.first_index + facts.n);
+        let in_vllm_shape =
+            self.num_prompt_logprobs.map(|num_top| self.model.prompt_logprobs(entries, num_top));
+        for state in &mut self.choices[first as usize..last as usize] {
+            state.prompt_logprobs.clone_from(&in_vllm_shape);
+        }
+        let Some(text) = facts.echo.clone() else { return Vec::new() };
+        let tokens = Arc::clone(&facts.tokens);
+        (first..last)
+            .map(|index| {
+                let mut piece = self.bare_piece(index, text.clone());
+                let writer = &mut self.choices[index as usize].writer;
+                piece.logprobs =
+                    self.has_logprobs.then(|| writer.prompt(&self.model, &tokens, entries));
+                piece
+            })
+            .collect()
+    }
+
+    fn delta_piece(&mut self, prompt: usize, delta: Delta) -> CompletionChoice {
+        let index = self.prompts[prompt].first_index + delta.choice;
+        let mut piece = self.bare_piece(index, delta.text);
+        let writer = &mut self.choices[index as usize].writer;
+        piece.logprobs = self.has_logprobs.then(|| writer.tokens(&self.model, &delta.tokens));
+        piece.token_ids = self.has_token_ids.then(|| delta.tokens.iter().map(|t| t.id).collect());
+        if let Some(finish) = delta.finish {
+            piece.finish_reason = Some(finish.reason);
+            piece.stop_reason = finish.stop_reason;
+        }
+        piece
+    }
+
+    /// A piece with what the choice owes from its prompt; only its first piece has any.
+    fn bare_piece(&mut self, index: u32, text: String) -> CompletionChoice {
+        let state = &mut self.choices[index as usize];
+        CompletionChoice {
+            index,
+            text,
+            logprobs: None,
+            finish_reason: None,
+            stop_reason: None,
+            prompt_logprobs: state.prompt_logprobs.take(),
+            prompt_token_ids: state.prompt_token_ids.take(),
+            token_ids: None,
+        }
+    }
+
+    fn chunk(&self, choices: Vec<CompletionChoice>, usage: ChunkUsage) -> CompletionChunk {
+        CompletionChunk {
+            id: self.head.id.clone(),
+            object: OBJECT,
+            created: self.head.created,
+            model: self.head.model.clone(),
+            choices,
+            usage,
+        }
+    }
+}
+
+impl RenderChunks for CompletionRenderer {
+    type Chunk = CompletionChunk;
+
+    fn begin(&mut self) -> Vec<CompletionChunk> {
+        Vec::new()
+    }
+
+    fn update(&mut self, prompt: usize, update: Update, usage: Usage) -> Vec<CompletionChunk> {
+        let usage = self.usage.in_chunk(usage);
+        let pieces = self.pieces(prompt, update);
+        pieces.into_iter().map(|piece| self.chunk(vec![piece], usage)).collect()
+    }
+
+    fn end(&mut self, usage: Usage) -> Vec<CompletionChunk> {
+        match self.usage {
+            UsageMode::Off => Vec::new(),
+            UsageMode::Final | UsageMode::Continuous => {
+                vec![self.chunk(Vec::new(), ChunkUsage::Known(usage))]
+            }
+        }
+    }
+}
+
+/// The whole answer: all pieces, joined.
+async fn fold(
+    mut generation: Generation,
+    mut renderer: CompletionRenderer,
+) -> Result<Completion, ApiError> {
+    let mut choices: Vec<CompletionChoice> =
+        (0..renderer.choices.len() as u32).map(empty_choice).collect();
+    while let Some(item) = generation.next().await {
+        let (prompt, update) = item?;
+        for piece in renderer.pieces(prompt, update) {
+            append(&mut choices[piece.index as usize], piece);
+        }
+    }
+    Ok(Completion {
+        id: renderer.head.id,
+        object: OBJECT,
+        created: renderer.head.created,
+        model: renderer.head.model,
+        choices,
+        usage: generation.usage(),
+    })
+}
+
+fn empty_choice(index: u32) -> CompletionChoice {
+    CompletionChoice {
+        index,
+        text: String::new(),
+        logprobs: None,
+        finish_reason: None,
+        stop_reason: None,
+        prompt_logprobs: None,
+        prompt_token_ids: None,
+        token_ids: None,
+    }
+}
+
+fn append(choice: &mut CompletionChoice, piece: CompletionChoice) {
+    choice.text.push_str(&piece.text);
+    if let Some(logprobs) = piece.logprobs {
+        let all = choice.logprobs.get_or_insert_with(CompletionLogprobs::default);
+        append_completion_logprobs(all, logprobs);
+    }
+    if let Some(ids) = piece.token_ids {
+        choice.token_ids.get_or_insert_with(Vec::new).extend(ids);
+    }
+    choice.finish_reason = choice.finish_reason.or(piece.finish_reason);
+    choice.stop_reason = choice.stop_reason.take().or(piece.stop_reason);
+    choice.prompt_logprobs = choice.prompt_logprobs.take().or(piece.prompt_logprobs);
+    choice.prompt_token_ids = choice.prompt_token_ids.take().or(piece.prompt_token_ids);
+}

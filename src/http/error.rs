@@ -1,0 +1,166 @@
+//! The only error that becomes a response, and the only place that knows status codes.
+
+use axum::Json;
+use axum::http::header::RETRY_AFTER;
+use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+
+use crate::chat::output::OutputError;
+use crate::chat::prompt::PromptError;
+use crate::engine::SubmitError;
+use crate::openai::error::{ErrorBody, ErrorObject};
+
+/// Longest message sent to a client: some echo what the client sent.
+const MAX_MESSAGE_CHARS: usize = 1024;
+/// Longest advice to wait: clients ignore more than two minutes.
+const MAX_RETRY_AFTER_SECONDS: usize = 30;
+/// Waiting requests that are assumed to finish within a second, to advise a pause.
+const REQUESTS_PER_SECOND: usize = 16;
+/// Pause advised while the server goes away or recovers.
+const RESTART_SECONDS: usize = 5;
+
+/// Why a request gets no answer of the usual kind.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ApiError {
+    #[error("{message}")]
+    Invalid { message: String, param: Option<String> },
+    #[error("{message}")]
+    TooLong { message: String, param: &'static str },
+    #[error("the model `{0}` does not exist")]
+    ModelNotFound(String),
+    #[error("no such path: {0}")]
+    NotFound(String),
+    #[error("this path does not accept {0}")]
+    MethodNotAllowed(String),
+    #[error("the body is longer than {0} bytes")]
+    BodyTooLarge(usize),
+    #[error("the body could not be read")]
+    BodyUnreadable,
+    #[error("the content type must be application/json")]
+    UnsupportedMediaType,
+    #[error("the server is busy: {num_waiting} requests are waiting")]
+    Overloaded { num_waiting: usize },
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    #[error("the engine is not running")]
+    EngineDead,
+    #[error("the engine could not compute this request; the server's log says why")]
+    EngineFailed,
+    #[error("internal error; the server's log says more")]
+    Internal,
+}
+
+impl ApiError {
+    /// The body, which is also what a stream sends when it fails midway.
+    pub(super) fn body(&self) -> ErrorBody {
+        let (kind, code) = self.kind_and_code();
+        let param = match self {
+            Self::Invalid { param, .. } => param.clone(),
+            Self::TooLong { param, .. } => Some((*param).to_owned()),
+            Self::ModelNotFound(_) => Some("model".to_owned()),
+            _ => None,
+        };
+        let message = self.to_string().chars().take(MAX_MESSAGE_CHARS).collect();
+        let code = code.map(str::to_owned);
+        ErrorBody { error: ErrorObject { message, kind: kind.to_owned(), param, code } }
+    }
+
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Invalid { .. } | Self::TooLong { .. } | Self::BodyUnreadable => {
+                StatusCode::BAD_REQUEST
+            }
+            Self::ModelNotFound(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::ShuttingDown | Self::EngineDead => StatusCode::SERVICE_UNAVAILABLE,
+            Self::EngineFailed | Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    fn kind_and_code(&self) -> (&'static str, Option<&'static str>) {
+        match self {
+            Self::Invalid { .. } | Self::BodyUnreadable => ("invalid_request_error", None),
+            Self::TooLong { .. } => ("invalid_request_error", Some("context_length_exceeded")),
+            Self::ModelNotFound(_) => ("invalid_request_error", Some("model_not_found")),
+            Self::NotFound(_) => ("invalid_request_error", Some("not_found")),
+            Self::MethodNotAllowed(_) => ("invalid_request_error", Some("method_not_allowed")),
+            Self::BodyTooLarge(_) => ("invalid_request_error", Some("body_too_large")),
+            Self::UnsupportedMediaType => ("invalid_request_error", Some("unsupported_media_type")),
+            Self::Overloaded { .. } => ("rate_limit_error", Some("engine_overloaded")),
+            Self::ShuttingDown => ("server_error", Some("shutting_down")),
+            Self::EngineDead => ("server_error", Some("engine_dead")),
+            Self::EngineFailed => ("server_error", Some("engine_failed")),
+            Self::Internal => ("server_error", Some("internal_error")),
+        }
+    }
+
+    fn retry_after(&self) -> Option<usize> {
+        match self {
+            Self::Overloaded { num_waiting } => {
+                Some((num_waiting / REQUESTS_PER_SECOND).clamp(1, MAX_RETRY_AFTER_SECONDS))
+            }
+            Self::ShuttingDown | Self::EngineDead => Some(RESTART_SECONDS),
+            _ => None,
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status(), Json(self.body())).into_response();
+        if let Some(seconds) = self.retry_after() {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if matches!(self, Self::EngineFailed) {
+            // The same request would fail again, and official clients retry a 500 by themselves.
+            let name = HeaderName::from_static("x-should-retry");
+            response.headers_mut().insert(name, HeaderValue::from_static("false"));
+        }
+        response
+    }
+}
+
+impl From<PromptError> for ApiError {
+    fn from(error: PromptError) -> Self {
+        match error {
+            PromptError::Invalid { param, message } => {
+                Self::Invalid { message, param: Some(param) }
+            }
+            PromptError::TooLong { param, message } => Self::TooLong { message, param },
+            PromptError::Encode(reason) => {
+                tracing::error!(%reason, "cannot encode a prompt");
+                Self::Internal
+            }
+        }
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        let message = error.to_string();
+        match error {
+            SubmitError::Busy { num_waiting } => Self::Overloaded { num_waiting },
+            SubmitError::TooLong { .. } => Self::TooLong { message, param: "max_tokens" },
+            SubmitError::Stopping => Self::ShuttingDown,
+            SubmitError::Dead { reason } => {
+                tracing::error!(%reason, "refused a request: the engine is dead");
+                Self::EngineDead
+            }
+        }
+    }
+}
+
+impl From<OutputError> for ApiError {
+    fn from(error: OutputError) -> Self {
+        match error {
+            OutputError::Aborted => Self::ShuttingDown,
+            OutputError::Failed(reason) => {
+                tracing::error!(%reason, "the engine failed a request");
+                Self::EngineFailed
+            }
+        }
+    }
+}

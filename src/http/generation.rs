@@ -1,0 +1,195 @@
+//! A submitted request: its prompts' updates as one stream, its usage, its line in the log.
+//!
+//! Dropping a [`Generation`] aborts what still runs. That is the one path for "the client left",
+//! streaming or not.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use futures_util::stream::SelectAll;
+use futures_util::{Stream, StreamExt};
+use uuid::Uuid;
+
+use super::error::ApiError;
+use super::request_id::RequestId;
+use super::state::{AppState, unix_seconds};
+use crate::chat::output::{OutputError, RequestOutput, Update};
+use crate::chat::prompt::Prepared;
+use crate::engine::EventStream;
+use crate::openai::generation::Usage;
+
+/// What every response to one request, whole or in chunks, begins with.
+#[derive(Clone, Debug)]
+pub(super) struct ResponseHead {
+    pub(super) id: String,
+    pub(super) created: u64,
+    pub(super) model: String,
+}
+
+impl ResponseHead {
+    /// `prefix` is the kind of object the id names.
+    pub(super) fn new(prefix: &str, model: &str) -> Self {
+        Self {
+            id: format!("{prefix}-{}", Uuid::now_v7().simple()),
+            created: unix_seconds(),
+            model: model.to_owned(),
+        }
+    }
+}
+
+/// A request that runs.
+pub(super) struct Generation {
+    prompts: SelectAll<PromptUpdates>,
+    usage: Usage,
+    log: RequestLog,
+}
+
+impl Generation {
+    /// Submits every prompt, or none: dropping the streams of the first aborts them.
+    pub(super) fn submit(
+        state: &AppState,
+        request_id: &RequestId,
+        prepared: Vec<Prepared>,
+    ) -> Result<Self, ApiError> {
+        let log = RequestLog::new(request_id);
+        let mut usage = Usage::default();
+        let mut prompts = SelectAll::new();
+        for (index, prepared) in prepared.into_iter().enumerate() {
+            usage.prompt_tokens += prepared.request.prompt.len();
+            let events = state.engine.generate(prepared.request)?;
+            let output = prepared.output;
+            prompts.push(PromptUpdates { index, events, output, is_over: false });
+        }
+        usage.total_tokens = usage.prompt_tokens;
+        Ok(Self { prompts, usage, log: log.begin(usage) })
+    }
+
+    /// The next update and the prompt it belongs to; `None` after every choice has ended. Nothing
+    /// follows an error.
+    pub(super) async fn next(&mut self) -> Option<Result<(usize, Update), ApiError>> {
+        let Some((prompt, result)) = self.prompts.next().await else {
+            self.log.outcome = "finished";
+            return None;
+        };
+        let update = match result {
+            Ok(update) => update,
+            Err(error) => {
+                self.log.outcome = "failed";
+                return Some(Err(error.into()));
+            }
+        };
+        match &update {
+            Update::Started { num_cached_tokens, .. } => {
+                self.usage.prompt_tokens_details.cached_tokens += num_cached_tokens;
+            }
+            Update::Delta(delta) => {
+                self.usage.completion_tokens += delta.tokens.len();
+                self.usage.total_tokens += delta.tokens.len();
+                self.log.first_delta.get_or_insert_with(Instant::now);
+            }
+        }
+        self.log.usage = self.usage;
+        Some(Ok((prompt, update)))
+    }
+
+    /// What was used so far.
+    pub(super) fn usage(&self) -> Usage {
+        self.usage
+    }
+}
+
+/// The updates of one prompt.
+struct PromptUpdates {
+    index: usize,
+    events: EventStream,
+    output: RequestOutput,
+    is_over: bool,
+}
+
+impl Stream for PromptUpdates {
+    type Item = (usize, Result<Update, OutputError>);
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        loop {
+            if let Some(update) = this.output.next_update() {
+                return Poll::Ready(Some((this.index, Ok(update))));
+            }
+            if this.is_over || this.output.is_finished() {
+                return Poll::Ready(None);
+            }
+            let pushed = match ready!(this.events.poll_next_unpin(context)) {
+                Some(event) => this.output.push(event),
+                None => Err(OutputError::Failed("the events ended early".into())),
+            };
+            match pushed {
+                Ok(None) => {}
+                Ok(Some(choice)) => this.events.cancel_choice(choice),
+                Err(error) => {
+                    this.is_over = true;
+                    return Poll::Ready(Some((this.index, Err(error))));
+                }
+            }
+        }
+    }
+}
+
+/// Writes one line when the request is over, however it ended. Never what was said.
+struct RequestLog {
+    request_id: Arc<str>,
+    started: Instant,
+    first_delta: Option<Instant>,
+    usage: Usage,
+    outcome: &'static str,
+}
+
+impl RequestLog {
+    fn new(request_id: &RequestId) -> Self {
+        Self {
+            request_id: Arc::clone(&request_id.0),
+            started: Instant::now(),
+            first_delta: None,
+            usage: Usage::default(),
+            outcome: "refused",
+        }
+    }
+
+    fn begin(mut self, usage: Usage) -> Self {
+        self.usage = usage;
+        self.outcome = "cancelled";
+        self
+    }
+}
+
+impl Drop for RequestLog {
+    fn drop(&mut self) {
+        let millis = |instant: Instant| (instant - self.started).as_millis() as u64;
+        tracing::info!(
+            request_id = %self.request_id,
+            prompt_tokens = self.usage.prompt_tokens,
+            cached_tokens = self.usage.prompt_tokens_details.cached_tokens,
+            completion_tokens = self.usage.completion_tokens,
+            first_token_ms = self.first_delta.map(millis),
+            total_ms = millis(Instant::now()),
+            outcome = self.outcome,
+            "request finished"
+        );
+    }
+}
+
+/// Runs `work` here when the body it reads is small, else where it may block.
+pub(super) async fn run_sized<T: Send + 'static>(
+    num_bytes: usize,
+    state: &AppState,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    if num_bytes <= state.limits.max_inline_body_bytes {
+        return Ok(work());
+    }
+    tokio::task::spawn_blocking(work).await.map_err(|error| {
+        tracing::error!(%error, "preparing a request panicked");
+        ApiError::Internal
+    })
+}

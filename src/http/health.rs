@@ -1,0 +1,65 @@
+//! What probes, dashboards and operators ask.
+
+use std::sync::atomic::Ordering;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::state::AppState;
+use crate::engine::Health;
+use crate::telemetry;
+
+/// `GET /health/live`: whether restarting would help. A busy server is alive.
+pub(super) async fn live(State(state): State<AppState>) -> Response {
+    match engine_obstacle(&state) {
+        None => ok(),
+        Some(reason) => unavailable(reason),
+    }
+}
+
+/// `GET /health` and `/health/ready`: whether to send requests here.
+pub(super) async fn ready(State(state): State<AppState>) -> Response {
+    match engine_obstacle(&state).or(door_obstacle(&state)) {
+        None => ok(),
+        Some(reason) => unavailable(reason),
+    }
+}
+
+/// `GET /version`.
+pub(super) async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+/// `GET /metrics`, in Prometheus' text format.
+pub(super) async fn metrics() -> Response {
+    let content_type = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    (content_type, telemetry::metrics::render()).into_response()
+}
+
+fn engine_obstacle(state: &AppState) -> Option<&'static str> {
+    match state.engine.health() {
+        Health::Alive => None,
+        Health::Stalled { .. } => Some("the engine makes no progress"),
+        Health::Dead { .. } => Some("the engine is not running"),
+    }
+}
+
+fn door_obstacle(state: &AppState) -> Option<&'static str> {
+    if state.is_draining.load(Ordering::Acquire) {
+        return Some("the server is shutting down");
+    }
+    (!state.engine.is_ready()).then_some("the model is loading")
+}
+
+fn ok() -> Response {
+    Json(json!({"status": "ok"})).into_response()
+}
+
+fn unavailable(reason: &'static str) -> Response {
+    let body = Json(json!({"status": "unavailable", "reason": reason}));
+    (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+}

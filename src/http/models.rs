@@ -1,0 +1,43 @@
+//! `GET /v1/models` and `/v1/models/{id}`.
+
+use axum::Json;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, State};
+
+use super::error::ApiError;
+use super::state::AppState;
+use crate::openai::model::{Model, ModelList};
+
+pub(super) async fn list(State(state): State<AppState>) -> Json<ModelList> {
+    let data = state.model.names().map(|name| model(name, &state)).collect();
+    Json(ModelList { object: "list", data })
+}
+
+pub(super) async fn retrieve(
+    State(state): State<AppState>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<Model>, ApiError> {
+    let Path(id) = id.map_err(|_| ApiError::NotFound("the name is not UTF-8".into()))?;
+    check_model(&id, &state)?;
+    Ok(Json(model(&id, &state)))
+}
+
+/// Requests must address the model by one of its names.
+pub(super) fn check_model(name: &str, state: &AppState) -> Result<(), ApiError> {
+    if state.model.answers_to(name) {
+        return Ok(());
+    }
+    Err(ApiError::ModelNotFound(name.to_owned()))
+}
+
+fn model(name: &str, state: &AppState) -> Model {
+    Model {
+        id: name.to_owned(),
+        object: "model",
+        created: state.created,
+        owned_by: "qwen-server",
+        root: state.model.root.clone(),
+        parent: None,
+        max_model_len: state.engine.limits().max_model_len,
+    }
+}

@@ -1,0 +1,90 @@
+//! Every route, and the layers around them.
+
+use std::any::Any;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::middleware;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tower_http::catch_panic::CatchPanicLayer;
+
+use super::error::ApiError;
+use super::request_id::with_request_id;
+use super::state::AppState;
+use super::{chat, completions, health, models, tokenize};
+
+/// The whole server as one service.
+pub fn router(state: AppState) -> Router {
+    let max_body_bytes = state.limits.max_body_bytes;
+    let routes = Router::new()
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/health", get(health::ready))
+        .route("/health/live", get(health::live))
+        .route("/health/ready", get(health::ready))
+        .route("/version", get(health::version))
+        .route("/metrics", get(health::metrics))
+        .with_state(state);
+    layered(routes, max_body_bytes)
+}
+
+/// Makes every answer of `routes` one that clients understand.
+fn layered(routes: Router, max_body_bytes: usize) -> Router {
+    // The last layer is the outermost: an id also for what panics or has no route.
+    routes
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(DefaultBodyLimit::max(max_body_bytes))
+        .layer(CatchPanicLayer::custom(on_panic))
+        .layer(middleware::from_fn(with_request_id))
+}
+
+async fn not_found(request: Request) -> ApiError {
+    ApiError::NotFound(request.uri().path().to_owned())
+}
+
+async fn method_not_allowed(request: Request) -> ApiError {
+    ApiError::MethodNotAllowed(request.method().to_string())
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the layer's signature")]
+fn on_panic(panic: Box<dyn Any + Send>) -> Response {
+    let reason = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("unknown");
+    tracing::error!(reason, "a handler panicked");
+    ApiError::Internal.into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::http::StatusCode;
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::openai::error::ErrorBody;
+
+    #[tokio::test]
+    async fn a_panic_is_an_error_like_any_other() {
+        async fn panicking() -> &'static str {
+            panic!("secret detail")
+        }
+        let routes = layered(Router::new().route("/", get(panicking)), 0);
+        let response = routes.oneshot(Request::new(Body::empty())).await.unwrap();
+        assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(response.headers().contains_key("x-request-id"));
+        let bytes = response.into_body().collect().await.unwrap().to_bytes();
+        let body: ErrorBody = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(body.error.code.as_deref(), Some("internal_error"));
+        assert!(!body.error.message.contains("secret"));
+    }
+}

@@ -1,0 +1,97 @@
+//! What every handler can reach.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use uuid::Uuid;
+
+use crate::chat::model::ServedModel;
+use crate::chat::prompt::PromptLimits;
+use crate::engine::EngineHandle;
+
+/// Bounds on what clients may ask of the HTTP side.
+#[derive(Clone, Debug)]
+pub struct HttpLimits {
+    /// Longest request body in bytes.
+    pub max_body_bytes: usize,
+    /// Bodies above this are encoded on the blocking pool, so that they hold up nobody else.
+    pub max_inline_body_bytes: usize,
+    /// Most choices (`n`) per prompt.
+    pub max_choices: u32,
+    /// Most prompts per completion request.
+    pub max_prompts: usize,
+    /// Pause after which a silent stream gets a comment.
+    pub keep_alive: Duration,
+    /// How long running requests may take to finish once shutdown begins.
+    pub drain_timeout: Duration,
+}
+
+impl Default for HttpLimits {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 32 << 20,
+            max_inline_body_bytes: 16 << 10,
+            max_choices: 16,
+            max_prompts: 256,
+            keep_alive: Duration::from_secs(15),
+            drain_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What every handler can reach. Cheap to clone.
+#[derive(Clone)]
+pub struct AppState {
+    /// The engine.
+    pub engine: EngineHandle,
+    /// The text side of the model.
+    pub model: Arc<ServedModel>,
+    /// Bounds.
+    pub limits: Arc<HttpLimits>,
+    /// When the model was made available, in seconds since the epoch.
+    pub created: u64,
+    /// Seed of requests that have none; without it, each gets a random one.
+    pub seed: Option<u64>,
+    /// Whether shutdown has begun.
+    pub(super) is_draining: Arc<AtomicBool>,
+}
+
+impl AppState {
+    /// State of a server whose requests go to `engine`, which may still be loading.
+    pub fn new(engine: EngineHandle, model: ServedModel, limits: HttpLimits) -> Self {
+        Self {
+            engine,
+            model: Arc::new(model),
+            limits: Arc::new(limits),
+            is_draining: Arc::default(),
+            created: unix_seconds(),
+            seed: None,
+        }
+    }
+
+    /// The seed for a request that has none.
+    pub(super) fn seed(&self) -> u64 {
+        self.seed.unwrap_or_else(|| {
+            let (high, low) = Uuid::new_v4().as_u64_pair();
+            // Some bits of either half are fixed, but not the same ones.
+            high ^ low.rotate_left(32)
+        })
+    }
+
+    pub(super) fn prompt_limits(&self) -> PromptLimits {
+        let engine = self.engine.limits();
+        PromptLimits {
+            max_model_len: engine.max_model_len,
+            vocab_size: engine.vocab_size,
+            max_choices: self.limits.max_choices,
+            max_prompts: self.limits.max_prompts,
+            max_sequences: engine.max_num_seqs + engine.max_queue,
+        }
+    }
+}
+
+/// The wire's `created`.
+pub(super) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
+}

@@ -1,0 +1,92 @@
+//! What requests and responses of all generating endpoints have in common.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::stream::StreamOptions;
+
+/// Request fields that `/v1/chat/completions` and `/v1/completions` share: OpenAI's, and those
+/// that clients of vLLM send beside them.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct GenerationFields {
+    pub n: Option<i64>,
+    pub best_of: Option<i64>,
+    pub temperature: Option<f64>,
+    pub top_p: Option<f64>,
+    pub top_k: Option<i64>,
+    pub min_p: Option<f64>,
+    pub repetition_penalty: Option<f64>,
+    pub presence_penalty: Option<f64>,
+    pub frequency_penalty: Option<f64>,
+    pub logit_bias: Option<BTreeMap<String, f64>>,
+    pub seed: Option<i64>,
+    pub stop: Option<Stop>,
+    pub stop_token_ids: Option<Vec<u32>>,
+    pub include_stop_str_in_output: Option<bool>,
+    pub ignore_eos: Option<bool>,
+    pub min_tokens: Option<i64>,
+    pub skip_special_tokens: Option<bool>,
+    pub prompt_logprobs: Option<i64>,
+    pub echo: Option<bool>,
+    pub return_token_ids: Option<bool>,
+    pub cache_salt: Option<String>,
+    pub response_format: Option<ResponseFormat>,
+    pub stream: Option<bool>,
+    pub stream_options: Option<StreamOptions>,
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a string or a list of strings")]
+pub enum Stop {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct ResponseFormat {
+    #[serde(rename = "type")]
+    pub kind: String,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    pub completion_tokens: usize,
+    pub total_tokens: usize,
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PromptTokensDetails {
+    pub cached_tokens: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    Stop,
+    Length,
+}
+
+/// vLLM's `stop_reason`: the stop string or the stop token that ended the choice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum StopReason {
+    String(String),
+    TokenId(u32),
+}
+
+/// vLLM's `prompt_logprobs`: null for the first token, then a map from token id.
+pub type PromptLogprobs = Vec<Option<BTreeMap<u32, PromptLogprob>>>;
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PromptLogprob {
+    pub logprob: f32,
+    pub rank: Option<usize>,
+    pub decoded_token: String,
+}

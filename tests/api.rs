@@ -1,0 +1,18 @@
+//! The HTTP boundary, from bytes to bytes, with an engine whose runner needs no model.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+#[path = "support/api_fake.rs"]
+mod api_fake;
+
+#[path = "api/chat.rs"]
+mod chat;
+#[path = "api/completions.rs"]
+mod completions;
+#[path = "api/errors.rs"]
+mod errors;
+#[path = "api/fuzz.rs"]
+mod fuzz;
+#[path = "api/other_routes.rs"]
+mod other_routes;
+#[path = "api/socket.rs"]
+mod socket;

@@ -1,0 +1,158 @@
+//! `/v1/completions`: every form of prompt, echo, the legacy log-probabilities, and streams.
+
+use serde_json::{Value, json};
+
+use crate::api_fake::{FakeServer, IM_END, MODEL, with};
+
+const PATH: &str = "/v1/completions";
+
+fn completion(prompt: impl Into<Value>) -> Value {
+    json!({"model": MODEL, "prompt": prompt.into()})
+}
+
+#[tokio::test]
+async fn a_whole_answer_has_the_shape_clients_know() {
+    let server = FakeServer::start();
+    let mut body = server.post(PATH, completion("say:hello;")).await.ok();
+    assert!(body["id"].as_str().unwrap().starts_with("cmpl-"));
+    body["id"] = Value::Null;
+    body["created"] = Value::Null;
+    assert_eq!(
+        body,
+        json!({
+            "id": null, "object": "text_completion", "created": null, "model": MODEL,
+            "choices": [{"index": 0, "text": "hello", "logprobs": null, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 6, "total_tokens": 16,
+                      "prompt_tokens_details": {"cached_tokens": 0}},
+        })
+    );
+}
+
+#[tokio::test]
+async fn sixteen_tokens_is_the_default() {
+    let server = FakeServer::start();
+    let body = server.post(PATH, completion("go")).await.ok();
+    assert_eq!(body["choices"][0]["text"], "abcdefghijklmnop");
+    assert_eq!(body["choices"][0]["finish_reason"], "length");
+}
+
+#[tokio::test]
+async fn prompts_come_as_text_and_as_tokens_alone_and_in_lists() {
+    let server = FakeServer::start();
+    let tokens: Vec<u8> = b"say:x;".to_vec();
+    for prompt in [json!("say:x;"), json!(["say:x;"]), json!(tokens), json!([tokens])] {
+        let body = server.post(PATH, completion(prompt)).await.ok();
+        assert_eq!(body["choices"][0]["text"], "x");
+    }
+    let body = with(completion(json!(["say:one;", "say:two;"])), json!({"n": 2, "best_of": 2}));
+    let body = server.post(PATH, body).await.ok();
+    let texts: Vec<_> = body["choices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|choice| (choice["index"].as_u64().unwrap(), choice["text"].as_str().unwrap()))
+        .collect();
+    assert_eq!(texts, [(0, "one"), (1, "one"), (2, "two"), (3, "two")]);
+    assert_eq!(body["usage"]["prompt_tokens"], 16);
+}
+
+#[tokio::test]
+async fn echo_repeats_the_prompt_with_its_logprobs() {
+    let server = FakeServer::start();
+    let more = json!({"echo": true, "logprobs": 1, "max_tokens": 2});
+    let body = server.post(PATH, with(completion("é:go"), more)).await.ok();
+    let choice = &body["choices"][0];
+    assert_eq!(choice["text"], "é:goab");
+    let logprobs = &choice["logprobs"];
+    assert_eq!(logprobs["text_offset"], json!([0, 1, 1, 2, 3, 4, 5]));
+    let values = json!([null, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5]);
+    assert_eq!(logprobs["token_logprobs"], values);
+    assert_eq!(logprobs["tokens"], json!(["\u{fffd}", "\u{fffd}", ":", "g", "o", "a", "b"]));
+    assert_eq!(logprobs["top_logprobs"][0], Value::Null);
+    assert_eq!(logprobs["top_logprobs"][6], json!({"b": -0.5}));
+    // A text is scored without generating anything.
+    let more = json!({"echo": true, "logprobs": 0, "max_tokens": 0, "n": 2});
+    let body = server.post(PATH, with(completion("abc"), more)).await.ok();
+    for choice in body["choices"].as_array().unwrap() {
+        assert_eq!(choice["text"], "abc");
+        assert_eq!(choice["logprobs"]["token_logprobs"], json!([null, -0.5, -0.5]));
+        assert_eq!(choice["finish_reason"], "length");
+    }
+}
+
+#[tokio::test]
+async fn echoed_tokens_become_text() {
+    let server = FakeServer::start();
+    let more = json!({"echo": true, "max_tokens": 1, "return_token_ids": true});
+    let body = server.post(PATH, with(completion(json!([[72, 105]])), more)).await.ok();
+    assert_eq!(body["choices"][0]["text"], "Hia");
+    assert_eq!(body["choices"][0]["prompt_token_ids"], json!([72, 105]));
+    assert_eq!(body["choices"][0]["token_ids"], json!([97]));
+}
+
+#[tokio::test]
+async fn streams_say_the_same() {
+    let server = FakeServer::start();
+    let body = with(
+        completion(json!(["say:h\u{e9};", "go"])),
+        json!({"echo": true, "logprobs": 2, "max_tokens": 4, "return_token_ids": true, "n": 2}),
+    );
+    let whole = server.post(PATH, body.clone()).await.ok();
+    let options = json!({"stream": true, "stream_options": {"include_usage": true}});
+    let mut chunks = server.post(PATH, with(body, options)).await.chunks();
+    let last = chunks.pop().unwrap();
+    assert_eq!(last["choices"], json!([]));
+    assert_eq!(last["usage"]["completion_tokens"], whole["usage"]["completion_tokens"]);
+    for (index, choice) in whole["choices"].as_array().unwrap().iter().enumerate() {
+        let pieces: Vec<&Value> = chunks
+            .iter()
+            .inspect(|chunk| assert_eq!(chunk["usage"], Value::Null))
+            .map(|chunk| &chunk["choices"][0])
+            .filter(|piece| piece["index"] == index)
+            .collect();
+        let text: String = pieces.iter().map(|piece| piece["text"].as_str().unwrap()).collect();
+        assert_eq!(choice["text"], text);
+        assert_eq!(pieces[0]["prompt_token_ids"], choice["prompt_token_ids"]);
+        assert_eq!(pieces.last().unwrap()["finish_reason"], choice["finish_reason"]);
+        for path in
+            ["/token_ids", "/logprobs/text_offset", "/logprobs/tokens", "/logprobs/top_logprobs"]
+        {
+            let items = pieces.iter().filter_map(|piece| piece.pointer(path)?.as_array()).flatten();
+            assert_eq!(choice.pointer(path).unwrap(), &json!(items.collect::<Vec<_>>()), "{path}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn special_tokens_can_be_kept() {
+    let server = FakeServer::start();
+    let more = json!({"skip_special_tokens": false, "ignore_eos": true, "max_tokens": 3});
+    let body = server.post(PATH, with(completion("say:ab;"), more)).await.ok();
+    assert_eq!(body["choices"][0]["text"], "ab<|im_end|>");
+    let more = json!({"stop_token_ids": [IM_END], "skip_special_tokens": false});
+    let body = server.post(PATH, with(completion("say:ab;"), more)).await.ok();
+    assert_eq!(body["choices"][0]["text"], "ab");
+}
+
+#[tokio::test]
+async fn what_is_not_supported_is_refused_by_name() {
+    let server = FakeServer::start();
+    let cases = [
+        ("suffix", json!("x")),
+        ("best_of", json!(3)),
+        ("logprobs", json!(21)),
+        ("logprobs", json!(-1)),
+        ("guided_json", json!({})),
+        ("response_format", json!({"type": "json_object"})),
+    ];
+    for (param, value) in cases {
+        let answer = server.post(PATH, with(completion("a"), json!({param: value}))).await;
+        assert_eq!(answer.error(400)["param"], param);
+    }
+    let answer = server.post(PATH, completion(json!([]))).await;
+    assert_eq!(answer.error(400)["param"], "prompt");
+    let answer = server.post(PATH, completion(json!([[97], [97, 258]]))).await;
+    assert_eq!(answer.error(400)["param"], "prompt[1][1]");
+    let answer = server.post(PATH, completion(json!([[97], []]))).await;
+    assert_eq!(answer.error(400)["param"], "prompt[1]");
+}

@@ -1,0 +1,281 @@
+//! A server without a model: a byte-level tokenizer, a ChatML template, and a runner that says
+//! what the prompt tells it to.
+//!
+//! A prompt that contains `say:TEXT;` is answered with `TEXT` and the end of the sequence, any
+//! other with letters that depend on the choice, for ever. The runner reads the prompt back
+//! through the block table, so a misplaced block changes the answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{Request, Response, StatusCode};
+use http_body_util::BodyExt;
+use qwen_server::chat::model::ServedModel;
+use qwen_server::chat::template::{ChatTemplate, TemplateTokens};
+use qwen_server::engine::request::GenerationDefaults;
+use qwen_server::engine::{EngineConfig, spawn};
+use qwen_server::http::{AppState, HttpLimits, router};
+use qwen_server::scheduler::step::{
+    Runner, SampleRequest, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput, TokenLogprobs,
+};
+use qwen_server::text::tokenizer::TokenizerSpec;
+use qwen_server::text::{TokenId, Tokenizer};
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+/// What the default model is called.
+pub(crate) const MODEL: &str = "fake-model";
+/// `<|im_start|>`.
+pub(crate) const IM_START: TokenId = 256;
+/// `<|im_end|>`, which ends a sequence.
+pub(crate) const IM_END: TokenId = 257;
+/// Bytes and the two special tokens; ids from here on are out of the vocabulary.
+pub(crate) const VOCAB_SIZE: usize = 258;
+
+const TEMPLATE: &str = "\
+{%- if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}\
+{%- for message in messages %}\
+{{- '<|im_start|>' + message.role + '\\n' + message.content }}\
+{%- if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}\
+{{- '<|im_end|>\\n' }}\
+{%- endfor %}\
+{%- if fail %}{{ raise_exception('told to fail') }}{% endif %}\
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+/// A server and what tests look at behind it.
+pub(crate) struct FakeServer {
+    pub(crate) state: AppState,
+}
+
+impl FakeServer {
+    /// Sixteen sequences, 512 tokens each.
+    pub(crate) fn start() -> Self {
+        Self::with(&EngineConfig { max_model_len: 512, ..config() }, HttpLimits::default())
+    }
+
+    pub(crate) fn with(config: &EngineConfig, limits: HttpLimits) -> Self {
+        let slots = vec![0; config.num_blocks as usize * config.block_size];
+        let block_size = config.block_size;
+        let runner = FakeRunner { slots, block_size };
+        let (engine, _thread) = spawn(config.clone(), move || Ok(runner));
+        Self { state: AppState::new(engine, model(), limits) }
+    }
+
+    pub(crate) async fn send(&self, request: Request<Body>) -> Response<Body> {
+        router(self.state.clone()).oneshot(request).await.unwrap()
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: Value) -> Answer {
+        self.post_text(path, body.to_string()).await
+    }
+
+    pub(crate) async fn post_text(&self, path: &str, body: impl Into<Body>) -> Answer {
+        let request = Request::post(path).header("content-type", "application/json");
+        Answer::read(self.send(request.body(body.into()).unwrap()).await).await
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Answer {
+        Answer::read(self.send(Request::get(path).body(Body::empty()).unwrap()).await).await
+    }
+
+    /// Waits until this many sequences run.
+    pub(crate) async fn wait_until_running(&self, num: usize) {
+        for _ in 0..1000 {
+            if self.state.engine.stats().num_running == num {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("not {num} running: {:?}", self.state.engine.stats());
+    }
+
+    /// Waits until no sequence runs and every block is free.
+    pub(crate) async fn wait_until_idle(&self) {
+        for _ in 0..1000 {
+            let stats = self.state.engine.stats();
+            let is_idle = stats.num_running == 0 && stats.num_waiting == 0;
+            if is_idle && stats.num_free_blocks == stats.num_blocks {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("still busy after five seconds: {:?}", self.state.engine.stats());
+    }
+}
+
+pub(crate) fn config() -> EngineConfig {
+    EngineConfig { num_blocks: 1024, block_size: 16, vocab_size: VOCAB_SIZE, ..Default::default() }
+}
+
+fn model() -> ServedModel {
+    let special = TemplateTokens { bos_token: None, eos_token: Some("<|im_end|>".into()) };
+    ServedModel {
+        name: MODEL.into(),
+        aliases: vec!["org/alias".into()],
+        root: "/models/fake".into(),
+        tokenizer: Arc::new(tokenizer()),
+        template: Some(ChatTemplate::new(TEMPLATE, special).unwrap()),
+        eos_token_ids: vec![IM_END],
+        sampling_defaults: GenerationDefaults::default(),
+    }
+}
+
+/// One token per byte; token id and byte are the same number.
+pub(crate) fn tokenizer() -> Tokenizer {
+    let mut num_others = 0;
+    let mut tokens: Vec<String> = (0..256u32)
+        .map(|byte| {
+            let is_printable = matches!(byte, 33..=126 | 161..=172 | 174..=255);
+            let code = if is_printable { byte } else { 256 + num_others };
+            num_others += u32::from(!is_printable);
+            char::from_u32(code).unwrap().to_string()
+        })
+        .collect();
+    tokens.extend(["<|im_start|>".into(), "<|im_end|>".into()]);
+    let token_types = (0..VOCAB_SIZE).map(|id| if id < 256 { 1 } else { 3 }).collect();
+    let spec = TokenizerSpec { tokens, merges: Vec::new(), token_types, pre: "qwen2".into() };
+    Tokenizer::from_spec(spec).unwrap()
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: axum::http::HeaderMap,
+    pub(crate) text: String,
+}
+
+impl Answer {
+    async fn read(response: Response<Body>) -> Self {
+        let (parts, body) = response.into_parts();
+        let bytes = body.collect().await.unwrap().to_bytes();
+        let text = String::from_utf8(bytes.to_vec()).unwrap();
+        Self { status: parts.status, headers: parts.headers, text }
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|_| panic!("not JSON: {}", self.text))
+    }
+
+    pub(crate) fn ok(&self) -> Value {
+        assert_eq!(self.status, 200, "{}", self.text);
+        self.json()
+    }
+
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        Some(self.headers.get(name)?.to_str().unwrap())
+    }
+
+    /// The error object, after checking that it has the shape that clients know.
+    #[track_caller]
+    pub(crate) fn error(&self, status: u16) -> Value {
+        assert_eq!(self.status.as_u16(), status, "{}", self.text);
+        let body = self.json();
+        let error = body["error"].as_object().unwrap_or_else(|| panic!("no error: {body}"));
+        for key in ["message", "type", "param", "code"] {
+            assert!(error.contains_key(key), "no `{key}` in {body}");
+        }
+        assert!(error["message"].is_string() && error["type"].is_string(), "{body}");
+        assert!(self.headers.contains_key("x-request-id"));
+        body["error"].clone()
+    }
+
+    /// The JSON of each event of a stream that ended well.
+    #[track_caller]
+    pub(crate) fn chunks(&self) -> Vec<Value> {
+        assert_eq!(self.status, 200, "{}", self.text);
+        let mut data: Vec<&str> = self
+            .text
+            .strip_suffix("\n\n")
+            .expect("events end with an empty line")
+            .split("\n\n")
+            .filter(|event| !event.starts_with(':'))
+            .map(|event| event.strip_prefix("data: ").expect("one `data` line per event"))
+            .collect();
+        assert_eq!(data.pop(), Some("[DONE]"), "{}", self.text);
+        data.iter().map(|data| serde_json::from_str(data).unwrap()).collect()
+    }
+}
+
+/// A chat request whose answer is `text`.
+pub(crate) fn chat(text: &str) -> Value {
+    json!({"model": MODEL, "messages": [{"role": "user", "content": format!("say:{text};")}]})
+}
+
+/// `base` with the fields of `more` set.
+#[expect(clippy::needless_pass_by_value, reason = "callers pass a `json!` as it is")]
+pub(crate) fn with(mut base: Value, more: Value) -> Value {
+    for (key, value) in more.as_object().unwrap() {
+        base[key] = value.clone();
+    }
+    base
+}
+
+struct FakeRunner {
+    /// The "cache": each slot remembers its token.
+    slots: Vec<TokenId>,
+    block_size: usize,
+}
+
+impl FakeRunner {
+    fn prompt(&self, seq: &ScheduledSeq, num_output_tokens: usize) -> Vec<u8> {
+        let positions = 0..seq.end() - num_output_tokens;
+        let tokens = positions.map(|pos| self.slots[seq.blocks.slot(pos, self.block_size)]);
+        tokens.filter_map(|token| u8::try_from(token).ok()).collect()
+    }
+
+    fn next_token(&self, seq: &ScheduledSeq, sample: &SampleRequest) -> TokenId {
+        let done = sample.num_output_tokens;
+        let prompt = self.prompt(seq, done);
+        let find = |from: &[u8], what: &[u8]| from.windows(what.len()).position(|w| w == what);
+        let script = find(&prompt, b"say:").and_then(|start| {
+            let rest = &prompt[start + 4..];
+            Some(&rest[..find(rest, b";")?])
+        });
+        let token = match script {
+            Some(text) => text.get(done).map_or(IM_END, |byte| TokenId::from(*byte)),
+            None => TokenId::from(b'a') + (done as u32 + sample.choice) % 26,
+        };
+        if sample.forbidden.contains(&token) { TokenId::from(b'x') } else { token }
+    }
+}
+
+impl Runner for FakeRunner {
+    type Error = String;
+
+    fn launch(&mut self, step: &SchedulerOutput) -> Result<(), String> {
+        for seq in &step.scheduled {
+            for (offset, token) in seq.tokens.iter().enumerate() {
+                self.slots[seq.blocks.slot(seq.start + offset, self.block_size)] = *token;
+            }
+        }
+        Ok(())
+    }
+
+    fn sample(&mut self, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, String> {
+        // A model takes its time; without it, long answers would end before a client can leave.
+        #[allow(clippy::disallowed_methods, reason = "the engine thread is not a test")]
+        std::thread::sleep(Duration::from_micros(200));
+        let outputs = step.scheduled.iter().map(|seq| SeqOutput {
+            sampled: seq.sample.as_ref().map(|sample| {
+                let id = self.next_token(seq, sample);
+                let logprobs = sample.params.logprobs.map(|num_top| logprobs(id, num_top));
+                Ok(SampledToken { id, logprobs })
+            }),
+            prompt_logprobs: seq
+                .prompt_logprobs
+                .iter()
+                .flat_map(|wanted| {
+                    wanted.targets.iter().map(|target| logprobs(*target, wanted.num_top))
+                })
+                .collect(),
+        });
+        Ok(outputs.collect())
+    }
+}
+
+fn logprobs(token: TokenId, num_top: u32) -> TokenLogprobs {
+    let top = (0..num_top).map(|rank| ((token + rank) % 256, -0.5 - rank as f32)).collect();
+    TokenLogprobs { token, logprob: -0.5, top }
+}
