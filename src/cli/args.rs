@@ -96,7 +96,8 @@ struct HttpFlags {
 
     /// After SIGTERM or Ctrl-C, let running requests finish for at most this many seconds
     #[arg(long, env = "QWEN_SERVER_SHUTDOWN_TIMEOUT", value_name = "SECONDS")]
-    #[arg(default_value_t = 30, value_parser = RangedU64ValueParser::<u64>::new().range(0..=86_400))]
+    #[arg(default_value_t = 30)]
+    #[arg(value_parser = RangedU64ValueParser::<u64>::new().range(0..=86_400))]
     shutdown_timeout: u64,
 }
 

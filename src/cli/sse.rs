@@ -63,8 +63,8 @@ impl SseParser {
 mod tests {
     use super::*;
 
-    const STREAM: &str = ": keep-alive\n\ndata: {\"a\":\"é😀\"}\n\nevent: x\r\nid:1\r\ndata:two\r\n\
-                          data: lines\r\n\r\nretry: 5\n\ndata:\n\ndata: [DONE]\r\r";
+    const STREAM: &str = ": keep-alive\n\ndata: {\"a\":\"é😀\"}\n\nevent: x\r\nid:1\r\n\
+                          data:two\r\ndata: lines\r\n\r\nretry: 5\n\ndata:\n\ndata: [DONE]\r\r";
 
     fn parse<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<String> {
         let (mut parser, mut events) = (SseParser::default(), Vec::new());

@@ -10,7 +10,7 @@ const MARGIN_LEFT: f64 = 62.0;
 const MARGIN_RIGHT: f64 = 14.0;
 const MARGIN_TOP: f64 = 74.0;
 const MARGIN_BOTTOM: f64 = 50.0;
-const NUM_TICKS: usize = 5;
+const MAX_TICKS: f64 = 5.0;
 
 /// Told apart by people who do not see red and green.
 const COLOURS: [&str; 3] = ["#0072b2", "#e69f00", "#d55e00"];
@@ -86,8 +86,10 @@ fn panels(levels: &[LevelReport]) -> [Panel; 3] {
 
 fn draw_panel(svg: &mut String, panel: &Panel, clients: &[u64]) {
     let values = panel.series.iter().flat_map(|series| &series.values);
-    let step = tick_step(values.copied().fold(0.0, f64::max));
-    let top = step * NUM_TICKS as f64;
+    let max = values.copied().fold(0.0, f64::max);
+    let step = tick_step(max);
+    let num_ticks = (max / step).ceil().max(1.0);
+    let top = step * num_ticks;
     let (right, bottom) = (PANEL_WIDTH - MARGIN_RIGHT, PANEL_HEIGHT - MARGIN_BOTTOM);
     let y_at = |value: f64| bottom - (bottom - MARGIN_TOP) * value / top;
     // Levels stand side by side at equal distance: they are usually powers of two.
@@ -97,7 +99,7 @@ fn draw_panel(svg: &mut String, panel: &Panel, clients: &[u64]) {
     let centre = f64::midpoint(MARGIN_LEFT, right);
     text(svg, (centre, 46.0), "middle", panel.title);
     text(svg, (centre, PANEL_HEIGHT - 14.0), "middle", "clients at once");
-    for tick in 0..=NUM_TICKS {
+    for tick in 0..=num_ticks as usize {
         let value = step * tick as f64;
         let y = y_at(value);
         line(svg, format_args!("<path d=\"M{MARGIN_LEFT} {y:.1}H{right}\" stroke=\"#dddddd\"/>"));
@@ -134,7 +136,7 @@ fn draw_panel(svg: &mut String, panel: &Panel, clients: &[u64]) {
 
 /// The distance of grid lines, 1, 2 or 5 times a power of ten, so that all values fit.
 fn tick_step(max: f64) -> f64 {
-    let least = if 0.0 < max && max.is_finite() { max / NUM_TICKS as f64 } else { 1.0 };
+    let least = if 0.0 < max && max.is_finite() { max / MAX_TICKS } else { 1.0 };
     let power = 10f64.powf(least.log10().floor());
     let fits = |factor: &f64| least <= factor * power;
     [1.0, 2.0, 5.0].into_iter().find(fits).unwrap_or(10.0) * power
