@@ -46,8 +46,8 @@ pub(crate) fn draw(report: &Report) -> String {
     line(
         &mut svg,
         format_args!(
-            "<text x=\"{}\" y=\"22\" font-size=\"14\" font-weight=\"bold\" text-anchor=\"middle\">{}\
-         </text>",
+            "<text x=\"{}\" y=\"22\" font-size=\"14\" font-weight=\"bold\" \
+             text-anchor=\"middle\">{}</text>",
             width / 2.0,
             escape(&title)
         ),
