@@ -18,4 +18,178 @@ pub fn hub_from_environment() -> Result<Hub, HubError> {
         offline: environment.offline,
         proxy: environment.proxy,
     })
+//!
+//! One file per command; each has its arguments and a `run`. What goes to standard output is the
+//! command's result, everything else goes to standard error.
+
+pub mod args;
+pub mod bench;
+pub mod chat;
+pub mod complete;
+pub mod inspect;
+pub mod models;
+pub mod pull;
+pub mod serve;
+
+mod client;
+mod sse;
+
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::config::{self, Config, ConfigFile, Settings};
+use args::ServeArgs;
+
+const AFTER_HELP: &str = "\
+Examples:
+  qwen-server serve                      serve the default model on http://127.0.0.1:8000
+  qwen-server chat                       talk to it from another terminal
+
+Every command explains its options: `qwen-server serve --help`";
+
+#[derive(Debug, Parser)]
+#[command(name = "qwen-server", version, about, after_help = AFTER_HELP)]
+#[command(arg_required_else_help = true, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a model over HTTP with OpenAI-compatible endpoints
+    Serve(Box<ServeArgs>),
+    /// Download a model of the catalogue
+    Pull(pull::PullArgs),
+    /// List the models of the catalogue and what fits this machine
+    Models(models::ModelsArgs),
+    /// Chat with a running server
+    Chat(chat::ChatArgs),
+    /// Complete one prompt with a running server
+    Complete(complete::CompleteArgs),
+    /// Show what a model file contains
+    Inspect(inspect::InspectArgs),
+    /// Measure how fast a running server answers
+    Bench(bench::BenchArgs),
+}
+
+/// An error whose user can do something about it.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Hinted {
+    /// What went wrong.
+    pub message: String,
+    /// What to change.
+    pub hint: String,
+}
+
+/// Runs the command that the process was started with.
+///
+/// # Errors
+/// Whatever stopped the command. Unusable arguments end the process with exit code 2 instead.
+pub fn run() -> Result<()> {
+    match parse(command()).command {
+        Command::Serve(args) => serve(&args),
+        Command::Pull(args) => pull::run(args),
+        Command::Models(args) => models::run(args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Complete(args) => complete::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Bench(args) => bench::run(&args),
+    }
+}
+
+/// Prints an error with its causes on one line, then what can be done about it.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    // `qwen-server models | head` is no error.
+    let is_broken_pipe = |cause: &io::Error| cause.kind() == io::ErrorKind::BrokenPipe;
+    if error.chain().filter_map(|cause| cause.downcast_ref()).any(is_broken_pipe) {
+        return ExitCode::SUCCESS;
+    }
+    let chain = format!("{error:#}");
+    eprintln!("error: {}", chain.split_whitespace().collect::<Vec<_>>().join(" "));
+    for hinted in error.chain().filter_map(|cause| cause.downcast_ref::<Hinted>()) {
+        eprintln!("hint: {}", hinted.hint);
+    }
+    ExitCode::FAILURE
+}
+
+fn command() -> clap::Command {
+    Cli::command()
+        .mut_subcommands(|command| command.mut_args(|arg| arg.hide_env_values(true)))
+        .mut_subcommand("serve", |serve| {
+            config::ignore_injected_port(serve, "port", "QWEN_SERVER_PORT")
+        })
+}
+
+fn parse(command: clap::Command) -> Cli {
+    let matches = command.get_matches();
+    Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+}
+
+fn serve(args: &ServeArgs) -> Result<()> {
+    let print_config = args.print_config;
+    let config = serve_config(args.config.as_deref())?;
+    if print_config {
+        print!("{}", config.settings);
+        return Ok(());
+    }
+    serve::run(config)
+}
+
+/// Puts flags, environment and file together. The command line is read again with the file's
+/// values as defaults, so that precedence is decided in one place.
+fn serve_config(file: Option<&Path>) -> Result<Config> {
+    let mut root = command();
+    let file = file.map(|path| read_file(path, &root)).transpose()?;
+    if let Some(file) = &file {
+        root = root.mut_subcommand("serve", |serve| file.apply(serve));
+    }
+    let matches = root.clone().get_matches();
+    let Command::Serve(args) = parse(root.clone()).command else {
+        unreachable!("the command line has not changed");
+    };
+    let matches = matches.subcommand_matches("serve").expect("the command is `serve`");
+    let settings = Settings::collect(serve_command(&root), matches, file.as_ref());
+    Ok(args.into_config(settings)?)
+}
+
+fn read_file(path: &Path, root: &clap::Command) -> Result<ConfigFile> {
+    Ok(ConfigFile::read(path, serve_command(root))?)
+}
+
+fn serve_command(root: &clap::Command) -> &clap::Command {
+    root.find_subcommand("serve").expect("`serve` is one of the commands")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_consistent() {
+        command().debug_assert();
+    }
+
+    /// A setting's flag, variable and key are one name in three spellings.
+    #[test]
+    fn every_flag_of_serve_is_a_variable_of_the_same_name() {
+        let root = command();
+        let command_line_only = ["no-enable-prefix-caching", "print-config", "help", "version"];
+        for arg in serve_command(&root).get_arguments() {
+            let long = arg.get_long().expect("every argument of `serve` is a flag");
+            let variable = arg.get_env().map(|name| name.to_string_lossy().into_owned());
+            if command_line_only.contains(&long) {
+                assert_eq!(variable, None);
+                continue;
+            }
+            let expected = format!("QWEN_SERVER_{}", long.replace('-', "_").to_uppercase());
+            assert_eq!(variable, Some(expected));
+            assert_eq!(arg.get_id().as_str(), long.replace('-', "_"));
+        }
+    }
 }

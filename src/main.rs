@@ -1,1 +1,12 @@
-fn main() {}
+//! The `qwen-server` binary: runs the command line and reports how that went.
+
+use std::process::ExitCode;
+
+use qwen_server::cli;
+
+fn main() -> ExitCode {
+    match cli::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => cli::report(&error),
+    }
+}

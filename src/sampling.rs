@@ -2,7 +2,7 @@
 //!
 //! A draw is a function of the row of logits, the request's parameters and its random counter
 //! (seed, choice, position), never of what else is in the batch. **Invariant:** no row is ever
-//! sorted whole; [`row`] finds the largest logits from the maxima of short chunks.
+//! sorted whole; the module `row` finds the largest logits from the maxima of short chunks.
 //!
 //! Start at [`Sampler::sample`].
 

@@ -1,7 +1,7 @@
 //! Draws one token from one row of logits.
 //!
 //! The order is vLLM's: forbidden tokens and biases, penalties, temperature, min-p, top-k, top-p,
-//! draw. Every filter is a [`Cutoff`], and the draw walks what it keeps in order of token ids, so
+//! draw. Every filter is a `Cutoff`, and the draw walks what it keeps in order of token ids, so
 //! that a tiny change of the logits moves few draws.
 
 use crate::sampling::logprobs::token_logprobs;

@@ -1,0 +1,235 @@
+//! What can be typed behind `serve`. Each flag is an environment variable and a key of the config
+//! file too; declaring it here is all it takes.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::RangedU64ValueParser;
+use clap::{ArgAction, Args};
+
+use crate::config::{
+    self, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EngineOptions, HttpConfig,
+    KvCacheDtype, LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Settings,
+};
+
+const AFTER_HELP: &str = "\
+Each option can also be set by the environment variable shown beside it, or by the key of the same
+name in the file given with --config. A flag wins over the environment, that over the file.
+
+Examples:
+  Serve the default model with little memory, reachable from other machines:
+    qwen-server serve --host 0.0.0.0 --max-num-seqs 16 --kv-cache-memory 512MiB
+
+  Serve a file under a name that existing clients send:
+    qwen-server serve --model ./qwen2.5-7b-instruct-q4_k_m.gguf --served-model-name gpt-4o-mini";
+
+/// The arguments of `serve`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    model: ModelFlags,
+    #[command(flatten)]
+    http: HttpFlags,
+    #[command(flatten)]
+    engine: EngineFlags,
+    #[command(flatten)]
+    memory: MemoryFlags,
+    #[command(flatten)]
+    log: LogFlags,
+
+    /// Read settings from this TOML file
+    ///
+    /// Its keys are the options of this command without the dashes, for example
+    /// `max-num-seqs = 16`. Unknown keys are errors.
+    #[arg(long, env = "QWEN_SERVER_CONFIG", value_name = "FILE", help_heading = "Configuration")]
+    pub config: Option<PathBuf>,
+
+    /// Print every setting with what set it, as a config file, and exit
+    #[arg(long, help_heading = "Configuration")]
+    pub print_config: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Model")]
+struct ModelFlags {
+    /// Model to serve: a name of the catalogue, a GGUF file, a directory or a hub id
+    ///
+    /// `qwen-server models` lists the catalogue. A model that is not on this machine is downloaded
+    /// first.
+    #[arg(long, env = "QWEN_SERVER_MODEL", default_value = DEFAULT_MODEL)]
+    model: String,
+
+    /// Name that clients know the model by, instead of its own [repeatable]
+    ///
+    /// Responses carry the first one.
+    #[arg(long, env = "QWEN_SERVER_SERVED_MODEL_NAME", value_name = "NAME")]
+    #[arg(action = ArgAction::Append, value_delimiter = ',')]
+    served_model_name: Vec<String>,
+
+    /// Further name the model answers to [repeatable]
+    #[arg(long, env = "QWEN_SERVER_MODEL_ALIAS", value_name = "NAME")]
+    #[arg(action = ArgAction::Append, value_delimiter = ',')]
+    model_alias: Vec<String>,
+
+    /// Longest sequence in tokens, prompt and answer together [default: the model's own limit]
+    #[arg(long, env = "QWEN_SERVER_MAX_MODEL_LEN", value_name = "TOKENS")]
+    #[arg(value_parser = at_least_one(1 << 24))]
+    max_model_len: Option<usize>,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Network")]
+struct HttpFlags {
+    /// Address to listen on; 0.0.0.0 accepts clients from other machines
+    #[arg(long, env = "QWEN_SERVER_HOST", default_value = "127.0.0.1")]
+    host: String,
+
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, env = "QWEN_SERVER_PORT", default_value_t = 8000)]
+    port: u16,
+
+    /// Refuse request bodies larger than this
+    #[arg(long, env = "QWEN_SERVER_MAX_BODY_SIZE", value_name = "SIZE", default_value = "8MiB")]
+    max_body_size: ByteSize,
+
+    /// After SIGTERM or Ctrl-C, let running requests finish for at most this many seconds
+    #[arg(long, env = "QWEN_SERVER_SHUTDOWN_TIMEOUT", value_name = "SECONDS")]
+    #[arg(default_value_t = 30)]
+    #[arg(value_parser = RangedU64ValueParser::<u64>::new().range(0..=86_400))]
+    shutdown_timeout: u64,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Computing")]
+struct EngineFlags {
+    /// Where to compute: auto, cpu or cuda:N
+    #[arg(long, env = "QWEN_SERVER_DEVICE", default_value = "auto")]
+    device: DeviceChoice,
+
+    /// Threads that compute [default: as many as the machine has cores]
+    #[arg(long, env = "QWEN_SERVER_THREADS", value_name = "N", value_parser = at_least_one(1024))]
+    threads: Option<usize>,
+
+    /// Sequences that run at once; further requests wait
+    #[arg(long, env = "QWEN_SERVER_MAX_NUM_SEQS", value_name = "N")]
+    #[arg(default_value_t = 64, value_parser = at_least_one(8192))]
+    max_num_seqs: usize,
+
+    /// Tokens computed per step
+    ///
+    /// Prompts longer than this are computed in pieces. A larger value reads prompts a little
+    /// faster, a smaller one keeps running answers more even.
+    #[arg(long, env = "QWEN_SERVER_MAX_NUM_BATCHED_TOKENS", value_name = "TOKENS")]
+    #[arg(default_value_t = 512, value_parser = at_least_one(1 << 20))]
+    max_num_batched_tokens: usize,
+
+    /// Requests that may wait; further ones are answered with status 429
+    #[arg(long, env = "QWEN_SERVER_MAX_QUEUE", value_name = "N")]
+    #[arg(default_value_t = 1024, value_parser = at_least_one(1 << 20))]
+    max_queue: usize,
+
+    /// Makes sampling repeatable for requests without a seed of their own, if they come in the
+    /// same order [default: differs from start to start]
+    #[arg(long, env = "QWEN_SERVER_SEED", value_name = "N")]
+    #[arg(value_parser = RangedU64ValueParser::<u64>::new().range(0..=i64::MAX as u64))]
+    seed: Option<u64>,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "KV cache")]
+struct MemoryFlags {
+    /// Memory for keys and values of all sequences, such as 512MiB or 4GiB [default: decided from
+    /// what is free]
+    #[arg(long, env = "QWEN_SERVER_KV_CACHE_MEMORY", value_name = "SIZE")]
+    kv_cache_memory: Option<ByteSize>,
+
+    /// How keys and values are stored
+    #[arg(long, env = "QWEN_SERVER_KV_CACHE_DTYPE", value_name = "DTYPE")]
+    #[arg(value_enum, default_value_t = KvCacheDtype::F16)]
+    kv_cache_dtype: KvCacheDtype,
+
+    /// Tokens per block of the cache, a power of two
+    #[arg(long, env = "QWEN_SERVER_BLOCK_SIZE", value_name = "TOKENS")]
+    #[arg(default_value_t = 16, value_parser = at_least_one(256))]
+    block_size: usize,
+
+    /// Share the cache between requests that begin alike
+    #[arg(long, env = "QWEN_SERVER_ENABLE_PREFIX_CACHING", value_name = "BOOL")]
+    #[arg(default_value_t = true, default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(overrides_with = "no_enable_prefix_caching")]
+    enable_prefix_caching: bool,
+
+    /// Compute every prompt from its first token
+    #[arg(long, overrides_with = "enable_prefix_caching")]
+    no_enable_prefix_caching: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Logging")]
+struct LogFlags {
+    /// Least important lines to write; prompts and answers are never logged
+    #[arg(long, env = "QWEN_SERVER_LOG_LEVEL", value_name = "LEVEL")]
+    #[arg(value_enum, default_value_t = LogLevel::Info)]
+    log_level: LogLevel,
+
+    /// Lines for people, or one JSON object a line
+    #[arg(long, env = "QWEN_SERVER_LOG_FORMAT", value_name = "FORMAT")]
+    #[arg(value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+impl ServeArgs {
+    /// What the arguments mean. `settings` are the same arguments with their sources.
+    ///
+    /// # Errors
+    /// If values do not go together.
+    pub fn into_config(self, mut settings: Settings) -> Result<Config, ConfigError> {
+        let Self { model, http, engine, memory, log, .. } = self;
+        let num_threads = engine.threads.and_then(NonZeroUsize::new);
+        let num_threads = num_threads.unwrap_or_else(config::available_threads);
+        let seed = engine.seed.unwrap_or_else(config::arbitrary_seed);
+        settings.decide("threads", num_threads);
+        settings.decide("seed", seed);
+        let shares_prefixes = memory.enable_prefix_caching && !memory.no_enable_prefix_caching;
+        let config = Config {
+            model: ModelConfig {
+                model: model.model,
+                served_model_names: model.served_model_name,
+                model_aliases: model.model_alias,
+                max_model_len: model.max_model_len.and_then(NonZeroUsize::new),
+            },
+            http: HttpConfig {
+                host: http.host,
+                port: http.port,
+                max_body_size: http.max_body_size,
+                shutdown_timeout: Duration::from_secs(http.shutdown_timeout),
+            },
+            engine: EngineOptions {
+                device: engine.device,
+                num_threads,
+                max_num_seqs: engine.max_num_seqs,
+                max_num_batched_tokens: engine.max_num_batched_tokens,
+                max_queue: engine.max_queue,
+                block_size: memory.block_size,
+                kv_cache_memory: memory.kv_cache_memory,
+                kv_cache_dtype: memory.kv_cache_dtype,
+                prefix_caching: if shares_prefixes {
+                    PrefixCaching::Enabled
+                } else {
+                    PrefixCaching::Disabled
+                },
+                seed,
+            },
+            log: LogConfig { level: log.log_level, format: log.log_format },
+            settings,
+        };
+        config.check()
+    }
+}
+
+fn at_least_one(max: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=max)
+}
