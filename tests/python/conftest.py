@@ -5,6 +5,7 @@ what to run. A missing one is a failure, never a skip.
 """
 
 import collections
+import ctypes
 import http.client
 import json
 import os
@@ -47,6 +48,12 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def end_with_parent():
+    """Runs in the child: a server must not outlive tests that were killed."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 class Server:
     """A running `qwen-server serve`."""
 
@@ -57,7 +64,8 @@ class Server:
         command += ["--host", "127.0.0.1", "--port", self.port, *flags]
         self.process = subprocess.Popen(
             [str(part) for part in command],
-            stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT)
+            stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent)
         self.url = f"http://127.0.0.1:{self.port}"
         self.v1 = self.url + "/v1"
 
