@@ -9,7 +9,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 binary=${1:?usage: get-model.sh PATH/TO/qwen-server}
 model=qwen2.5-coder-0.5b-instruct
 file=$model-q4_k_m.gguf
-hub=${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}
+home=${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}
+hub=${HF_HUB_CACHE:-${HUGGINGFACE_HUB_CACHE:-$home/hub}}
 repository=$hub/models--Qwen--Qwen2.5-Coder-0.5B-Instruct-GGUF
 # A hub that has sent nothing for this long is taken as unreachable.
 silence_limit_s=${QWEN_PULL_SILENCE_S:-30}

@@ -37,10 +37,14 @@ def say(text):
 
 
 def hub_cache():
-    if cache := os.environ.get("HF_HUB_CACHE"):
-        return pathlib.Path(cache).expanduser()
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return pathlib.Path(home).expanduser() / "hub"
+    """Where the server, like other Hugging Face tools, looks for downloaded files."""
+    get = os.environ.get
+    if cache := get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE"):
+        return pathlib.Path(cache)
+    if home := get("HF_HOME"):
+        return pathlib.Path(home) / "hub"
+    caches = get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(caches) / "huggingface" / "hub"
 
 
 def present(directory):

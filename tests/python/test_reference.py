@@ -52,8 +52,9 @@ def test_prompt_ids_equal_the_reference(server, reference, name):
 
 def test_chat_prompts_have_the_reference_length(client, reference):
     for prompt in reference.values():
+        tools = {"tools": prompt["tools"]} if prompt["tools"] else {}
         answer = client.chat.completions.create(
-            model=MODEL, messages=prompt["messages"], tools=prompt["tools"] or [], max_tokens=1)
+            model=MODEL, messages=prompt["messages"], max_tokens=1, **tools)
         assert answer.usage.prompt_tokens == len(prompt["prompt_ids"])
 
 
