@@ -71,9 +71,10 @@ def test_forced_and_generated_log_probabilities_agree(server, client):
     """Scoring what was generated gives what was said while generating, to the bit."""
     generated = complete(
         client, logprobs=1, max_tokens=8, extra_body={"return_token_ids": True}).choices[0]
-    ids = server.tokenize(prompt=PROMPT) + generated.model_extra["token_ids"]
+    token_ids = generated.model_extra["token_ids"]
+    ids = server.tokenize(prompt=PROMPT) + token_ids
     scored = complete(client, ids, echo=True, logprobs=1, max_tokens=0).choices[0].logprobs
-    assert scored.token_logprobs[-8:] == generated.logprobs.token_logprobs
+    assert scored.token_logprobs[-len(token_ids):] == generated.logprobs.token_logprobs
 
 
 def test_penalties_and_stop_tokens(server, client):
