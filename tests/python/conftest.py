@@ -1,0 +1,167 @@
+"""The release binary with the real model, started once for all tests that only ask it things.
+
+QWEN_SERVER_BIN (default target/release/qwen-server) and QWEN_SERVER_TEST_MODEL (the GGUF file) say
+what to run. A missing one is a failure, never a skip.
+"""
+
+import collections
+import ctypes
+import http.client
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+
+import openai
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODEL = "qwen2.5-coder-0.5b-instruct"
+READY_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 60
+REQUEST_TIMEOUT_S = 300
+
+Answer = collections.namedtuple("Answer", "status headers body")
+
+
+def binary_path():
+    default = ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "release" / "qwen-server"
+    path = pathlib.Path(os.environ.get("QWEN_SERVER_BIN", default))
+    assert path.is_file(), f"no server binary at {path}: build it, or set QWEN_SERVER_BIN"
+    return path
+
+
+def model_path():
+    path = pathlib.Path(os.environ.get("QWEN_SERVER_TEST_MODEL", ""))
+    assert path.is_file(), "QWEN_SERVER_TEST_MODEL must name the GGUF file of the real model"
+    return path
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def end_with_parent():
+    """Runs in the child: a server must not outlive tests that were killed."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+class Server:
+    """A running `qwen-server serve`."""
+
+    def __init__(self, *flags):
+        self.port = free_port()
+        self.log = tempfile.NamedTemporaryFile(prefix="qwen-server-", suffix=".log")
+        command = [binary_path(), "serve", "--model", model_path(), "--served-model-name", MODEL]
+        command += ["--host", "127.0.0.1", "--port", self.port, *flags]
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.v1 = self.url + "/v1"
+
+    def __enter__(self):
+        self.wait_until_ready()
+        return self
+
+    def __exit__(self, *exception):
+        if self.process.poll() is None:
+            code = self.stop()
+            assert code == 0, f"exit code {code} after SIGTERM\n{self.log_tail()}"
+
+    def log_tail(self):
+        return pathlib.Path(self.log.name).read_text(errors="replace")[-4000:]
+
+    def wait_until_ready(self):
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            code = self.process.poll()
+            assert code is None, f"the server ended with exit code {code}\n{self.log_tail()}"
+            try:
+                if self.request("GET", "/health/ready").status == 200:
+                    return
+            except OSError:
+                pass
+            time.sleep(0.05)
+        self.process.kill()
+        raise AssertionError(f"not ready after {READY_TIMEOUT_S} s\n{self.log_tail()}")
+
+    def terminate(self):
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self):
+        try:
+            return self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"still running {STOP_TIMEOUT_S} s after SIGTERM\n{self.log_tail()}")
+
+    def stop(self):
+        self.terminate()
+        return self.wait()
+
+    def client(self):
+        return openai.OpenAI(
+            base_url=self.v1, api_key="none", max_retries=0, timeout=REQUEST_TIMEOUT_S)
+
+    def async_client(self):
+        return openai.AsyncOpenAI(
+            base_url=self.v1, api_key="none", max_retries=0, timeout=REQUEST_TIMEOUT_S)
+
+    def request(self, method, path, body=None):
+        """One plain HTTP request; `body` is sent as it is when it is bytes, else as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_TIMEOUT_S)
+        try:
+            if body is not None and not isinstance(body, bytes):
+                body = json.dumps(body).encode()
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def json(self, method, path, body=None):
+        answer = self.request(method, path, body)
+        assert answer.status == 200, f"{path}: {answer.status} {answer.body[:500]!r}"
+        return json.loads(answer.body)
+
+    def tokenize(self, **body):
+        return self.json("POST", "/tokenize", {"model": MODEL, **body})["tokens"]
+
+    def detokenize(self, tokens):
+        return self.json("POST", "/detokenize", {"model": MODEL, "tokens": tokens})["prompt"]
+
+    def metrics(self):
+        """Every metric by name, summed over its labels."""
+        values = collections.defaultdict(float)
+        for line in self.request("GET", "/metrics").body.decode().splitlines():
+            if found := re.match(r"([a-zA-Z_:][\w:]*)(?:\{.*\})? ([^ ]+)", line):
+                values[found[1]] += float(found[2])
+        return values
+
+
+@pytest.fixture(scope="session")
+def server():
+    with Server() as running:
+        yield running
+        assert running.process.poll() is None, f"the server died\n{running.log_tail()}"
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    return server.client()
+
+
+@pytest.fixture(scope="session")
+def reference():
+    path = ROOT / "models" / MODEL / "reference.json"
+    return {prompt["name"]: prompt for prompt in json.loads(path.read_text())["prompts"]}
