@@ -1,23 +1,4 @@
 //! Turns a command line into a call and an exit code.
-
-pub mod inspect;
-pub mod models;
-pub mod progress;
-pub mod pull;
-
-use crate::config::hub_env;
-use crate::weights::hub::{Hub, HubConfig, HubError};
-
-/// The hub as the environment describes it.
-pub fn hub_from_environment() -> Result<Hub, HubError> {
-    let environment = hub_env::hub_environment();
-    Hub::new(HubConfig {
-        cache_dir: environment.cache_dir,
-        endpoint: environment.endpoint,
-        token: environment.token,
-        offline: environment.offline,
-        proxy: environment.proxy,
-    })
 //!
 //! One file per command; each has its arguments and a `run`. What goes to standard output is the
 //! command's result, everything else goes to standard error.
@@ -28,6 +9,7 @@ pub mod chat;
 pub mod complete;
 pub mod inspect;
 pub mod models;
+pub mod progress;
 pub mod pull;
 pub mod serve;
 
@@ -41,7 +23,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{self, Config, ConfigFile, Settings};
+use crate::config::{self, Config, ConfigFile, Settings, hub_env};
+use crate::weights::hub::{Hub, HubConfig, HubError};
 use args::ServeArgs;
 
 const AFTER_HELP: &str = "\
@@ -101,6 +84,18 @@ pub fn run() -> Result<()> {
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(&args),
     }
+}
+
+/// The hub as the environment describes it.
+pub(crate) fn hub_from_environment() -> Result<Hub, HubError> {
+    let environment = hub_env::hub_environment();
+    Hub::new(HubConfig {
+        cache_dir: environment.cache_dir,
+        endpoint: environment.endpoint,
+        token: environment.token,
+        offline: environment.offline,
+        proxy: environment.proxy,
+    })
 }
 
 /// Prints an error with its causes on one line, then what can be done about it.

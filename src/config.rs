@@ -1,6 +1,3 @@
-//! Turns defaults, files, the environment and flags into settings.
-
-pub mod hub_env;
 //! What the server was told to do, decided once: every value of [`Config`] is checked, and says
 //! whether a flag, the environment, a file or the default set it.
 //!

@@ -1,21 +1,17 @@
 #![doc = include_str!("../docs/ARCHITECTURE.md")]
 
+pub mod chat;
 pub mod cli;
 pub mod config;
 pub mod device;
-pub mod chat;
 pub mod engine;
 pub mod http;
 pub mod kv;
 pub mod layers;
 pub mod models;
+pub mod openai;
 pub mod ops;
 pub mod runner;
-pub mod device;
-pub mod engine;
-pub mod kv;
-pub mod ops;
-pub mod openai;
 pub mod sampling;
 pub mod scheduler;
 pub mod telemetry;

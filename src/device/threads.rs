@@ -1,10 +1,12 @@
 //! A fork-join pool for the CPU operations.
 //!
-//! The caller and `num_threads - 1` workers take task numbers from one counter until none are left. A region never waits
-//! for a worker that did not join it, so a descheduled worker costs its help and nothing else.
+//! The caller and `num_threads - 1` workers take task numbers from one counter until none are left.
+//! A region never waits for a worker that did not join it, so a descheduled worker costs its help
+//! and nothing else.
 //!
-//! **Invariant:** nobody spins without bound. Idle workers and a caller at the end of a region spin for some tens of
-//! microseconds and then park: an idle server uses no processor, and a shared machine loses no more than that.
+//! **Invariant:** nobody spins without bound. Idle workers and a caller at the end of a region spin
+//! for some tens of microseconds and then park: an idle server uses no processor, and a shared
+//! machine loses no more than that.
 
 use std::any::Any;
 use std::cell::{RefCell, UnsafeCell};
@@ -102,8 +104,8 @@ impl Drop for Restore {
 
 /// Calls `f` once for each number below `num_tasks`, shared among the threads of the current pool.
 ///
-/// Without a pool, and inside of a task, the calls are made one after the other. A panic in `f` reaches the caller after
-/// all threads have left the region.
+/// Without a pool, and inside of a task, the calls are made one after the other. A panic in `f`
+/// reaches the caller after all threads have left the region.
 pub fn parallel_for(num_tasks: usize, f: impl Fn(usize) + Sync) {
     let pool = CURRENT.with(|current| current.borrow_mut().take());
     let Some(pool) = pool else {
@@ -194,16 +196,19 @@ struct Shared {
     sleepers: Vec<Sleeper>,
 }
 
-// SAFETY: `job` is the only field that is not `Sync`. `run` writes it while it holds `busy` and no worker is inside the
-// region; workers read it only after joining, which the open bit allows only after the write.
+// SAFETY: `job` is the only field that is not `Sync`. `run` writes it while it holds `busy` and no
+// worker is inside the region; workers read it only after joining, which the open bit allows only
+// after the write.
 unsafe impl Sync for Shared {}
-// SAFETY: the pointers in `job` are followed only while `run` borrows what they point to; that is `Sync`.
+// SAFETY: the pointers in `job` are followed only while `run` borrows what they point to; that is
+// `Sync`.
 unsafe impl Send for Shared {}
 
 impl Shared {
     /// One region. The caller has set `busy`.
     fn run<F: Fn(usize) + Sync>(&self, num_tasks: usize, f: &F) {
-        // SAFETY: `busy` is held and the former region has closed and emptied, so nobody reads the job.
+        // SAFETY: `busy` is held and the former region has closed and emptied, so nobody reads the
+        // job.
         unsafe {
             *self.job.get() =
                 Job { call: call_task::<F>, data: std::ptr::from_ref(f).cast(), num_tasks };
@@ -233,7 +238,8 @@ impl Shared {
                 if job.num_tasks <= task {
                     break;
                 }
-                // SAFETY: `run` keeps the closure borrowed until everybody inside the region has left.
+                // SAFETY: `run` keeps the closure borrowed until everybody inside the region has
+                // left.
                 unsafe { (job.call)(job.data, task) };
             }
         }));
@@ -264,7 +270,8 @@ impl Shared {
                 ) {
                     Ok(_) => {
                         seen_epoch = state / EPOCH;
-                        // SAFETY: inside the region; the caller does not write the job before this worker leaves.
+                        // SAFETY: inside the region; the caller does not write the job before this
+                        // worker leaves.
                         let job = unsafe { *self.job.get() };
                         self.run_tasks(job);
                         self.leave();

@@ -7,7 +7,7 @@ use candle_core::{DType, Device};
 
 use super::memory::{MemoryPlan, MemoryRequest, plan};
 use super::model_runner::ModelRunner;
-use crate::device::host;
+use crate::device::host_memory;
 use crate::device::threads::ThreadPool;
 use crate::models::{ModelConfig, registry};
 use crate::ops::paged_attention::{KvCache, KvCacheShape};
@@ -58,7 +58,7 @@ impl PlannedModel {
             bytes_per_value: options.kv_cache_dtype.size_in_bytes(),
             max_num_seqs: options.max_num_seqs,
             max_num_batched_tokens: options.max_num_batched_tokens,
-            available_bytes: host::memory().available_bytes,
+            available_bytes: host_memory::available_bytes(),
             weight_bytes,
         };
         let plan = plan(&config, &request)?;

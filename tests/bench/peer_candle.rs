@@ -10,7 +10,6 @@ use std::time::Instant;
 use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::quantized_qwen2::ModelWeights;
-use qwen_server::device::host;
 use qwen_server::kv::{BlockId, BlockTable};
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
 use qwen_server::runner::model_runner::ModelRunner;
@@ -42,7 +41,7 @@ fn main() -> anyhow::Result<()> {
         eprintln!("run {} of {runs} done", run + 1);
     }
     let rows = ["decode", "prefill 32", "prefill 512"];
-    println!("{} threads; tokens/s: median (min - max)", host::num_cores());
+    println!("{} threads; tokens/s: median (min - max)", num_threads());
     for (index, row) in rows.iter().enumerate() {
         let [ours, candle] = [0, 1].map(|side| spread(&rates[side], index));
         println!(
@@ -51,6 +50,10 @@ fn main() -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+fn num_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn spread(rates: &[Rates], index: usize) -> [f64; 3] {
@@ -71,7 +74,7 @@ fn load_ours(path: &Path) -> anyhow::Result<ModelRunner> {
         block_size: BLOCK_SIZE,
         max_num_seqs: 1,
         max_num_batched_tokens: 512,
-        num_threads: host::num_cores(),
+        num_threads: num_threads(),
     };
     PlannedModel::open(path, options)?.load(|_| {})
 }
