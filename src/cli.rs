@@ -133,7 +133,7 @@ fn serve(args: &ServeArgs) -> Result<()> {
         print!("{}", config.settings);
         return Ok(());
     }
-    serve::run(config)
+    serve::run(&config)
 }
 
 /// Puts flags, environment and file together. The command line is read again with the file's

@@ -1,3 +1,4 @@
 //! Logs, metrics and traces: set up once, names defined once.
 
+pub mod logging;
 pub mod metrics;

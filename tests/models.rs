@@ -26,12 +26,8 @@ struct Setup {
     num_threads: usize,
 }
 
-const ROOMY: Setup = Setup {
-    block_size: 16,
-    kv_cache_bytes: 8 << 20,
-    max_num_batched_tokens: 512,
-    num_threads: 1,
-};
+const ROOMY: Setup =
+    Setup { block_size: 16, kv_cache_bytes: 8 << 20, max_num_batched_tokens: 512, num_threads: 1 };
 
 fn tiny(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny").join(name)

@@ -122,7 +122,7 @@ struct EngineFlags {
     /// Prompts longer than this are computed in pieces. A larger value reads prompts a little
     /// faster, a smaller one keeps running answers more even.
     #[arg(long, env = "QWEN_SERVER_MAX_NUM_BATCHED_TOKENS", value_name = "TOKENS")]
-    #[arg(default_value_t = 512, value_parser = at_least_one(1 << 20))]
+    #[arg(default_value_t = 256, value_parser = at_least_one(1 << 20))]
     max_num_batched_tokens: usize,
 
     /// Requests that may wait; further ones are answered with status 429

@@ -53,6 +53,8 @@ pub struct EngineConfig {
     pub stall_timeout: Duration,
     /// After this many failed steps in a row the engine gives up.
     pub max_failed_steps: u32,
+    /// Whether sequences share the blocks of equal prefixes.
+    pub prefix_caching: bool,
     /// Names cached blocks; random per process, so that clients can predict nothing.
     pub hash_key: HashKey,
 }
@@ -71,6 +73,7 @@ impl Default for EngineConfig {
             vocab_size: 151_936,
             stall_timeout: Duration::from_secs(60),
             max_failed_steps: 3,
+            prefix_caching: true,
             hash_key: random_hash_key(),
         }
     }
@@ -99,6 +102,7 @@ impl EngineConfig {
             max_model_len: self.limits().max_model_len,
         };
         let kv = KvCacheManager::new(self.num_blocks, self.block_size, self.hash_key);
+        let kv = if self.prefix_caching { kv } else { kv.without_sharing() };
         Scheduler::new(config, kv)
     }
 }

@@ -25,6 +25,7 @@ pub struct KvCacheManager {
     block_size: usize,
     key: HashKey,
     pool: BlockPool,
+    shares_prefixes: bool,
 }
 
 impl KvCacheManager {
@@ -32,7 +33,13 @@ impl KvCacheManager {
     pub fn new(num_blocks: u32, block_size: usize, key: HashKey) -> Self {
         assert!(0 < num_blocks, "a cache has blocks");
         assert!(0 < block_size, "a block has slots");
-        Self { block_size, key, pool: BlockPool::new(num_blocks) }
+        Self { block_size, key, pool: BlockPool::new(num_blocks), shares_prefixes: true }
+    }
+
+    /// The same cache, but every sequence computes its own blocks.
+    #[must_use]
+    pub fn without_sharing(self) -> Self {
+        Self { shares_prefixes: false, ..self }
     }
 
     /// Tokens per block.
@@ -82,10 +89,13 @@ impl KvCacheManager {
         tokens: &[TokenId],
         max_tokens: usize,
     ) -> CachedPrefix {
+        let mut prefix = CachedPrefix { num_blocks: 0, num_free_blocks: 0 };
+        if !self.shares_prefixes {
+            return prefix;
+        }
         blocks.chain.extend(&self.key, tokens, self.block_size);
         let max_blocks = max_tokens / self.block_size;
         let hashes = blocks.chain.hashes().iter().take(max_blocks);
-        let mut prefix = CachedPrefix { num_blocks: 0, num_free_blocks: 0 };
         for id in hashes.map_while(|&hash| self.pool.find(hash)) {
             prefix.num_blocks += 1;
             prefix.num_free_blocks += usize::from(self.pool.ref_count(id) == 0);
@@ -137,7 +147,7 @@ impl KvCacheManager {
     ) {
         assert!(num_computed_tokens <= tokens.len(), "only known tokens are computed");
         let num_full = num_computed_tokens / self.block_size;
-        if num_full <= blocks.num_published {
+        if !self.shares_prefixes || num_full <= blocks.num_published {
             return;
         }
         blocks.chain.extend(&self.key, tokens, self.block_size);
@@ -210,6 +220,19 @@ mod tests {
         assert_eq!(prefix, CachedPrefix { num_blocks: 2, num_free_blocks: 2 });
         let mut salted = kv.new_sequence(Some("tenant"));
         assert_eq!(kv.find_cached_prefix(&mut salted, &[1, 2, 3, 4, 5], 4).num_blocks, 0);
+        kv.check_invariants();
+    }
+
+    /// Goal: without sharing, equal prompts have nothing in common, not even a hash to wait for.
+    #[test]
+    fn shares_nothing_when_told_so() {
+        let mut kv = KvCacheManager::new(8, 2, KEY).without_sharing();
+        let mut first = computed(&mut kv, None, &[1, 2, 3, 4]);
+        let mut second = computed(&mut kv, None, &[1, 2, 3, 4]);
+        assert_eq!(kv.num_held_blocks(), 4);
+        assert_eq!(first.hash(0), None);
+        kv.free(&mut first);
+        kv.free(&mut second);
         kv.check_invariants();
     }
 

@@ -13,7 +13,12 @@ pub struct RmsNorm {
 
 impl RmsNorm {
     /// Loads `<name>.weight`.
-    pub fn load(checkpoint: &Checkpoint, name: &str, size: usize, eps: f32) -> anyhow::Result<Self> {
+    pub fn load(
+        checkpoint: &Checkpoint,
+        name: &str,
+        size: usize,
+        eps: f32,
+    ) -> anyhow::Result<Self> {
         let weight = checkpoint.vector(&format!("{name}.weight"), size)?;
         Ok(Self { weight: Tensor::from_vec(weight, size, &Device::Cpu)?, eps })
     }

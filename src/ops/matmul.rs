@@ -49,6 +49,11 @@ const CHUNK_BLOCKS: usize = 16;
 /// Tasks for each thread: enough to even out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 8;
 
+/// The instruction set that products are computed with on this machine.
+pub fn instruction_set() -> &'static str {
+    Isa::detect().name()
+}
+
 /// Rows of weights as a file has them.
 #[derive(Clone, Copy)]
 pub struct MatrixSource<'a> {

@@ -13,6 +13,9 @@ use crate::models::{ModelConfig, registry};
 use crate::ops::paged_attention::{KvCache, KvCacheShape};
 use crate::weights::checkpoint::Checkpoint;
 
+/// Assumed where the system does not say how much memory is free.
+const UNKNOWN_MEMORY_BYTES: u64 = 4 << 30;
+
 /// What the user decides about a model's memory and threads.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
@@ -58,7 +61,7 @@ impl PlannedModel {
             bytes_per_value: options.kv_cache_dtype.size_in_bytes(),
             max_num_seqs: options.max_num_seqs,
             max_num_batched_tokens: options.max_num_batched_tokens,
-            available_bytes: host_memory::available_bytes(),
+            available_bytes: host_memory::available_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES),
             weight_bytes,
         };
         let plan = plan(&config, &request)?;

@@ -51,7 +51,9 @@ impl MemoryPlan {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
     /// Not even one block fits.
-    #[error("a KV cache of {got} bytes holds no block of {needed} bytes; raise `--kv-cache-memory`")]
+    #[error(
+        "a KV cache of {got} bytes holds no block of {needed} bytes; raise `--kv-cache-memory`"
+    )]
     NoBlock {
         /// Memory given.
         got: u64,
@@ -59,7 +61,9 @@ pub enum MemoryError {
         needed: u64,
     },
     /// The length the user fixed is longer than the model's.
-    #[error("`--max-model-len {asked}` is longer than the {context} tokens the model was trained for")]
+    #[error(
+        "`--max-model-len {asked}` is longer than the {context} tokens the model was trained for"
+    )]
     BeyondContext {
         /// Length asked for.
         asked: usize,
@@ -177,8 +181,11 @@ mod tests {
 
     #[test]
     fn a_fixed_length_that_does_not_fit_is_refused() {
-        let request =
-            MemoryRequest { kv_cache_bytes: Some(24 << 20), max_model_len: Some(4096), ..request() };
+        let request = MemoryRequest {
+            kv_cache_bytes: Some(24 << 20),
+            max_model_len: Some(4096),
+            ..request()
+        };
         assert!(matches!(
             plan(&config(), &request),
             Err(MemoryError::SequenceTooLong { asked: 4096, .. })

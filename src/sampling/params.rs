@@ -68,6 +68,10 @@ impl SamplingParams {
     /// Checks what a client asked for and fills in what it left out: first from the model's
     /// generation config, then with the neutral values.
     ///
+    /// The generation config recommends how to *sample*. A request for greedy decoding (temperature
+    /// zero) asks for the model's most likely tokens and gets them: penalties apply to it only if
+    /// it names them itself.
+    ///
     /// # Errors
     /// Names the first field that is out of range.
     pub fn validate(
@@ -79,6 +83,8 @@ impl SamplingParams {
             given.or(default).unwrap_or(neutral)
         };
         let temperature = number(options.temperature, defaults.temperature, 1.0);
+        let greedy = GenerationDefaults::default();
+        let defaults = if temperature < MIN_TEMPERATURE { &greedy } else { defaults };
         let top_p = number(options.top_p, defaults.top_p, 1.0);
         let repetition = number(options.repetition_penalty, defaults.repetition_penalty, 1.0);
         let min_p = number(options.min_p, defaults.min_p, 0.0);

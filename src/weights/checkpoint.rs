@@ -2,11 +2,10 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
-use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 
-use super::gguf::{Gguf, GgufError, TensorInfo};
+use super::gguf::{Gguf, GgufError, TensorBytes, TensorInfo};
 
 /// Why a checkpoint cannot be used as the model it says it is.
 #[derive(Debug, thiserror::Error)]
@@ -38,23 +37,8 @@ pub enum CheckpointError {
 }
 
 /// The parameters of one model file.
-#[derive(Clone)]
 pub struct Checkpoint {
-    gguf: Arc<Gguf>,
-}
-
-/// A parameter's bytes, kept alive by the mapping they lie in.
-#[derive(Clone)]
-pub struct TensorBytes {
-    gguf: Arc<Gguf>,
-    gguf_name: String,
-}
-
-impl AsRef<[u8]> for TensorBytes {
-    fn as_ref(&self) -> &[u8] {
-        let (_, bytes) = self.gguf.tensor(&self.gguf_name).expect("looked up when it was made");
-        bytes
-    }
+    gguf: Gguf,
 }
 
 /// A matrix as it lies in the file.
@@ -72,7 +56,7 @@ pub struct StoredMatrix {
 impl Checkpoint {
     /// Maps a GGUF file and, for a split one, its siblings.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        Ok(Self { gguf: Arc::new(Gguf::open(path)?) })
+        Ok(Self { gguf: Gguf::open(path)? })
     }
 
     /// The file's header.
@@ -82,7 +66,7 @@ impl Checkpoint {
 
     /// Whether the parameter is in the file. `name` is its Hugging Face name.
     pub fn contains(&self, name: &str) -> bool {
-        self.gguf.tensor(&gguf_name(name)).is_ok()
+        self.gguf.has_tensor(&gguf_name(name))
     }
 
     /// A matrix of the given shape.
@@ -118,8 +102,7 @@ impl Checkpoint {
         name: &str,
         expected: &[usize],
     ) -> Result<(&TensorInfo, TensorBytes), CheckpointError> {
-        let gguf_name = gguf_name(name);
-        let (info, _) = self.gguf.tensor(&gguf_name)?;
+        let (info, bytes) = self.gguf.shared_tensor(&gguf_name(name))?;
         if info.shape != expected {
             return Err(CheckpointError::Shape {
                 name: name.to_owned(),
@@ -127,7 +110,7 @@ impl Checkpoint {
                 expected: expected.to_vec(),
             });
         }
-        Ok((info, TensorBytes { gguf: Arc::clone(&self.gguf), gguf_name }))
+        Ok((info, bytes))
     }
 }
 
@@ -138,8 +121,11 @@ fn le_words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
 
 /// The GGUF name of a parameter, by the table of llama.cpp's converter for Qwen2.
 fn gguf_name(name: &str) -> String {
-    const GLOBAL: &[(&str, &str)] =
-        &[("model.embed_tokens.", "token_embd."), ("model.norm.", "output_norm."), ("lm_head.", "output.")];
+    const GLOBAL: &[(&str, &str)] = &[
+        ("model.embed_tokens.", "token_embd."),
+        ("model.norm.", "output_norm."),
+        ("lm_head.", "output."),
+    ];
     const LAYER: &[(&str, &str)] = &[
         ("input_layernorm.", "attn_norm."),
         ("self_attn.q_proj.", "attn_q."),

@@ -46,7 +46,13 @@ fn main() -> anyhow::Result<()> {
         let [ours, candle] = [0, 1].map(|side| spread(&rates[side], index));
         println!(
             "{row:12} ours {:8.1} ({:.1} - {:.1})   candle {:8.1} ({:.1} - {:.1})   ratio {:.2}",
-            ours[1], ours[0], ours[2], candle[1], candle[0], candle[2], ours[1] / candle[1]
+            ours[1],
+            ours[0],
+            ours[2],
+            candle[1],
+            candle[0],
+            candle[2],
+            ours[1] / candle[1]
         );
     }
     Ok(())

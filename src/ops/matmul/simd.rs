@@ -47,6 +47,19 @@ impl Isa {
         found
     }
 
+    /// What processors' makers call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => "AVX-VNNI",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "AVX-512 VNNI",
+        }
+    }
+
     /// The best that this processor has.
     pub(super) fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,195 @@
+//! `serve`: joins weights, engine and HTTP, and waits for a signal to stop.
+
+mod plan;
+mod served_model;
+
+use std::future::Future;
+use std::io::{IsTerminal, stderr};
+
+use anyhow::{Context, Result};
+use candle_core::DType;
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{Hinted, hub_from_environment};
+use crate::cli::progress::DownloadProgress;
+use crate::config::{
+    Config, DeviceChoice, EngineOptions, KvCacheDtype, LogConfig, LogFormat, LogLevel,
+    PrefixCaching, Source,
+};
+use crate::device::memory::keep_freed_memory;
+use crate::engine::{EngineConfig, EngineHandle, spawn};
+use crate::http::{AppState, HttpLimits, serve};
+use crate::runner::ModelRunner;
+use crate::runner::load::{LoadOptions, PlannedModel};
+use crate::telemetry::{logging, metrics};
+use crate::weights::resolve::resolve;
+
+/// Threads that speak HTTP. They only move bytes; the cores belong to the model.
+const HTTP_THREADS: usize = 2;
+
+/// Serves until SIGTERM or Ctrl-C.
+///
+/// # Errors
+/// If the model cannot be found, read or fitted into memory, or the address is taken.
+pub fn run(config: &Config) -> Result<()> {
+    install_logging(config.log);
+    refuse_unavailable_device(config.engine.device)?;
+    keep_freed_memory();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(HTTP_THREADS)
+        .enable_all()
+        .build()
+        .context("cannot start the HTTP threads")?;
+    let listener = runtime.block_on(listen(config))?;
+
+    let resolved =
+        resolve(&config.model.model, &hub_from_environment()?, &mut DownloadProgress::new())?;
+    let planned = PlannedModel::open(&resolved.gguf, load_options(config))
+        .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
+    let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
+    eprintln!("{}", plan::describe(config, &resolved, &planned, &served));
+
+    metrics::install(&served.name);
+    let engine_config = engine_config(&config.engine, &planned);
+    let (engine, thread) =
+        spawn(engine_config, move || load(&planned).map_err(|error| format!("{error:#}")));
+    let limits = HttpLimits {
+        max_body_bytes: usize::try_from(config.http.max_body_size.bytes()).unwrap_or(usize::MAX),
+        drain_timeout: config.http.shutdown_timeout,
+        ..HttpLimits::default()
+    };
+    let mut state = AppState::new(engine.clone(), served, limits);
+    if config.settings.source("seed") != Source::Default {
+        state.seed = Some(config.engine.seed);
+    }
+    let served = runtime.block_on(serve_until_stopped(listener, state, engine));
+    let joined = thread.join();
+    served?;
+    joined.map_err(|_| anyhow::anyhow!("the engine thread panicked; see the log above"))
+}
+
+fn install_logging(config: LogConfig) {
+    use tracing_subscriber::filter::LevelFilter;
+    let level = match config.level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    let format = match config.format {
+        LogFormat::Text => logging::LineFormat::Text,
+        LogFormat::Json => logging::LineFormat::Json,
+    };
+    logging::install(level, format);
+}
+
+fn refuse_unavailable_device(device: DeviceChoice) -> Result<()> {
+    let DeviceChoice::Cuda(number) = device else { return Ok(()) };
+    Err(Hinted {
+        message: format!("this build cannot compute on `cuda:{number}`"),
+        hint: "leave `--device` away, or pass `--device cpu`, to compute on the processor".into(),
+    }
+    .into())
+}
+
+/// Takes the address first: a port that is in use should be known before a model is loaded.
+async fn listen(config: &Config) -> Result<TcpListener> {
+    let (host, port) = (config.http.host.as_str(), config.http.port);
+    TcpListener::bind((host, port)).await.map_err(|error| {
+        let hint = format!("pass another `--port`, or stop what listens on {port}");
+        let message = format!("cannot listen on {host}:{port}: {error}");
+        Hinted { message, hint }.into()
+    })
+}
+
+fn load_options(config: &Config) -> LoadOptions {
+    let engine = &config.engine;
+    LoadOptions {
+        kv_cache_bytes: engine.kv_cache_memory.map(crate::config::ByteSize::bytes),
+        kv_cache_dtype: match engine.kv_cache_dtype {
+            KvCacheDtype::F16 => DType::F16,
+            KvCacheDtype::Bf16 => DType::BF16,
+            KvCacheDtype::F32 => DType::F32,
+        },
+        max_model_len: config.model.max_model_len.map(usize::from),
+        block_size: engine.block_size,
+        max_num_seqs: engine.max_num_seqs,
+        max_num_batched_tokens: engine.max_num_batched_tokens,
+        num_threads: engine.num_threads.get(),
+    }
+}
+
+fn engine_config(options: &EngineOptions, planned: &PlannedModel) -> EngineConfig {
+    EngineConfig {
+        max_num_seqs: options.max_num_seqs,
+        max_num_batched_tokens: options.max_num_batched_tokens.max(2),
+        block_size: options.block_size,
+        num_blocks: planned.plan.num_blocks,
+        max_model_len: planned.plan.max_model_len,
+        max_queue: options.max_queue,
+        vocab_size: planned.config.vocab_size,
+        prefix_caching: options.prefix_caching == PrefixCaching::Enabled,
+        ..EngineConfig::default()
+    }
+}
+
+/// Loads the weights with a progress bar where someone watches.
+fn load(planned: &PlannedModel) -> Result<ModelRunner> {
+    let num_layers = planned.config.num_hidden_layers as u64;
+    let bar = if stderr().is_terminal() {
+        let style = ProgressStyle::with_template("loading [{bar:40}] layer {pos}/{len} {eta}")?;
+        ProgressBar::new(num_layers).with_style(style)
+    } else {
+        ProgressBar::hidden()
+    };
+    let started = std::time::Instant::now();
+    let runner = planned.load(|layer| bar.set_position(layer as u64))?;
+    bar.finish_and_clear();
+    tracing::info!(seconds = started.elapsed().as_secs_f64(), "model loaded");
+    Ok(runner)
+}
+
+async fn serve_until_stopped(
+    listener: TcpListener,
+    state: AppState,
+    engine: EngineHandle,
+) -> Result<()> {
+    let address = listener.local_addr()?;
+    let stop = stop_signal()?;
+    let server = tokio::spawn(serve(listener, state, stop));
+    engine.ready().await.map_err(anyhow::Error::msg).context("cannot load the model")?;
+    tracing::info!("ready on http://{address}");
+    server.await.context("the HTTP server panicked")??;
+    match engine.health() {
+        crate::engine::Health::Dead { reason } => Err(anyhow::anyhow!("the engine died: {reason}")),
+        _ => Ok(()),
+    }
+}
+
+/// Resolves on SIGTERM or Ctrl-C; a second signal ends the process at once.
+fn stop_signal() -> Result<impl Future<Output = ()> + Send + 'static> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (first, heard) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let mut first = Some(first);
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            match first.take() {
+                Some(first) => {
+                    let _ = first.send(());
+                }
+                None => std::process::exit(130),
+            }
+        }
+    });
+    Ok(async {
+        let _ = heard.await;
+    })
+}

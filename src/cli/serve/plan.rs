@@ -1,0 +1,91 @@
+//! What the server is about to do, on one screen.
+
+use std::fmt::Write as _;
+
+use indicatif::HumanBytes;
+
+use crate::chat::model::ServedModel;
+use crate::config::{Config, PrefixCaching, Source};
+use crate::ops::matmul::instruction_set;
+use crate::runner::load::PlannedModel;
+use crate::weights::resolve::ResolvedModel;
+
+/// The plan as lines of a label and what it means.
+pub(super) fn describe(
+    config: &Config,
+    resolved: &ResolvedModel,
+    planned: &PlannedModel,
+    served: &ServedModel,
+) -> String {
+    let (plan, engine) = (&planned.plan, &config.engine);
+    let num_slots = u64::from(plan.num_blocks) * engine.block_size as u64;
+    let full_length = num_slots / plan.max_model_len as u64;
+    let why_shorter = if plan.limited_by_cache {
+        format!(" (the model's {} do not fit in the cache)", planned.config.max_position_embeddings)
+    } else {
+        String::new()
+    };
+    let sharing = match engine.prefix_caching {
+        PrefixCaching::Enabled => "equal prefixes shared",
+        PrefixCaching::Disabled => "nothing shared",
+    };
+    let names: Vec<&str> = served.names().collect();
+    let weights = planned.checkpoint.gguf();
+    let lines = [
+        ("model", format!("{}, {}", planned.config.architecture, weights.quantization())),
+        ("file", resolved.gguf.display().to_string()),
+        ("answers to", names.join(", ")),
+        ("device", format!("cpu, {} threads, {}", engine.num_threads, instruction_set())),
+        ("weights", HumanBytes(plan.weight_bytes).to_string()),
+        ("workspace", format!("about {}", HumanBytes(plan.workspace_bytes))),
+        (
+            "KV cache",
+            format!(
+                "{} as {}, {} blocks of {} tokens, {sharing}",
+                HumanBytes(plan.kv_cache_bytes()),
+                setting(config, "kv-cache-dtype"),
+                plan.num_blocks,
+                engine.block_size,
+            ),
+        ),
+        (
+            "sequences",
+            format!(
+                "up to {} tokens{why_shorter}; {full_length} of full length fit at once",
+                plan.max_model_len
+            ),
+        ),
+        (
+            "scheduling",
+            format!(
+                "{} sequences at once, {} tokens a step, {} requests may wait",
+                engine.max_num_seqs, engine.max_num_batched_tokens, engine.max_queue
+            ),
+        ),
+        ("set by you", chosen(config)),
+    ];
+    let mut text = String::new();
+    for (label, meaning) in lines {
+        let _ = writeln!(text, "{label:>12}  {meaning}");
+    }
+    text
+}
+
+fn setting(config: &Config, key: &str) -> String {
+    let found = config.settings.iter().find(|setting| setting.key == key);
+    found.and_then(|setting| setting.value.clone()).unwrap_or_default()
+}
+
+/// Everything that is not a default, with what set it.
+fn chosen(config: &Config) -> String {
+    let chosen: Vec<String> = config
+        .settings
+        .iter()
+        .filter(|setting| setting.source != Source::Default)
+        .filter_map(|setting| {
+            let value = setting.value.as_deref()?;
+            Some(format!("{} = {value} ({})", setting.key, setting.source))
+        })
+        .collect();
+    if chosen.is_empty() { "nothing, all defaults".to_owned() } else { chosen.join(", ") }
+}

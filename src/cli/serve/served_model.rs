@@ -1,0 +1,89 @@
+//! The text side of a model, out of its file's metadata.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use crate::chat::model::ServedModel;
+use crate::chat::template::{ChatTemplate, TemplateTokens};
+use crate::config::ModelConfig;
+use crate::sampling::params::GenerationDefaults;
+use crate::text::{TokenId, Tokenizer, TokenizerSpec};
+use crate::weights::gguf::Metadata;
+use crate::weights::gguf::{Gguf, GgufError};
+use crate::weights::resolve::ResolvedModel;
+
+/// Tokens with which Qwen's models end a turn or a document. Files name only one of them as their
+/// end of sequence, the releases' `generation_config.json` names both.
+const END_TOKENS: [&str; 2] = ["<|im_end|>", "<|endoftext|>"];
+
+/// Builds tokenizer and chat template, and settles what the model is called.
+///
+/// # Errors
+/// If the file's metadata holds no usable tokenizer, or a template that cannot be parsed.
+pub(super) fn build(
+    config: &ModelConfig,
+    resolved: &ResolvedModel,
+    gguf: &Gguf,
+) -> Result<ServedModel> {
+    let metadata = gguf.metadata();
+    let tokenizer = Tokenizer::from_spec(tokenizer_spec(metadata)?)
+        .with_context(|| format!("the tokenizer in `{}` is unusable", resolved.gguf.display()))?;
+    let eos_token_ids = eos_token_ids(metadata, &tokenizer);
+    let template = metadata.optional("tokenizer.chat_template", Metadata::str)?;
+    let tokens = TemplateTokens {
+        bos_token: special_text(metadata, &tokenizer, "tokenizer.ggml.bos_token_id"),
+        eos_token: special_text(metadata, &tokenizer, "tokenizer.ggml.eos_token_id"),
+    };
+    let template = template
+        .map(|source| ChatTemplate::new(source, tokens))
+        .transpose()
+        .context("the chat template in the model file is unusable")?;
+    let mut names = config.names(&resolved.name).into_iter();
+    Ok(ServedModel {
+        name: names.next().unwrap_or_else(|| resolved.name.clone()),
+        aliases: names.collect(),
+        root: config.model.clone(),
+        tokenizer: Arc::new(tokenizer),
+        template,
+        eos_token_ids,
+        sampling_defaults: sampling_defaults(resolved),
+    })
+}
+
+fn tokenizer_spec(metadata: &Metadata) -> Result<TokenizerSpec, GgufError> {
+    Ok(TokenizerSpec {
+        tokens: metadata.strings("tokenizer.ggml.tokens")?,
+        merges: metadata.strings("tokenizer.ggml.merges")?,
+        token_types: metadata.i32s("tokenizer.ggml.token_type")?,
+        pre: metadata.str("tokenizer.ggml.pre")?.to_owned(),
+    })
+}
+
+fn eos_token_ids(metadata: &Metadata, tokenizer: &Tokenizer) -> Vec<TokenId> {
+    let stated = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"];
+    let stated = stated.iter().filter_map(|key| metadata.u32(key).ok());
+    let usual = END_TOKENS.iter().filter_map(|token| tokenizer.id_of(token));
+    let mut ids: Vec<TokenId> = stated.chain(usual).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+fn special_text(metadata: &Metadata, tokenizer: &Tokenizer, key: &str) -> Option<String> {
+    tokenizer.token_text(metadata.u32(key).ok()?)
+}
+
+fn sampling_defaults(resolved: &ResolvedModel) -> GenerationDefaults {
+    let Some(entry) = &resolved.entry else { return GenerationDefaults::default() };
+    let generation = &entry.model.generation;
+    // Through the shortest decimal form, so that 0.7 stays 0.7.
+    let number = |value: f32| value.to_string().parse().ok();
+    GenerationDefaults {
+        temperature: number(generation.temperature),
+        top_p: number(generation.top_p),
+        top_k: Some(i64::from(generation.top_k)),
+        repetition_penalty: number(generation.repetition_penalty),
+        ..GenerationDefaults::default()
+    }
+}
