@@ -77,13 +77,13 @@ impl ModelConfig {
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return bad(format!("hyperparameter `{key}` is zero"));
         }
-        if self.num_attention_heads % self.num_key_value_heads != 0 {
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return bad(format!(
                 "{} query heads cannot share {} key-value heads evenly",
                 self.num_attention_heads, self.num_key_value_heads
             ));
         }
-        if self.head_dim == 0 || self.head_dim % 8 != 0 {
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(8) {
             return bad(format!("head size {} is not a multiple of 8", self.head_dim));
         }
         if !(self.rms_norm_eps.is_finite() && self.rope_theta.is_finite())

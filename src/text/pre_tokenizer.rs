@@ -148,7 +148,7 @@ mod tests {
     // character between two others of its kind, and the whole set in sequence.
     #[test]
     fn quick_characters_are_unchanged_by_normalisation() {
-        let quick: String = (0..=0x10ffff)
+        let quick: String = (0..=0x0010_ffff)
             .filter_map(char::from_u32)
             .filter(|character| is_always_nfc(*character))
             .collect();

@@ -110,7 +110,7 @@ pub enum SpecialTokens {
 #[derive(Debug)]
 pub struct Tokenizer {
     model: BPE,
-    pre_tokenizer: PreTokenizer,
+    split: PreTokenizer,
     added_tokens: AddedTokens,
     kinds: Vec<EntryKind>,
     bytes: Vec<u8>,
@@ -138,7 +138,7 @@ impl Tokenizer {
             .map_err(TokenizerError::Merge)?;
         Ok(Self {
             model,
-            pre_tokenizer: PreTokenizer::new(),
+            split: PreTokenizer::new(),
             added_tokens: AddedTokens::new(vocabulary.added),
             kinds: vocabulary.kinds,
             bytes: vocabulary.bytes,
@@ -167,7 +167,7 @@ impl Tokenizer {
 
     fn append_plain(&self, text: &str, ids: &mut Vec<TokenId>) -> Result<(), TokenizerError> {
         let mut spelled = String::new();
-        self.pre_tokenizer.visit_pieces(&pre_tokenizer::normalize(text), |piece| {
+        self.split.visit_pieces(&pre_tokenizer::normalize(text), |piece| {
             byte_level::spell(piece, &mut spelled);
             let tokens = self.model.tokenize(&spelled).map_err(TokenizerError::Merge)?;
             ids.extend(tokens.into_iter().map(|token| token.id));

@@ -11,6 +11,7 @@ const MAX_DEPTH: usize = 256;
 
 /// `value` as JSON text. Knows the keyword arguments `indent`, `ensure_ascii`, `separators` and
 /// `sort_keys` of Python's `json.dumps`.
+#[expect(clippy::needless_pass_by_value, reason = "minijinja hands keyword arguments over")]
 pub(super) fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<Value> = kwargs.get("indent")?;
     let indent = match indent {

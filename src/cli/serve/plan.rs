@@ -73,7 +73,8 @@ pub(super) fn describe(
 
 fn setting(config: &Config, key: &str) -> String {
     let found = config.settings.iter().find(|setting| setting.key == key);
-    found.and_then(|setting| setting.value.clone()).unwrap_or_default()
+    let value = found.and_then(|setting| setting.value.as_deref()).unwrap_or_default();
+    value.trim_matches('"').to_owned()
 }
 
 /// Everything that is not a default, with what set it.
