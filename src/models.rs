@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 
 pub use config::ModelConfig;
 
-use crate::ops::paged_attention::{AttentionMetadata, KvCache};
+use crate::layers::attention::{AttentionMetadata, KvCache};
 
 /// The inputs of one forward pass over a flat batch of tokens of several sequences.
 #[derive(Clone, Debug)]

@@ -74,7 +74,7 @@ mod arguments {
             "[default: 127.0.0.1]",
             "[default: 8000]",
             "[default: 64]",
-            "[default: 512]",
+            "[default: 256]",
             "[default: 16]",
             "- json: One JSON object a line",
             "Examples:\n",
@@ -127,7 +127,7 @@ mod arguments {
             (&["--block-size", "24"], "`--block-size` must be a power of two, but is 24"),
             (
                 &["--max-num-seqs", "600"],
-                "`--max-num-batched-tokens` must be at least `--max-num-seqs` (600), but is 512",
+                "`--max-num-batched-tokens` must be at least `--max-num-seqs` (600), but is 256",
             ),
             (&["--kv-cache-memory", "1KiB"], "`--kv-cache-memory` must be at least 1 MiB"),
             (&["--max-body-size", "1"], "`--max-body-size` must be at least 1 KiB, but is 1 B"),

@@ -3,8 +3,11 @@
 use candle_core::{Result, Tensor};
 
 use super::linear::{Linear, Projection};
-use crate::ops::paged_attention::{AttentionMetadata, KvCache, paged_attention};
-use crate::ops::rope::{RopeTable, rope_and_cache};
+pub use crate::ops::paged_attention::{AttentionMetadata, KvCache};
+pub use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable};
+
+use crate::ops::paged_attention::paged_attention;
+use crate::ops::rope::rope_and_cache;
 use crate::weights::checkpoint::Checkpoint;
 
 /// Head counts and sizes of one attention layer.

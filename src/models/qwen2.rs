@@ -5,13 +5,13 @@
 use candle_core::{Device, Result, Tensor};
 
 use super::{ForwardBatch, Model, ModelConfig};
-use crate::layers::attention::{Attention, AttentionShape};
+use crate::layers::attention::{
+    Attention, AttentionMetadata, AttentionShape, KvCache, RopeConfig, RopeScaling, RopeTable,
+};
 use crate::layers::embedding::Embedding;
 use crate::layers::linear::{Linear, Projection};
 use crate::layers::mlp::Mlp;
 use crate::layers::norm::RmsNorm;
-use crate::ops::paged_attention::{AttentionMetadata, KvCache};
-use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable};
 use crate::weights::checkpoint::Checkpoint;
 
 struct DecoderLayer {
