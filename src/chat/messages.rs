@@ -29,6 +29,13 @@ fn template_message(index: usize, message: &ChatMessage) -> Result<Value, Prompt
         Role::Tool | Role::Function => "tool",
     };
     out.insert("role".into(), role.into());
+    if message.content.is_none() && message.role != Role::Assistant {
+        let param = format!("messages[{index}].content");
+        return Err(PromptError::invalid(
+            param,
+            format!("is missing in a message of role `{role}`"),
+        ));
+    }
     out.insert("content".into(), flatten_content(index, message.content.as_ref())?.into());
     let optional = [
         ("name", &message.name),
