@@ -136,6 +136,16 @@ fn serve(args: &ServeArgs) -> Result<()> {
     serve::run(&config)
 }
 
+/// What `serve --model MODEL` would do on a free port, with everything else as the environment says.
+fn local_config(model: &str) -> Result<Config> {
+    let root = command();
+    let argv = ["qwen-server", "serve", "--model", model, "--host", "127.0.0.1", "--port", "0"];
+    let matches = root.clone().try_get_matches_from(argv)?;
+    let matches = matches.subcommand_matches("serve").expect("the command is `serve`");
+    let settings = Settings::collect(serve_command(&root), matches, None);
+    Ok(ServeArgs::from_arg_matches(matches)?.into_config(settings)?)
+}
+
 /// Puts flags, environment and file together. The command line is read again with the file's
 /// values as defaults, so that precedence is decided in one place.
 fn serve_config(file: Option<&Path>) -> Result<Config> {

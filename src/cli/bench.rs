@@ -1,4 +1,4 @@
-//! `qwen-server bench`: how fast a running server answers, at several numbers of clients.
+//! `qwen-server bench`: how fast a server answers, at several numbers of clients.
 //!
 //! Every prompt is made of random tokens, so that a prefix cache does not help, and every answer
 //! has the same length, because the end-of-sequence token is ignored.
@@ -17,6 +17,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::cli::client::ServerArgs;
+use crate::cli::serve::LocalServer;
 use load::{Load, Outcome};
 use prompts::Prompts;
 use report::{LevelReport, Report};
@@ -24,6 +25,7 @@ use report::{LevelReport, Report};
 const AFTER_HELP: &str = "\
 Examples:
   qwen-server bench
+  qwen-server bench --direct ./qwen2.5-7b-instruct-q4_k_m.gguf
   qwen-server bench --concurrency 1,8,32 --prompt-tokens 1024 --json out.json --plot out.svg";
 
 /// More clients than this measure the client.
@@ -69,6 +71,13 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
 
+    /// Measure this model in a server of this process, instead of a running server
+    ///
+    /// Takes what `serve --model` takes; other settings come from the environment variables of
+    /// `serve`.
+    #[arg(long, value_name = "MODEL", conflicts_with_all = ["url", "model"])]
+    direct: Option<String>,
+
     #[command(flatten)]
     server: ServerArgs,
 }
@@ -85,7 +94,11 @@ impl BenchArgs {
 /// # Errors
 /// If there is no server, no request at all succeeds, or a file cannot be written.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    let (client, model) = args.server.connect()?;
+    let local = args.direct.as_deref().map(start_local).transpose()?;
+    let (client, model) = match &local {
+        Some(local) => ServerArgs { url: local.url.clone(), model: None }.connect()?,
+        None => args.server.connect()?,
+    };
     let seed = args.seed.unwrap_or_else(crate::config::arbitrary_seed);
     let prompts = Prompts::prepare(&client, &model, (seed, args.prompt_tokens as usize))?;
     let load = Load {
@@ -112,6 +125,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             .with_context(|| format!("cannot write `{}`", path.display()))?;
     }
     Ok(())
+}
+
+fn start_local(model: &str) -> Result<LocalServer> {
+    LocalServer::start(&super::local_config(model)?)
 }
 
 fn measure(args: &BenchArgs, load: &Load) -> Result<Vec<LevelReport>> {

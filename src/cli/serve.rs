@@ -5,21 +5,24 @@ mod served_model;
 
 use std::future::Future;
 use std::io::{IsTerminal, stderr};
+use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
 use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 
 use super::{Hinted, hub_from_environment};
 use crate::cli::progress::DownloadProgress;
 use crate::config::{
-    Config, DeviceChoice, EngineOptions, KvCacheDtype, LogConfig, LogFormat, LogLevel,
+    ByteSize, Config, DeviceChoice, EngineOptions, KvCacheDtype, LogConfig, LogFormat, LogLevel,
     PrefixCaching, Source,
 };
 use crate::device::memory::keep_freed_memory;
-use crate::engine::{EngineConfig, EngineHandle, spawn};
+use crate::engine::{EngineConfig, EngineHandle, Health, spawn};
 use crate::http::{AppState, HttpLimits, serve};
 use crate::runner::ModelRunner;
 use crate::runner::load::{LoadOptions, PlannedModel};
@@ -35,39 +38,99 @@ const HTTP_THREADS: usize = 2;
 /// If the model cannot be found, read or fitted into memory, or the address is taken.
 pub fn run(config: &Config) -> Result<()> {
     install_logging(config.log);
-    refuse_unavailable_device(config.engine.device)?;
-    keep_freed_memory();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(HTTP_THREADS)
-        .enable_all()
-        .build()
-        .context("cannot start the HTTP threads")?;
-    let listener = runtime.block_on(listen(config))?;
+    let server = Server::start(config)?;
+    let stop = server.runtime.block_on(async { stop_signal() })?;
+    server.serve(stop)
+}
 
-    let resolved =
-        resolve(&config.model.model, &hub_from_environment()?, &mut DownloadProgress::new())?;
-    let planned = PlannedModel::open(&resolved.gguf, load_options(config))
-        .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
-    let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
-    eprintln!("{}", plan::describe(config, &resolved, &planned, &served));
+/// A server whose engine is loading.
+struct Server {
+    runtime: Runtime,
+    listener: TcpListener,
+    state: AppState,
+    engine: EngineHandle,
+    engine_thread: JoinHandle<()>,
+}
 
-    metrics::install(&served.name);
-    let engine_config = engine_config(&config.engine, &planned);
-    let (engine, thread) =
-        spawn(engine_config, move || load(&planned).map_err(|error| format!("{error:#}")));
-    let limits = HttpLimits {
+impl Server {
+    fn start(config: &Config) -> Result<Self> {
+        refuse_unavailable_device(config.engine.device)?;
+        keep_freed_memory();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(HTTP_THREADS)
+            .enable_all()
+            .build()
+            .context("cannot start the HTTP threads")?;
+        let listener = runtime.block_on(listen(config))?;
+
+        let resolved =
+            resolve(&config.model.model, &hub_from_environment()?, &mut DownloadProgress::new())?;
+        let planned = PlannedModel::open(&resolved.gguf, load_options(config))
+            .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
+        let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
+        eprintln!("{}", plan::describe(config, &resolved, &planned, &served));
+
+        metrics::install(&served.name);
+        let engine_config = engine_config(&config.engine, &planned);
+        let (engine, engine_thread) =
+            spawn(engine_config, move || load(&planned).map_err(|error| format!("{error:#}")));
+        let mut state = AppState::new(engine.clone(), served, http_limits(config));
+        if config.settings.source("seed") != Source::Default {
+            state.seed = Some(config.engine.seed);
+        }
+        Ok(Self { runtime, listener, state, engine, engine_thread })
+    }
+
+    /// Answers requests until `stop` resolves and what runs has finished.
+    fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
+        let Self { runtime, listener, state, engine, engine_thread } = self;
+        let served = runtime.block_on(serve_until_stopped(listener, state, engine, stop));
+        let joined = engine_thread.join();
+        served?;
+        joined.map_err(|_| anyhow::anyhow!("the engine thread panicked; see the log above"))
+    }
+}
+
+/// A server inside another command's process. Dropping it stops it.
+pub(super) struct LocalServer {
+    /// Where it listens.
+    pub(super) url: String,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl LocalServer {
+    /// Starts and waits until the model is loaded.
+    pub(super) fn start(config: &Config) -> Result<Self> {
+        let server = Server::start(config)?;
+        let url = format!("http://{}", server.listener.local_addr()?);
+        let ready = server.runtime.block_on(server.engine.ready());
+        ready.map_err(anyhow::Error::msg).context("cannot load the model")?;
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::spawn(move || {
+            server.serve(async {
+                let _ = stopped.await;
+            })
+        });
+        Ok(Self { url, stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for LocalServer {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn http_limits(config: &Config) -> HttpLimits {
+    HttpLimits {
         max_body_bytes: usize::try_from(config.http.max_body_size.bytes()).unwrap_or(usize::MAX),
         drain_timeout: config.http.shutdown_timeout,
         ..HttpLimits::default()
-    };
-    let mut state = AppState::new(engine.clone(), served, limits);
-    if config.settings.source("seed") != Source::Default {
-        state.seed = Some(config.engine.seed);
     }
-    let served = runtime.block_on(serve_until_stopped(listener, state, engine));
-    let joined = thread.join();
-    served?;
-    joined.map_err(|_| anyhow::anyhow!("the engine thread panicked; see the log above"))
 }
 
 fn install_logging(config: LogConfig) {
@@ -108,7 +171,7 @@ async fn listen(config: &Config) -> Result<TcpListener> {
 fn load_options(config: &Config) -> LoadOptions {
     let engine = &config.engine;
     LoadOptions {
-        kv_cache_bytes: engine.kv_cache_memory.map(crate::config::ByteSize::bytes),
+        kv_cache_bytes: engine.kv_cache_memory.map(ByteSize::bytes),
         kv_cache_dtype: match engine.kv_cache_dtype {
             KvCacheDtype::F16 => DType::F16,
             KvCacheDtype::Bf16 => DType::BF16,
@@ -156,15 +219,15 @@ async fn serve_until_stopped(
     listener: TcpListener,
     state: AppState,
     engine: EngineHandle,
+    stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<()> {
     let address = listener.local_addr()?;
-    let stop = stop_signal()?;
     let server = tokio::spawn(serve(listener, state, stop));
     engine.ready().await.map_err(anyhow::Error::msg).context("cannot load the model")?;
     tracing::info!("ready on http://{address}");
     server.await.context("the HTTP server panicked")??;
     match engine.health() {
-        crate::engine::Health::Dead { reason } => Err(anyhow::anyhow!("the engine died: {reason}")),
+        Health::Dead { reason } => Err(anyhow::anyhow!("the engine died: {reason}")),
         _ => Ok(()),
     }
 }
@@ -173,7 +236,7 @@ async fn serve_until_stopped(
 fn stop_signal() -> Result<impl Future<Output = ()> + Send + 'static> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let (first, heard) = tokio::sync::oneshot::channel();
+    let (first, heard) = oneshot::channel();
     tokio::spawn(async move {
         let mut first = Some(first);
         loop {
