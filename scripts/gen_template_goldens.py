@@ -150,8 +150,54 @@ EXPRESSIONS = [
     "{{ '<b>' | e }}|{{ '<b>' | safe }}|{{ '<b>' }}",
     "{{ messages[0].content.split('e')[0] }}|{{ (messages | last).role }}|{{ (messages | first).role }}",
     "{{ range(3) | list }}|{{ 'abc' | list }}|{{ 'abc' | reverse | join }}",
+    "{{ missing | list }}|{{ missing | join(',') }}|{{ missing | length }}|{{ missing | count }}",
+    "{{ missing | trim }}|{{ missing | upper }}|{{ missing | string }}|{{ missing | first }}|{{ missing | last }}",
+    "{{ missing ~ 'a' }}|{{ missing == none }}|{{ not missing }}|{{ 'x' in missing }}|{{ missing == missing2 }}",
+    "{{ none ~ 'a' }}|{{ none | string }}|{{ none | trim }}",
+    "{{ none | length }}",
+    "{{ missing | tojson }}",
+    "{{ none is none }}|{{ none is defined }}|{{ messages is sequence }}|{{ messages is iterable }}|{{ 'a' is iterable }}|{{ 1 is number }}|{{ true is boolean }}|{{ true is true }}|{{ false is false }}|{{ 'a' is sequence }}",
+    "{{ messages[0] is mapping }}|{{ messages[0] is iterable }}|{{ messages[0] is string }}|{{ 1 is integer }}|{{ 1.0 is float }}|{{ true is number }}|{{ true is integer }}",
+    "{{ 'äbc'[0] }}|{{ 'äbc'[-2:] }}|{{ 'äbc'[::-1] }}|{{ 'äbc' | length }}|{{ 'a,b,,c'.split(',') }}|{{ ' a  b '.split() }}",
+    "{{ 'x<think>\\na\\n</think>\\n\\nb'.split('</think>')[-1].lstrip('\\n') }}|{{ 'x<think>\\na\\n</think>b'.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') }}",
+    "{{ 'abc'.find('c') }}|{{ 'abc'.find('x') }}|{{ 'a b'.title() }}|{{ 'abc'.endswith(('x', 'c')) }}|{{ 'aba'.count('a') }}|{{ 'a\\nb\\n'.splitlines() }}|{{ 'a-b-c'.rsplit('-', 1) }}|{{ 'a-b-c'.split('-', 1) }}",
+    "{{ 'abc'.removeprefix('a') }}|{{ 'abc'.removesuffix('c') }}|{{ 'a-b'.partition('-') }}|{{ 'ab'.partition('-') }}",
+    "{{ '%s-%d' | format('a', 1) }}|{{ '{}-{}'.format('a', 1) }}",
+    "{{ 1e22 }}|{{ 0.00001 }}|{{ 1e16 }}|{{ 123456789.125 }}|{{ messages[0] is sequence }}",
+    "{{ 0.1 + 0.2 }}|{{ 10 / 4 }}|{{ 4 / 2 }}|{{ 2.5 // 1 }}|{{ 1 + true }}|{{ 3 * 'ab' }}",
+    "{{ 'a' 'b' }}|{{ \"\\u00e9\\n\\t\\\\\" }}|{{ 'it\\'s' }}",
+    "{{ ['it\\'s', 'a\"b', '\\n', 'é', '\\u0001'] }}",
+    "  {%+ if true %}\na\n  {%- endif +%}\nb",
+    "{% if true -%}\n  a\n{%- endif %}\n\n\nb  {{- ' c ' -}}  d",
+    "\n\na\n  {{ 'b' }}\n\t{% set z = 1 %}\n{{ z }}\n\n",
+    "{% for m in messages if m.role != 'user' %}{{ loop.length }}{{ m.role }}{% else %}none{% endfor %}",
+    "{% for m in messages %}{{ loop.previtem.role if loop.previtem is defined }}-{{ loop.nextitem.role if not loop.last }};{% endfor %}",
+    "{% set x = 1 %}{% for m in messages %}{% set x = 2 %}{% endfor %}{{ x }}",
+    "{% set a, b = 1, 2 %}{{ a }}{{ b }}|{% set ns = namespace() %}{% set ns.l = [] %}{% set ns.l = ns.l + ['x'] %}{{ ns.l }}",
+    "{% set l = [] %}{% set _ = l.append(1) %}{{ l }}",
+    "{{ messages[0].update({'a': 1}) }}",
+    "{{ messages | map(attribute='content') | list }}|{{ messages | rejectattr('role', 'eq', 'user') | map(attribute='role') | list }}",
+    "{{ [3, 1, 2] | sort }}|{{ [1, 2, 2] | unique | list }}|{{ [1, 2] | sum }}|{{ [3, 1] | max }}|{{ [1, 2, 3] | batch(2) | list }}",
+    "{{ {'a': {'b': [1, 2.5, none, true, 'x']}} | tojson }}|{{ [1] | tojson }}|{{ 'é<\\u2028' | tojson }}|{{ 1e22 | tojson }}",
+    "{{ {'b': 1, 'a': []} | tojson(indent=4) }}|{{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}|{{ [1, 2] | tojson(separators=(',', ':')) }}|{{ 'é' | tojson(ensure_ascii=true) }}",
+    "{{ messages[0].content is defined and messages[0].content is not none }}|{{ (messages[0].x or 'y') }}|{{ '' or none }}|{{ 1 and 0 }}",
+    "{{ 1 < 2 < 3 }}|{{ 'a' < 'b' }}|{{ 1 == 1.0 }}|{{ 1 == true }}|{{ '1' == 1 }}|{{ [1] == [1] }}|{{ none == false }}",
+    "{{ messages[5] }}|{{ messages[5] is defined }}|{{ messages[-1].role }}|{{ messages['x'] }}",
+    "{{ 'a' | replace('a', 'b') }}|{{ 'a b' | title }}|{{ 'abc' | truncate(2) }}|{{ ['a'] | first }}|{{ [] | first }}",
+    "{{ 'a\\nb' | indent(2) }}|{{ 'a\\nb' | indent(2, true) }}|{{ 3.7 | int }}|{{ 3.14159 | round(2) }}|{{ -3 | abs }}",
+    "{% call(x) f() %}{% endcall %}",
+    "{% filter upper %}abc{% endfilter %}|{% raw %}{{ x }}{% endraw %}",
+    "{{ messages[0].items() | list }}|{{ messages[0].keys() | list }}|{{ messages[0].values() | list }}|{{ messages[0] | list }}",
+    "{% for k in messages[0] %}{{ k }},{% endfor %}|{{ 'x' if messages[0].role == 'system' }}|{{ 'x' if false }}",
     "{{ dict(a=1).a }}|{{ {'a': 1} | length }}|{{ {'b': 1, 'a': 2} | dictsort }}",
 ]
+
+
+def split_expressions(sources):
+    """`{{ a }}|{{ b }}` is two templates, so that one difference does not hide another."""
+    for source in sources:
+        parts = source.replace("}}|{{", "}}\0{{").split("\0")
+        yield from parts if all(part.count("{{") == 1 and "{%" not in part for part in parts) else [source]
 
 
 def render(tokenizer, messages, **options):
@@ -189,7 +235,7 @@ def main():
     messages = [system("be"), user("Hello é<&'>"), assistant("ok")]
     expressions = [
         {"template": source, "messages": messages, **render(tokenizer, messages, chat_template=source)}
-        for source in EXPRESSIONS
+        for source in split_expressions(EXPRESSIONS)
     ]
     write_lines(models / "template_expressions.json", expressions)
     (models / "chat_template.jinja").write_text(tokenizer.chat_template)

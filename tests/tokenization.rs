@@ -165,7 +165,7 @@ fn full_vocabulary_equals_tokenizers_on_mixed_text() {
     assert_full(&tokenizer, &mixed());
     // A larger comparison by hand: more texts in the same form, written with `--random`.
     if let Some(path) = std::env::var_os("QWEN_SERVER_TEST_TOKENIZATION") {
-        let cases: Vec<Mixed> = serde_json::from_reader(File::open(path).unwrap()).unwrap();
+        let cases: Vec<Mixed> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         assert_full(&tokenizer, &cases);
         println!("{} texts are equal", cases.len());
     }

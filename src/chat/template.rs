@@ -3,9 +3,11 @@
 //! A prompt that differs in one space is a different prompt to the model, so everything a template
 //! can observe follows `apply_chat_template`: block trimming, the `tojson` format, lenient undefined
 //! values, Python's methods and spelling of values, `raise_exception`, `strftime_now`, loop controls
-//! and `{% generation %}`. **Invariant:** rendering ends, whatever the template: it runs on fuel.
+//! and `{% generation %}`. What minijinja cannot do, such as `'%s' % x`, is an error, never other
+//! text. **Invariant:** rendering ends, whatever the template: it runs on fuel.
 
 mod json;
+mod python;
 mod strftime;
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,7 +15,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, ErrorKind, UndefinedBehavior, Value};
-use minijinja_contrib::pycompat;
 use serde_json::Map;
 use thiserror::Error;
 
@@ -87,7 +88,7 @@ impl ChatTemplate {
         environment.set_syntax(syntax.map_err(TemplateError::Syntax)?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment.set_unknown_method_callback(pycompat::unknown_method_callback);
+        python::install(&mut environment);
         environment.set_fuel(Some(FUEL));
         environment.add_filter("tojson", json::tojson);
         environment.add_function("raise_exception", raise_exception);

@@ -183,7 +183,8 @@ fn key_text(key: &Value) -> Result<String, Error> {
     }
 }
 
-fn number(value: &Value) -> Result<String, Error> {
+/// A number in Python's spelling.
+pub(super) fn number(value: &Value) -> Result<String, Error> {
     if value.is_integer() {
         return Ok(value.to_string());
     }
