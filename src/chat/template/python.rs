@@ -1,5 +1,5 @@
-//! What Jinja under Python does and minijinja does not: lenient filters on undefined values, strings
-//! and mappings that count as sequences, a few more string methods, and the spelling of floats.
+//! What Jinja under Python does and minijinja does not: lenient filters on undefined values,
+//! strings and mappings that count as sequences, more string methods, and the spelling of floats.
 
 use minijinja::value::{Tuple, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, Output, State, Value, filters};
