@@ -1,4 +1,4 @@
-//! Finding added tokens (`<|im_start|>`, `<tool_call>`, …) in text before anything else looks at it.
+//! Finding added tokens (`<|im_start|>`, `<tool_call>`, …) in text, before all else.
 
 use super::TokenId;
 

@@ -7,8 +7,8 @@ use super::tokenizer::{SpecialTokens, Tokenizer};
 
 /// Turns a stream of tokens into a stream of whole characters.
 ///
-/// A token may end in the middle of a character; those bytes wait for the rest of it. Bytes that can
-/// no longer become a character turn into U+FFFD exactly as `String::from_utf8_lossy` would have it.
+/// A token may end in the middle of a character; those bytes wait for the rest of it. Bytes that
+/// can no longer become a character turn into U+FFFD exactly as `String::from_utf8_lossy` has it.
 #[derive(Clone, Debug)]
 pub struct IncrementalDetokenizer {
     tokenizer: Arc<Tokenizer>,

@@ -1,8 +1,8 @@
 //! The tokenizer of the Qwen family: byte-level BPE behind Qwen's pre-tokenisation.
 //!
 //! Text goes through four stages, each exact to the official tokenizer: added tokens are cut out
-//! (`added_tokens`), the rest is normalised and cut into pieces (`pre_tokenizer`), a piece is spelled
-//! in the byte-level alphabet (`byte_level`) and merged into tokens (the `tokenizers` crate).
+//! (`added_tokens`), the rest is normalised and cut into pieces (`pre_tokenizer`), a piece is
+//! spelled in the byte-level alphabet (`byte_level`) and merged (the `tokenizers` crate).
 //! **Invariant:** once built, a tokenizer encodes any text and decodes any ids without failing.
 
 use thiserror::Error;
@@ -110,7 +110,7 @@ pub enum SpecialTokens {
 #[derive(Debug)]
 pub struct Tokenizer {
     model: BPE,
-    split: PreTokenizer,
+    pieces: PreTokenizer,
     added_tokens: AddedTokens,
     kinds: Vec<EntryKind>,
     bytes: Vec<u8>,
@@ -138,7 +138,7 @@ impl Tokenizer {
             .map_err(TokenizerError::Merge)?;
         Ok(Self {
             model,
-            split: PreTokenizer::new(),
+            pieces: PreTokenizer::new(),
             added_tokens: AddedTokens::new(vocabulary.added),
             kinds: vocabulary.kinds,
             bytes: vocabulary.bytes,
@@ -167,7 +167,7 @@ impl Tokenizer {
 
     fn append_plain(&self, text: &str, ids: &mut Vec<TokenId>) -> Result<(), TokenizerError> {
         let mut spelled = String::new();
-        self.split.visit_pieces(&pre_tokenizer::normalize(text), |piece| {
+        self.pieces.visit_pieces(&pre_tokenizer::normalize(text), |piece| {
             byte_level::spell(piece, &mut spelled);
             let tokens = self.model.tokenize(&spelled).map_err(TokenizerError::Merge)?;
             ids.extend(tokens.into_iter().map(|token| token.id));

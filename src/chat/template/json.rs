@@ -11,7 +11,7 @@ const MAX_DEPTH: usize = 256;
 
 /// `value` as JSON text. Knows the keyword arguments `indent`, `ensure_ascii`, `separators` and
 /// `sort_keys` of Python's `json.dumps`.
-#[expect(clippy::needless_pass_by_value, reason = "minijinja hands keyword arguments over")]
+#[allow(clippy::needless_pass_by_value, reason = "the signature of a filter")]
 pub(super) fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<Value> = kwargs.get("indent")?;
     let indent = match indent {
@@ -184,15 +184,16 @@ fn key_text(key: &Value) -> Result<String, Error> {
     }
 }
 
-fn number(value: &Value) -> Result<String, Error> {
+/// A number in Python's spelling.
+pub(super) fn number(value: &Value) -> Result<String, Error> {
     if value.is_integer() {
         return Ok(value.to_string());
     }
     f64::try_from(value.clone()).map(float)
 }
 
-/// The shortest digits that read back as `number`, in Python's notation: plain from 1e-4 up to below
-/// 1e16, otherwise with an exponent of at least two digits.
+/// The shortest digits that read back as `number`, in Python's notation: plain from 1e-4 up to
+/// below 1e16, otherwise with an exponent of at least two digits.
 fn float(number: f64) -> String {
     if number.is_nan() {
         return "NaN".to_owned();
@@ -227,7 +228,7 @@ mod tests {
         template.render(Value::from_pairs([("x", Value::from(Serde(x)))])).unwrap()
     }
 
-    // Goal: byte-equal to Python's `json.dumps(x, ensure_ascii=False)`, whose output is written here.
+    // Goal: byte-equal to Python's `json.dumps(x, ensure_ascii=False)`, whose output stands here.
     #[test]
     fn follows_python() {
         let cases = [

@@ -67,8 +67,8 @@ fn days_in_month(year: u64, month: usize) -> u64 {
     }
 }
 
-/// The UTC time `seconds` after the epoch in Python's `strftime` format, English names. `%-d` leaves
-/// out the leading zero; an unknown directive stays as it is.
+/// The UTC time `seconds` after the epoch in Python's `strftime` format, English names. `%-d`
+/// leaves out the leading zero; an unknown directive stays as it is.
 pub(super) fn format_utc(format: &str, seconds: u64) -> String {
     let date = Date::from_days_since_epoch(seconds / 86_400);
     let second_of_day = seconds % 86_400;
