@@ -12,9 +12,15 @@ pub fn total_bytes() -> Option<u64> {
     }
 }
 
-/// Bytes of memory that can be used without swapping, as the machine's kernel estimates it.
+/// Bytes of memory that can be used without swapping, as the machine's kernel estimates it, or what
+/// is left below a container's limit.
 pub fn available_bytes() -> Option<u64> {
-    meminfo_bytes("MemAvailable")
+    let used = number_in("/sys/fs/cgroup/memory.current").unwrap_or(0);
+    let container = container_limit().map(|limit| limit.saturating_sub(used));
+    match (meminfo_bytes("MemAvailable"), container) {
+        (Some(machine), Some(container)) => Some(machine.min(container)),
+        (machine, container) => machine.or(container),
+    }
 }
 
 fn meminfo_bytes(key: &str) -> Option<u64> {
@@ -28,8 +34,12 @@ fn parse_meminfo(text: &str, key: &str) -> Option<u64> {
 }
 
 fn container_limit() -> Option<u64> {
-    let text = fs::read_to_string("/sys/fs/cgroup/memory.max").ok()?;
-    text.trim().parse().ok()
+    // `max`, which is no number, means none.
+    number_in("/sys/fs/cgroup/memory.max")
+}
+
+fn number_in(path: &str) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]

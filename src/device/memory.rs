@@ -3,8 +3,7 @@
 /// Lets the allocator keep freed memory instead of giving it back to the system at once.
 ///
 /// Operations allocate their results anew in every step. Given back and asked for again, each page
-/// of them would cost a fault: a third of the time of a large product. The price is that memory
-/// once used stays with the process. Call once, before the first tensors; elsewhere than with the
+/// of them would cost a fault. The price is that memory once used stays with the process. Call once, before the first tensors; elsewhere than with the
 /// GNU C library it does nothing.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]

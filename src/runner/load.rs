@@ -76,6 +76,7 @@ impl PlannedModel {
         let model = pool.install(|| {
             registry::load(&self.checkpoint, &self.config, max_model_len, &mut on_layer)
         })?;
+        tracing::info!(weight_bytes = model.num_weight_bytes(), "weights packed");
         // The packed weights replace the file's pages; the embedding's come back row by row.
         self.checkpoint.gguf().release_pages();
         let shape = KvCacheShape {

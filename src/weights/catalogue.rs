@@ -212,7 +212,7 @@ pub struct GgufFile {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Evidence {
-    /// Name, size and digest agree in independent records.
+    /// Name, size and digest stand in a public record of the release.
     Digest,
     /// Name and size were seen in a listing.
     Listing,

@@ -17,7 +17,7 @@ valley velvet village violin whistle winter wonder copper cotton desert engine f
 
 @pytest.fixture(scope="module")
 def small_server():
-    with Server("--max-num-seqs", 16, "--kv-cache-memory", "24MiB") as running:
+    with Server("--max-num-seqs", 16, "--kv-cache-memory", "12MiB") as running:
         yield running
 
 
@@ -73,7 +73,7 @@ def test_every_stream_is_complete_and_equals_the_request_alone(small_server, ser
 
     together = asyncio.run(crowd())
     expected = asyncio.run(alone())
-    print("preemptions:", small_server.metrics()["vllm:num_preemptions_total"])
+    assert small_server.metrics()["vllm:num_preemptions_total"] > 0, "the cache was not too small"
     for number, got in enumerate(together):
         text, reason, num_tokens = got
         assert got == expected[number % NUM_REQUESTS], f"client {number}"
