@@ -36,6 +36,8 @@ pub(super) enum ApiError {
     BodyTooLarge(usize),
     #[error("the body could not be read")]
     BodyUnreadable,
+    #[error("the body did not arrive in time")]
+    BodyTimeout,
     #[error("the content type must be application/json")]
     UnsupportedMediaType,
     #[error("the server is busy: {num_waiting} requests are waiting")]
@@ -73,6 +75,7 @@ impl ApiError {
             Self::ModelNotFound(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::ShuttingDown | Self::EngineDead => StatusCode::SERVICE_UNAVAILABLE,
@@ -88,6 +91,7 @@ impl ApiError {
             Self::NotFound(_) => ("invalid_request_error", Some("not_found")),
             Self::MethodNotAllowed(_) => ("invalid_request_error", Some("method_not_allowed")),
             Self::BodyTooLarge(_) => ("invalid_request_error", Some("body_too_large")),
+            Self::BodyTimeout => ("invalid_request_error", Some("body_timeout")),
             Self::UnsupportedMediaType => ("invalid_request_error", Some("unsupported_media_type")),
             Self::Overloaded { .. } => ("rate_limit_error", Some("engine_overloaded")),
             Self::ShuttingDown => ("server_error", Some("shutting_down")),

@@ -25,6 +25,12 @@ pub struct HttpLimits {
     pub keep_alive: Duration,
     /// How long running requests may take to finish once shutdown begins.
     pub drain_timeout: Duration,
+    /// How long a connection may go without a whole request head, between requests too.
+    pub header_timeout: Duration,
+    /// How long the body of a request may take to arrive.
+    pub body_timeout: Duration,
+    /// Connections that are served at once; further ones wait to be accepted.
+    pub max_connections: usize,
 }
 
 impl Default for HttpLimits {
@@ -36,6 +42,11 @@ impl Default for HttpLimits {
             max_prompts: 256,
             keep_alive: Duration::from_secs(15),
             drain_timeout: Duration::from_secs(60),
+            // Longer than proxies keep idle connections, usually 60 seconds: the side that reuses
+            // a connection should be the one that closes it.
+            header_timeout: Duration::from_secs(75),
+            body_timeout: Duration::from_secs(30),
+            max_connections: 4096,
         }
     }
 }
