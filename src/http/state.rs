@@ -1,10 +1,8 @@
 //! What every handler can reach.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-use uuid::Uuid;
 
 use crate::chat::model::ServedModel;
 use crate::chat::prompt::PromptLimits;
@@ -62,8 +60,8 @@ pub struct AppState {
     pub limits: Arc<HttpLimits>,
     /// When the model was made available, in seconds since the epoch.
     pub created: u64,
-    /// Seed of requests that have none; without it, each gets a random one.
-    pub seed: Option<u64>,
+    /// The next seed for a request that has none.
+    pub next_seed: Arc<AtomicU64>,
     /// Whether shutdown has begun.
     pub(super) is_draining: Arc<AtomicBool>,
 }
@@ -77,17 +75,13 @@ impl AppState {
             limits: Arc::new(limits),
             is_draining: Arc::default(),
             created: unix_seconds(),
-            seed: None,
+            next_seed: Arc::default(),
         }
     }
 
     /// The seed for a request that has none.
     pub(super) fn seed(&self) -> u64 {
-        self.seed.unwrap_or_else(|| {
-            let (high, low) = Uuid::new_v4().as_u64_pair();
-            // Some bits of either half are fixed, but not the same ones.
-            high ^ low.rotate_left(32)
-        })
+        self.next_seed.fetch_add(1, Ordering::Relaxed)
     }
 
     pub(super) fn prompt_limits(&self) -> PromptLimits {
