@@ -97,6 +97,8 @@ pub struct EngineOptions {
     pub max_num_seqs: usize,
     /// Tokens computed per step, prompts and answers together.
     pub max_num_batched_tokens: usize,
+    /// How many of them may belong to prompts while answers are being generated.
+    pub max_prefill_tokens_while_decoding: usize,
     /// Requests that may wait before further ones are refused.
     pub max_queue: usize,
     /// Tokens per block of the KV cache.

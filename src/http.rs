@@ -5,6 +5,7 @@
 
 mod chat;
 mod completions;
+mod connection;
 mod error;
 mod extract;
 mod generation;

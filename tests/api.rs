@@ -8,6 +8,8 @@ mod api_fake;
 mod chat;
 #[path = "api/completions.rs"]
 mod completions;
+#[path = "api/connections.rs"]
+mod connections;
 #[path = "api/errors.rs"]
 mod errors;
 #[path = "api/fuzz.rs"]

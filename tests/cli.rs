@@ -126,7 +126,7 @@ mod arguments {
         let cases: [(&[&str], &str); 6] = [
             (&["--block-size", "24"], "`--block-size` must be a power of two, but is 24"),
             (
-                &["--max-num-seqs", "600"],
+                &["--max-num-seqs", "600", "--max-num-batched-tokens", "256"],
                 "`--max-num-batched-tokens` must be at least `--max-num-seqs` (600), but is 256",
             ),
             (&["--kv-cache-memory", "1KiB"], "`--kv-cache-memory` must be at least 1 MiB"),
@@ -199,6 +199,15 @@ mod configuration {
             let (value, _) = setting(&first, key);
             assert_setting(&second, key, &value, "file");
         }
+    }
+
+    #[test]
+    fn a_default_gives_way_to_the_limit_that_was_set() {
+        let more_sequences = run(&["serve", "--print-config", "--max-num-seqs", "512"]);
+        assert_setting(&more_sequences, "max-num-batched-tokens", "512", "default");
+        let fewer_tokens = run(&["serve", "--print-config", "--max-num-batched-tokens", "32"]);
+        assert_setting(&fewer_tokens, "max-num-seqs", "32", "default");
+        assert_setting(&fewer_tokens, "max-prefill-tokens-while-decoding", "128", "default");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use clap::{ArgAction, Args};
 
 use crate::config::{
     self, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EngineOptions, HttpConfig,
-    KvCacheDtype, LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Settings,
+    KvCacheDtype, LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Settings, Source,
 };
 
 const AFTER_HELP: &str = "\
@@ -125,6 +125,13 @@ struct EngineFlags {
     #[arg(default_value_t = 256, value_parser = at_least_one(1 << 20))]
     max_num_batched_tokens: usize,
 
+    /// Of those, tokens of prompts while answers are being generated
+    ///
+    /// Keeps running answers even while a long prompt is read.
+    #[arg(long, env = "QWEN_SERVER_MAX_PREFILL_TOKENS_WHILE_DECODING", value_name = "TOKENS")]
+    #[arg(default_value_t = 128, value_parser = at_least_one(1 << 20))]
+    max_prefill_tokens_while_decoding: usize,
+
     /// Requests that may wait; further ones are answered with status 429
     #[arg(long, env = "QWEN_SERVER_MAX_QUEUE", value_name = "N")]
     #[arg(default_value_t = 1024, value_parser = at_least_one(1 << 20))]
@@ -187,7 +194,8 @@ impl ServeArgs {
     /// # Errors
     /// If values do not go together.
     pub fn into_config(self, mut settings: Settings) -> Result<Config, ConfigError> {
-        let Self { model, http, engine, memory, log, .. } = self;
+        let Self { model, http, mut engine, memory, log, .. } = self;
+        engine.fit_step_to_sequences(&mut settings);
         let num_threads = engine.threads.and_then(NonZeroUsize::new);
         let num_threads = num_threads.unwrap_or_else(config::available_threads);
         let seed = engine.seed.unwrap_or_else(config::arbitrary_seed);
@@ -212,6 +220,7 @@ impl ServeArgs {
                 num_threads,
                 max_num_seqs: engine.max_num_seqs,
                 max_num_batched_tokens: engine.max_num_batched_tokens,
+                max_prefill_tokens_while_decoding: engine.max_prefill_tokens_while_decoding,
                 max_queue: engine.max_queue,
                 block_size: memory.block_size,
                 kv_cache_memory: memory.kv_cache_memory,
@@ -227,6 +236,30 @@ impl ServeArgs {
             settings,
         };
         config.check()
+    }
+}
+
+impl EngineFlags {
+    /// Every running sequence needs a token of each step. Whoever set only one of the two limits
+    /// has not asked for the default of the other.
+    fn fit_step_to_sequences(&mut self, settings: &mut Settings) {
+        const SEQS: &str = "max-num-seqs";
+        const TOKENS: &str = "max-num-batched-tokens";
+        if self.max_num_seqs <= self.max_num_batched_tokens {
+            return;
+        }
+        match (settings.source(SEQS), settings.source(TOKENS)) {
+            (_, Source::Default) => {
+                self.max_num_batched_tokens = self.max_num_seqs;
+                settings.adjust(TOKENS, self.max_num_seqs);
+            }
+            (Source::Default, _) => {
+                self.max_num_seqs = self.max_num_batched_tokens;
+                settings.adjust(SEQS, self.max_num_batched_tokens);
+            }
+            // Set both: left to the check, which names them.
+            _ => {}
+        }
     }
 }
 

@@ -5,6 +5,7 @@ mod served_model;
 
 use std::future::Future;
 use std::io::{IsTerminal, stderr};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
@@ -19,7 +20,7 @@ use super::{Hinted, hub_from_environment};
 use crate::cli::progress::DownloadProgress;
 use crate::config::{
     ByteSize, Config, DeviceChoice, EngineOptions, KvCacheDtype, LogConfig, LogFormat, LogLevel,
-    PrefixCaching, Source,
+    PrefixCaching,
 };
 use crate::device::memory::keep_freed_memory;
 use crate::engine::{EngineConfig, EngineHandle, Health, spawn};
@@ -32,10 +33,11 @@ use crate::weights::resolve::resolve;
 /// Threads that speak HTTP. They only move bytes; the cores belong to the model.
 const HTTP_THREADS: usize = 2;
 
-/// Serves until SIGTERM or Ctrl-C.
+/// Serves until SIGTERM or Ctrl-C, or until the engine dies.
 ///
 /// # Errors
-/// If the model cannot be found, read or fitted into memory, or the address is taken.
+/// If the model cannot be found, read or fitted into memory, the address is taken, or the engine
+/// dies.
 pub fn run(config: &Config) -> Result<()> {
     install_logging(config.log);
     let server = Server::start(config)?;
@@ -74,10 +76,8 @@ impl Server {
         let engine_config = engine_config(&config.engine, &planned);
         let (engine, engine_thread) =
             spawn(engine_config, move || load(&planned).map_err(|error| format!("{error:#}")));
-        let mut state = AppState::new(engine.clone(), served, http_limits(config));
-        if config.settings.source("seed") != Source::Default {
-            state.seed = Some(config.engine.seed);
-        }
+        let state = AppState::new(engine.clone(), served, http_limits(config));
+        state.next_seed.store(config.engine.seed, Ordering::Relaxed);
         Ok(Self { runtime, listener, state, engine, engine_thread })
     }
 
@@ -189,6 +189,7 @@ fn engine_config(options: &EngineOptions, planned: &PlannedModel) -> EngineConfi
     EngineConfig {
         max_num_seqs: options.max_num_seqs,
         max_num_batched_tokens: options.max_num_batched_tokens.max(2),
+        max_prefill_tokens_while_decoding: options.max_prefill_tokens_while_decoding,
         block_size: options.block_size,
         num_blocks: planned.plan.num_blocks,
         max_model_len: planned.plan.max_model_len,

@@ -83,6 +83,15 @@ impl Settings {
         self.0.iter().find(|setting| setting.key == key).map_or(Source::Default, |s| s.source)
     }
 
+    /// Replaces the default of a `key` nobody set by one that goes with the others.
+    pub(crate) fn adjust(&mut self, key: &str, value: impl fmt::Display) {
+        let is_open =
+            |setting: &&mut Setting| setting.key == key && setting.source == Source::Default;
+        for setting in self.0.iter_mut().filter(is_open) {
+            setting.value = Some(value.to_string());
+        }
+    }
+
     /// Notes the value that was decided for a `key` nobody set.
     pub(crate) fn decide(&mut self, key: &str, value: impl fmt::Display) {
         for setting in self.0.iter_mut().filter(|setting| setting.key == key) {

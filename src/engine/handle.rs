@@ -223,6 +223,11 @@ impl EngineHandle {
         *self.lifecycle.borrow() == Lifecycle::Running && !self.seats.is_closed()
     }
 
+    /// Whether the runner is still being built, for requests that may come in a while.
+    pub fn is_loading(&self) -> bool {
+        *self.lifecycle.borrow() == Lifecycle::Loading && !self.seats.is_closed()
+    }
+
     /// Resolves when the runner is built, or tells why it could not be.
     pub async fn ready(&self) -> Result<(), String> {
         let mut lifecycle = self.lifecycle.clone();

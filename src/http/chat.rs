@@ -40,7 +40,7 @@ pub(super) async fn create(
     let (prepared, rendering) = prepare(&state, head, body).await??;
     let generation = Generation::submit(&state, &request_id, vec![prepared])?;
     let mut response = match rendering {
-        Rendering::Stream(renderer) => sse::response(generation, renderer, &state.limits),
+        Rendering::Stream(renderer) => sse::response(generation, renderer, &state.limits).await?,
         Rendering::Whole(renderer) => Json(fold(generation, renderer).await?).into_response(),
     };
     response.headers_mut().extend(ignored);

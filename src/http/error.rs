@@ -36,12 +36,16 @@ pub(super) enum ApiError {
     BodyTooLarge(usize),
     #[error("the body could not be read")]
     BodyUnreadable,
+    #[error("the body did not arrive in time")]
+    BodyTimeout,
     #[error("the content type must be application/json")]
     UnsupportedMediaType,
     #[error("the server is busy: {num_waiting} requests are waiting")]
     Overloaded { num_waiting: usize },
     #[error("the server is shutting down")]
     ShuttingDown,
+    #[error("the model is still loading")]
+    Loading,
     #[error("the engine is not running")]
     EngineDead,
     #[error("the engine could not compute this request; the server's log says why")]
@@ -73,9 +77,12 @@ impl ApiError {
             Self::ModelNotFound(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::ShuttingDown | Self::EngineDead => StatusCode::SERVICE_UNAVAILABLE,
+            Self::ShuttingDown | Self::Loading | Self::EngineDead => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::EngineFailed | Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -88,9 +95,11 @@ impl ApiError {
             Self::NotFound(_) => ("invalid_request_error", Some("not_found")),
             Self::MethodNotAllowed(_) => ("invalid_request_error", Some("method_not_allowed")),
             Self::BodyTooLarge(_) => ("invalid_request_error", Some("body_too_large")),
+            Self::BodyTimeout => ("invalid_request_error", Some("body_timeout")),
             Self::UnsupportedMediaType => ("invalid_request_error", Some("unsupported_media_type")),
             Self::Overloaded { .. } => ("rate_limit_error", Some("engine_overloaded")),
             Self::ShuttingDown => ("server_error", Some("shutting_down")),
+            Self::Loading => ("server_error", Some("loading")),
             Self::EngineDead => ("server_error", Some("engine_dead")),
             Self::EngineFailed => ("server_error", Some("engine_failed")),
             Self::Internal => ("server_error", Some("internal_error")),
@@ -102,7 +111,7 @@ impl ApiError {
             Self::Overloaded { num_waiting } => {
                 Some((num_waiting / REQUESTS_PER_SECOND).clamp(1, MAX_RETRY_AFTER_SECONDS))
             }
-            Self::ShuttingDown | Self::EngineDead => Some(RESTART_SECONDS),
+            Self::ShuttingDown | Self::Loading | Self::EngineDead => Some(RESTART_SECONDS),
             _ => None,
         }
     }
@@ -157,10 +166,7 @@ impl From<OutputError> for ApiError {
     fn from(error: OutputError) -> Self {
         match error {
             OutputError::Aborted => Self::ShuttingDown,
-            OutputError::Failed(reason) => {
-                tracing::error!(%reason, "the engine failed a request");
-                Self::EngineFailed
-            }
+            OutputError::Failed(_) => Self::EngineFailed,
         }
     }
 }

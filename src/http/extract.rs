@@ -7,6 +7,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::IntoResponse;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use tokio::time::timeout;
 
 use super::error::ApiError;
 use super::generation::run_sized;
@@ -106,7 +107,8 @@ async fn read(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
     if !is_json(request.headers()) {
         return Err(ApiError::UnsupportedMediaType);
     }
-    Bytes::from_request(request, state).await.map_err(|rejection| {
+    let body = timeout(state.limits.body_timeout, Bytes::from_request(request, state));
+    body.await.map_err(|_| ApiError::BodyTimeout)?.map_err(|rejection| {
         match rejection.into_response().status() {
             StatusCode::PAYLOAD_TOO_LARGE => ApiError::BodyTooLarge(state.limits.max_body_bytes),
             _ => ApiError::BodyUnreadable,

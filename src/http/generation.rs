@@ -54,9 +54,14 @@ impl Generation {
         prepared: Vec<Prepared>,
     ) -> Result<Self, ApiError> {
         let log = RequestLog::new(request_id);
+        if state.engine.is_loading() {
+            return Err(ApiError::Loading);
+        }
         let mut usage = Usage::default();
         let mut prompts = SelectAll::new();
-        for (index, prepared) in prepared.into_iter().enumerate() {
+        for (index, mut prepared) in prepared.into_iter().enumerate() {
+            // The engine's lines in the log are to be found by the id that the client knows.
+            prepared.request.id = Arc::clone(&request_id.0);
             usage.prompt_tokens += prepared.request.prompt.len();
             let events = state.engine.generate(prepared.request)?;
             let output = prepared.output;
@@ -77,6 +82,10 @@ impl Generation {
             Ok(update) => update,
             Err(error) => {
                 self.log.outcome = "failed";
+                if let OutputError::Failed(reason) = &error {
+                    let request_id = &self.log.request_id;
+                    tracing::error!(%request_id, %reason, "the engine failed a request");
+                }
                 return Some(Err(error.into()));
             }
         };

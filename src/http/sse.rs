@@ -8,7 +8,9 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::{Stream, stream};
 use serde::Serialize;
+use tokio::time::timeout;
 
+use super::error::ApiError;
 use super::generation::Generation;
 use super::state::HttpLimits;
 use crate::chat::output::Update;
@@ -62,19 +64,23 @@ impl UsageMode {
     }
 }
 
-/// The response that streams a generation.
-pub(super) fn response<R: RenderChunks>(
+/// The response that streams a generation. It begins with the first piece of an answer, so that
+/// what fails before has a status of its own, but no later than a keep-alive is due.
+pub(super) async fn response<R: RenderChunks>(
     generation: Generation,
     renderer: R,
     limits: &HttpLimits,
-) -> Response {
+) -> Result<Response, ApiError> {
+    let mut producer = Producer::new(generation, renderer);
+    if let Ok(begun) = timeout(limits.keep_alive, producer.begin()).await {
+        begun?;
+    }
     let keep_alive = KeepAlive::new().interval(limits.keep_alive).text("keep-alive");
-    let mut response =
-        Sse::new(events(generation, renderer)).keep_alive(keep_alive).into_response();
+    let mut response = Sse::new(events(producer)).keep_alive(keep_alive).into_response();
     // Proxies must not collect a stream before they pass it on.
     let name = HeaderName::from_static("x-accel-buffering");
     response.headers_mut().insert(name, HeaderValue::from_static("no"));
-    response
+    Ok(response)
 }
 
 struct Producer<R> {
@@ -84,25 +90,39 @@ struct Producer<R> {
     ready: VecDeque<String>,
 }
 
-fn events<R: RenderChunks>(
-    generation: Generation,
-    mut renderer: R,
-) -> impl Stream<Item = Result<Event, Infallible>> {
-    let ready = renderer.begin().iter().map(to_json).collect();
-    let producer = Producer { generation: Some(generation), renderer, ready };
+fn events<R: RenderChunks>(producer: Producer<R>) -> impl Stream<Item = Result<Event, Infallible>> {
     stream::unfold(producer, |mut producer| async move {
         loop {
             if let Some(data) = producer.ready.pop_front() {
                 return Some((Ok(Event::default().data(data)), producer));
             }
-            producer.refill().await?;
+            if let Err(error) = producer.refill().await? {
+                producer.ready.push_back(to_json(&error.body()));
+            }
         }
     })
 }
 
 impl<R: RenderChunks> Producer<R> {
-    /// Waits for more data; `None` when the stream is over.
-    async fn refill(&mut self) -> Option<()> {
+    fn new(generation: Generation, mut renderer: R) -> Self {
+        let ready = renderer.begin().iter().map(to_json).collect();
+        Self { generation: Some(generation), renderer, ready }
+    }
+
+    /// Waits for the first piece of an answer, which is more than what a stream begins with.
+    async fn begin(&mut self) -> Result<(), ApiError> {
+        let num_first = self.ready.len();
+        while self.ready.len() == num_first {
+            match self.refill().await {
+                Some(refilled) => refilled?,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for more data; `None` when the stream is over. Nothing is lost when it is dropped.
+    async fn refill(&mut self) -> Option<Result<(), ApiError>> {
         let generation = self.generation.as_mut()?;
         match generation.next().await {
             Some(Ok((prompt, update))) => {
@@ -110,8 +130,8 @@ impl<R: RenderChunks> Producer<R> {
                 self.ready.extend(chunks.iter().map(to_json));
             }
             Some(Err(error)) => {
-                self.ready.push_back(to_json(&error.body()));
                 self.generation = None;
+                return Some(Err(error));
             }
             None => {
                 let chunks = self.renderer.end(generation.usage());
@@ -120,7 +140,7 @@ impl<R: RenderChunks> Producer<R> {
                 self.generation = None;
             }
         }
-        Some(())
+        Some(Ok(()))
     }
 }
 

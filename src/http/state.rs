@@ -1,10 +1,8 @@
 //! What every handler can reach.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-use uuid::Uuid;
 
 use crate::chat::model::ServedModel;
 use crate::chat::prompt::PromptLimits;
@@ -25,6 +23,12 @@ pub struct HttpLimits {
     pub keep_alive: Duration,
     /// How long running requests may take to finish once shutdown begins.
     pub drain_timeout: Duration,
+    /// How long a connection may go without a whole request head, between requests too.
+    pub header_timeout: Duration,
+    /// How long the body of a request may take to arrive.
+    pub body_timeout: Duration,
+    /// Connections that are served at once; further ones wait to be accepted.
+    pub max_connections: usize,
 }
 
 impl Default for HttpLimits {
@@ -36,6 +40,11 @@ impl Default for HttpLimits {
             max_prompts: 256,
             keep_alive: Duration::from_secs(15),
             drain_timeout: Duration::from_secs(60),
+            // Longer than proxies keep idle connections, usually 60 seconds: the side that reuses
+            // a connection should be the one that closes it.
+            header_timeout: Duration::from_secs(75),
+            body_timeout: Duration::from_secs(30),
+            max_connections: 4096,
         }
     }
 }
@@ -51,8 +60,8 @@ pub struct AppState {
     pub limits: Arc<HttpLimits>,
     /// When the model was made available, in seconds since the epoch.
     pub created: u64,
-    /// Seed of requests that have none; without it, each gets a random one.
-    pub seed: Option<u64>,
+    /// The next seed for a request that has none.
+    pub next_seed: Arc<AtomicU64>,
     /// Whether shutdown has begun.
     pub(super) is_draining: Arc<AtomicBool>,
 }
@@ -66,17 +75,13 @@ impl AppState {
             limits: Arc::new(limits),
             is_draining: Arc::default(),
             created: unix_seconds(),
-            seed: None,
+            next_seed: Arc::default(),
         }
     }
 
     /// The seed for a request that has none.
     pub(super) fn seed(&self) -> u64 {
-        self.seed.unwrap_or_else(|| {
-            let (high, low) = Uuid::new_v4().as_u64_pair();
-            // Some bits of either half are fixed, but not the same ones.
-            high ^ low.rotate_left(32)
-        })
+        self.next_seed.fetch_add(1, Ordering::Relaxed)
     }
 
     pub(super) fn prompt_limits(&self) -> PromptLimits {

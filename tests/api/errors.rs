@@ -1,5 +1,7 @@
 //! Every way to be refused: status, body in OpenAI's shape, the field's name.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::http::Request;
 use qwen_server::engine::EngineConfig;
@@ -197,7 +199,9 @@ async fn what_exceeds_the_context_is_refused_with_the_numbers() {
 #[tokio::test]
 async fn a_full_queue_is_an_answer() {
     let config = EngineConfig { max_num_seqs: 1, max_queue: 1, ..config() };
-    let server = FakeServer::with(&config, HttpLimits::default());
+    // A stream that waits for its turn begins when a keep-alive is due.
+    let limits = HttpLimits { keep_alive: Duration::from_millis(50), ..HttpLimits::default() };
+    let server = FakeServer::with(&config, limits);
     let endless = json!({"model": MODEL, "prompt": "go", "max_tokens": 10_000, "stream": true});
     let post = || {
         let request = Request::post("/v1/completions").header("content-type", "application/json");

@@ -59,6 +59,9 @@ impl FakeServer {
         let block_size = config.block_size;
         let runner = FakeRunner { slots, block_size };
         let (engine, _thread) = spawn(config.clone(), move || Ok(runner));
+        while !engine.is_ready() {
+            std::thread::yield_now();
+        }
         Self { state: AppState::new(engine, model(), limits) }
     }
 
