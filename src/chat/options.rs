@@ -1,7 +1,5 @@
 //! Reads the fields that all generating endpoints share: sampling, stopping, and what to refuse.
 
-use serde_json::Value;
-
 use crate::chat::prompt::{PromptError, PromptLimits};
 use crate::engine::request::SamplingOptions;
 use crate::openai::generation::{GenerationFields, Stop};
@@ -16,7 +14,15 @@ const MAX_STOP_STRING_BYTES: usize = 4096;
 
 /// Fields that constrain or change the output in ways this version cannot honour. Ignoring them
 /// would hand out something else than was asked for.
-const REFUSED: [&str; 13] = [
+const REFUSED: [&str; 21] = [
+    "allowed_token_ids",
+    "truncate_prompt_tokens",
+    "chat_template",
+    "documents",
+    "regex",
+    "ebnf",
+    "length_penalty",
+    "stop_regex",
     "audio",
     "guided_json",
     "guided_regex",
@@ -45,20 +51,20 @@ const WITHOUT_EFFECT: [&str; 9] = [
     "spaces_between_special_tokens",
 ];
 
-/// Whether an unknown field deserves to be reported as ignored.
-pub fn is_ignored(name: &str, value: &Value) -> bool {
-    !value.is_null() && !WITHOUT_EFFECT.contains(&name)
+/// Whether an unknown field deserves to be reported as ignored, or an error if ignoring it would
+/// change the answer. `is_neutral` means that its value asks for nothing.
+pub fn is_ignored(name: &str, is_null: bool, is_neutral: bool) -> Result<bool, PromptError> {
+    if !REFUSED.contains(&name) {
+        return Ok(!is_null && !WITHOUT_EFFECT.contains(&name));
+    }
+    if is_neutral {
+        return Ok(false);
+    }
+    Err(PromptError::invalid(name, "is not supported by this version"))
 }
 
-/// Refuses what cannot be honoured.
+/// Refuses what cannot be honoured of the fields that are known.
 pub(super) fn check_refused(fields: &GenerationFields) -> Result<(), PromptError> {
-    for name in REFUSED {
-        let is_set =
-            !matches!(fields.other.get(name), None | Some(Value::Null | Value::Bool(false)));
-        if is_set {
-            return Err(PromptError::invalid(name, "is not supported by this version"));
-        }
-    }
     if let Some(format) = fields.response_format.as_ref().filter(|format| format.kind != "text") {
         return Err(PromptError::invalid(
             "response_format",

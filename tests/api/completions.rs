@@ -142,7 +142,7 @@ async fn what_is_not_supported_is_refused_by_name() {
         ("best_of", json!(3)),
         ("logprobs", json!(21)),
         ("logprobs", json!(-1)),
-        ("guided_json", json!({})),
+        ("guided_json", json!({"type": "string"})),
         ("response_format", json!({"type": "json_object"})),
     ];
     for (param, value) in cases {
