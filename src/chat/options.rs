@@ -11,6 +11,10 @@ const MAX_TOP_LOGPROBS: i64 = 20;
 const MAX_STOP_STRINGS: usize = 128;
 /// Longest stop string in bytes: text as long as this may be held back.
 const MAX_STOP_STRING_BYTES: usize = 4096;
+/// Most bytes of all stop strings together: a request carries five times as many.
+const MAX_STOP_BYTES: usize = 16 << 10;
+/// More stop tokens than any client sends; every token is compared with all of them.
+const MAX_STOP_TOKEN_IDS: usize = 128;
 
 /// Fields that constrain or change the output in ways this version cannot honour. Ignoring them
 /// would hand out something else than was asked for.
@@ -120,17 +124,36 @@ pub(super) fn stop_strings(fields: &GenerationFields) -> Result<Vec<String>, Pro
             format!("must hold strings of at most {MAX_STOP_STRING_BYTES} bytes"),
         ));
     }
+    let num_bytes: usize = strings.iter().map(String::len).sum();
+    if MAX_STOP_BYTES < num_bytes {
+        return Err(PromptError::invalid(
+            "stop",
+            format!("must hold at most {MAX_STOP_BYTES} bytes in all, got {num_bytes}"),
+        ));
+    }
     Ok(strings)
 }
 
-/// The request's own stop tokens.
+/// The request's own stop tokens, each once.
 pub(super) fn stop_token_ids(
     fields: &GenerationFields,
     limits: &PromptLimits,
 ) -> Result<Vec<TokenId>, PromptError> {
-    let ids = fields.stop_token_ids.clone().unwrap_or_default();
-    check_token_ids("stop_token_ids", &ids, limits)?;
-    Ok(ids)
+    let ids = fields.stop_token_ids.as_deref().unwrap_or_default();
+    if MAX_STOP_TOKEN_IDS < ids.len() {
+        return Err(PromptError::invalid(
+            "stop_token_ids",
+            format!("must hold at most {MAX_STOP_TOKEN_IDS} ids, got {}", ids.len()),
+        ));
+    }
+    check_token_ids("stop_token_ids", ids, limits)?;
+    let mut own = Vec::new();
+    for id in ids {
+        if !own.contains(id) {
+            own.push(*id);
+        }
+    }
+    Ok(own)
 }
 
 /// Every id must name a token of the vocabulary.

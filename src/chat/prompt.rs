@@ -23,7 +23,7 @@ use crate::openai::chat::ChatCompletionRequest;
 use crate::openai::completion::{CompletionRequest, Prompt};
 use crate::openai::generation::GenerationFields;
 use crate::openai::message::{ChatMessage, Content, Role};
-use crate::text::{SpecialTokens, TokenId};
+use crate::text::{SpecialTokens, StopStrings, TokenId};
 
 /// `max_tokens` of a completion that does not say, by OpenAI's schema.
 const DEFAULT_COMPLETION_TOKENS: usize = 16;
@@ -353,9 +353,9 @@ impl Demand {
 struct Settings {
     params: SamplingParams,
     n: u32,
-    stop: Vec<String>,
-    own_stop_tokens: Vec<TokenId>,
-    stop_tokens: Vec<TokenId>,
+    stop: Arc<StopStrings>,
+    num_own_stop_tokens: usize,
+    stop_tokens: Arc<[TokenId]>,
     include_stop: bool,
     special_tokens: SpecialTokens,
     cache_salt: Option<Arc<str>>,
@@ -376,8 +376,15 @@ impl Settings {
             ));
         }
         let n = num_choices(fields, &context.limits)?;
-        let stop = stop_strings(fields)?;
-        let own_stop_tokens = stop_token_ids(fields, &context.limits)?;
+        let include_stop = fields.include_stop_str_in_output.unwrap_or(false);
+        let stop = Arc::new(StopStrings::new(stop_strings(fields)?, include_stop));
+        let mut stop_tokens = stop_token_ids(fields, &context.limits)?;
+        let num_own_stop_tokens = stop_tokens.len();
+        if fields.ignore_eos != Some(true) {
+            let is_new = |id: &&TokenId| !stop_tokens.contains(*id);
+            let new: Vec<_> = model.eos_token_ids.iter().filter(is_new).copied().collect();
+            stop_tokens.extend(new);
+        }
         let options = SamplingOptions {
             logprobs: logprobs.map(i64::from),
             prompt_logprobs: prompt_logprobs.map(i64::from),
@@ -385,17 +392,13 @@ impl Settings {
         };
         let params =
             SamplingParams::validate(options, &model.sampling_defaults, context.limits.vocab_size)?;
-        let mut stop_tokens = own_stop_tokens.clone();
-        if fields.ignore_eos != Some(true) {
-            stop_tokens.extend(&model.eos_token_ids);
-        }
         Ok(Self {
             params,
             n,
             stop,
-            own_stop_tokens,
-            stop_tokens,
-            include_stop: fields.include_stop_str_in_output.unwrap_or(false),
+            num_own_stop_tokens,
+            stop_tokens: stop_tokens.into(),
+            include_stop,
             special_tokens: match fields.skip_special_tokens {
                 Some(false) => SpecialTokens::Keep,
                 _ => SpecialTokens::Skip,
@@ -424,11 +427,11 @@ impl Settings {
             if self.params.prompt_logprobs.is_some() { prompt.len() - 1 } else { 0 };
         let output = OutputOptions {
             n: self.n,
-            stop: self.stop.clone(),
+            stop: Arc::clone(&self.stop),
             include_stop_in_output: self.include_stop,
             special_tokens: self.special_tokens,
-            stop_token_ids: self.stop_tokens.clone(),
-            num_own_stop_tokens: self.own_stop_tokens.len(),
+            stop_token_ids: Arc::clone(&self.stop_tokens),
+            num_own_stop_tokens: self.num_own_stop_tokens,
             min_tokens: self.params.min_tokens,
             num_prompt_logprobs,
         };
@@ -436,7 +439,7 @@ impl Settings {
             id: format!("{}-{index}", context.id).into(),
             prompt: prompt.into(),
             params: Arc::new(self.params.clone()),
-            stop: StopConditions { max_tokens, stop_token_ids: self.stop_tokens.clone() },
+            stop: StopConditions { max_tokens, stop_token_ids: Arc::clone(&self.stop_tokens) },
             n: self.n,
             cache_salt: self.cache_salt.clone(),
         };
