@@ -32,6 +32,10 @@ const DEFAULT_COMPLETION_TOKENS: usize = 16;
 /// not worth encoding.
 const MAX_BYTES_PER_TOKEN: usize = 256;
 
+/// Most log-probabilities in one answer, whoever asks for how many tokens, choices and likely
+/// tokens beside the chosen: each takes some hundred bytes until the answer is sent.
+const MAX_LOGPROBS: usize = 2_000_000;
+
 /// What a request may ask for.
 #[derive(Clone, Copy, Debug)]
 pub struct PromptLimits {
@@ -137,6 +141,7 @@ pub fn prepare_chat(
     let prompt = encode(&text, "messages", context)?;
     let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
     let mut prepared = settings.prepare(prompt, &demand, ("messages", 0), context)?;
+    settings.check_logprobs(std::slice::from_ref(&prepared), fields, 1)?;
     if fields.echo == Some(true) {
         prepared.echo = last_assistant_text(&request.messages);
     }
@@ -175,7 +180,7 @@ pub fn prepare_completion(
         default: DEFAULT_COMPLETION_TOKENS,
         param: "max_tokens",
     };
-    prompts
+    let prepared: Result<Vec<Prepared>, PromptError> = prompts
         .into_iter()
         .enumerate()
         .map(|(index, (tokens, text))| {
@@ -184,7 +189,10 @@ pub fn prepare_completion(
             prepared.echo = echo;
             Ok(prepared)
         })
-        .collect()
+        .collect();
+    let prepared = prepared?;
+    settings.check_logprobs(&prepared, fields, settings.n as usize)?;
+    Ok(prepared)
 }
 
 /// Renders a conversation with the model's template.
@@ -352,6 +360,7 @@ impl Demand {
 /// What all prompts of a request share.
 struct Settings {
     params: SamplingParams,
+    has_own_seed: bool,
     n: u32,
     stop: Arc<StopStrings>,
     num_own_stop_tokens: usize,
@@ -394,6 +403,7 @@ impl Settings {
             SamplingParams::validate(options, &model.sampling_defaults, context.limits.vocab_size)?;
         Ok(Self {
             params,
+            has_own_seed: fields.seed.is_some(),
             n,
             stop,
             num_own_stop_tokens,
@@ -405,6 +415,47 @@ impl Settings {
             },
             cache_salt: fields.cache_salt.as_deref().map(Arc::from),
         })
+    }
+
+    /// Prompts of a request without a seed draw differently, even if they are the same.
+    fn params_of(&self, index: usize) -> SamplingParams {
+        let mut params = self.params.clone();
+        if !self.has_own_seed {
+            params.seed = params.seed.wrapping_add(index as u64);
+        }
+        params
+    }
+
+    /// Refuses to collect more log-probabilities than an answer should have. Those of generated
+    /// tokens do not add up in a stream; those of a prompt are repeated `num_copies` times.
+    fn check_logprobs(
+        &self,
+        prepared: &[Prepared],
+        fields: &GenerationFields,
+        num_copies: usize,
+    ) -> Result<(), PromptError> {
+        let count = |num_tokens: usize, num_copies: usize, top: Option<u32>| {
+            let per_token = top.map_or(0, |top| top as usize + 1);
+            num_tokens.saturating_mul(num_copies).saturating_mul(per_token)
+        };
+        let prompt_tokens = prepared.iter().map(|one| one.request.prompt.len()).sum();
+        let in_prompts = count(prompt_tokens, num_copies, self.params.prompt_logprobs);
+        let is_stream = fields.stream == Some(true);
+        let generated_tokens = prepared.iter().map(|one| one.request.stop.max_tokens).sum();
+        let generated = count(generated_tokens, self.n as usize, self.params.logprobs);
+        let num = in_prompts.saturating_add(if is_stream { 0 } else { generated });
+        if num <= MAX_LOGPROBS {
+            return Ok(());
+        }
+        let is_for_prompt = generated < in_prompts && fields.prompt_logprobs.is_some();
+        let param = if is_for_prompt { "prompt_logprobs" } else { "logprobs" };
+        Err(PromptError::invalid(
+            param,
+            format!(
+                "up to {num} log-probabilities in all, more than {MAX_LOGPROBS}: ask for fewer \
+                 likely tokens, or lower `n`, `max_tokens` or the length of the prompt"
+            ),
+        ))
     }
 
     /// `origin` is the field the prompt came from and its place in it.
@@ -438,7 +489,7 @@ impl Settings {
         let request = Request {
             id: format!("{}-{index}", context.id).into(),
             prompt: prompt.into(),
-            params: Arc::new(self.params.clone()),
+            params: Arc::new(self.params_of(index)),
             stop: StopConditions { max_tokens, stop_token_ids: Arc::clone(&self.stop_tokens) },
             n: self.n,
             cache_salt: self.cache_salt.clone(),
