@@ -14,6 +14,6 @@ pub mod tokenizer;
 mod vocabulary;
 
 pub use detokenizer::IncrementalDetokenizer;
-pub use stop::{StopMatcher, StopOutcome};
+pub use stop::{StopMatcher, StopOutcome, StopStrings};
 pub use token::TokenId;
 pub use tokenizer::{SpecialTokens, Tokenizer, TokenizerError, TokenizerSpec};

@@ -40,7 +40,7 @@ fn request(prompt: &[TokenId], max_tokens: usize) -> Request {
         id: "test".into(),
         prompt: prompt.into(),
         params: Arc::new(SamplingParams::default()),
-        stop: StopConditions { max_tokens, stop_token_ids: Vec::new() },
+        stop: StopConditions { max_tokens, stop_token_ids: Arc::new([]) },
         n: 1,
         cache_salt: None,
     }
@@ -130,7 +130,7 @@ async fn stop_tokens_end_a_choice() {
     let runner = FakeRunner { script: vec![10, 11, 12, 13], ..FakeRunner::default() };
     let handle = start(runner);
     let mut asked = request(&[1, 2], 50);
-    asked.stop.stop_token_ids = vec![12];
+    asked.stop.stop_token_ids = Arc::new([12]);
     let events = collect(handle.generate(asked).expect("accepted")).await;
     assert_eq!(tokens_of(&events, 0), [10, 11, 12]);
     let finished = Event::Finished { choice: 0, reason: FinishReason::Stop };

@@ -69,7 +69,7 @@ fn request(prompt: &[u32], max_tokens: usize, params: SamplingParams) -> Request
         id: Arc::from("test"),
         prompt: Arc::from(prompt),
         params: Arc::new(params),
-        stop: StopConditions { max_tokens, stop_token_ids: Vec::new() },
+        stop: StopConditions { max_tokens, stop_token_ids: Arc::new([]) },
         n: 1,
         cache_salt: None,
     }

@@ -75,12 +75,18 @@ impl ServedModel {
 }
 
 /// Writes the legacy shape piece by piece: offsets run on from piece to piece.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct CompletionLogprobsWriter {
     num_chars: usize,
+    num_top: usize,
 }
 
 impl CompletionLogprobsWriter {
+    /// Writes the `num_top` most likely tokens beside the given one, even if more are known.
+    pub fn new(num_top: usize) -> Self {
+        Self { num_chars: 0, num_top }
+    }
+
     /// An echoed prompt; its first token has no probability.
     pub fn prompt(
         &mut self,
@@ -120,7 +126,7 @@ impl CompletionLogprobsWriter {
         out.token_logprobs.push(entry.map(|entry| finite(entry.logprob)));
         out.top_logprobs.push(entry.map(|entry| {
             let own = (entry.token, entry.logprob);
-            let tokens = entry.top.iter().copied().chain([own]);
+            let tokens = entry.top.iter().take(self.num_top).copied().chain([own]);
             tokens
                 .map(|(id, logprob)| (model.token_string(id), Value::from(finite(logprob))))
                 .collect::<Map<_, _>>()

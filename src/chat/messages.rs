@@ -6,11 +6,25 @@ use crate::chat::prompt::PromptError;
 use crate::openai::chat::ChatCompletionRequest;
 use crate::openai::message::{ChatMessage, Content, FunctionCall, Role};
 
+/// Most values in the arguments of all tool calls that came as text: a tree of JSON takes up to a
+/// hundred times the memory of its text.
+const MAX_ARGUMENT_VALUES: usize = 200_000;
+
 /// The messages as a template sees them: parts flattened to text, roles of the model's vocabulary,
 /// tool-call arguments as objects.
 pub fn template_messages(messages: &[ChatMessage]) -> Result<Value, PromptError> {
     if messages.is_empty() {
         return Err(PromptError::invalid("messages", "must hold at least one message"));
+    }
+    let calls = messages.iter().flat_map(|message| message.tool_calls.iter().flatten());
+    let functions = calls.map(|call| &call.function);
+    let functions = functions.chain(messages.iter().filter_map(|m| m.function_call.as_ref()));
+    let num_values: usize = functions.map(max_argument_values).sum();
+    if MAX_ARGUMENT_VALUES < num_values {
+        return Err(PromptError::invalid(
+            "messages",
+            format!("the arguments of the tool calls hold more than {MAX_ARGUMENT_VALUES} values"),
+        ));
     }
     let rendered: Result<Vec<Value>, _> = messages
         .iter()
@@ -18,6 +32,12 @@ pub fn template_messages(messages: &[ChatMessage]) -> Result<Value, PromptError>
         .map(|(index, message)| template_message(index, message))
         .collect();
     rendered.map(Value::Array)
+}
+
+/// At most how many values parsing the arguments would yield, without doing so.
+fn max_argument_values(call: &FunctionCall) -> usize {
+    let Some(Value::String(text)) = &call.arguments else { return 0 };
+    text.bytes().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count()
 }
 
 fn template_message(index: usize, message: &ChatMessage) -> Result<Value, PromptError> {

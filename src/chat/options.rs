@@ -1,7 +1,5 @@
 //! Reads the fields that all generating endpoints share: sampling, stopping, and what to refuse.
 
-use serde_json::Value;
-
 use crate::chat::prompt::{PromptError, PromptLimits};
 use crate::engine::request::SamplingOptions;
 use crate::openai::generation::{GenerationFields, Stop};
@@ -13,10 +11,22 @@ const MAX_TOP_LOGPROBS: i64 = 20;
 const MAX_STOP_STRINGS: usize = 128;
 /// Longest stop string in bytes: text as long as this may be held back.
 const MAX_STOP_STRING_BYTES: usize = 4096;
+/// Most bytes of all stop strings together: a request carries five times as many.
+const MAX_STOP_BYTES: usize = 16 << 10;
+/// More stop tokens than any client sends; every token is compared with all of them.
+const MAX_STOP_TOKEN_IDS: usize = 128;
 
 /// Fields that constrain or change the output in ways this version cannot honour. Ignoring them
 /// would hand out something else than was asked for.
-const REFUSED: [&str; 13] = [
+const REFUSED: [&str; 21] = [
+    "allowed_token_ids",
+    "truncate_prompt_tokens",
+    "chat_template",
+    "documents",
+    "regex",
+    "ebnf",
+    "length_penalty",
+    "stop_regex",
     "audio",
     "guided_json",
     "guided_regex",
@@ -45,20 +55,20 @@ const WITHOUT_EFFECT: [&str; 9] = [
     "spaces_between_special_tokens",
 ];
 
-/// Whether an unknown field deserves to be reported as ignored.
-pub fn is_ignored(name: &str, value: &Value) -> bool {
-    !value.is_null() && !WITHOUT_EFFECT.contains(&name)
+/// Whether an unknown field deserves to be reported as ignored, or an error if ignoring it would
+/// change the answer. `is_neutral` means that its value asks for nothing.
+pub fn is_ignored(name: &str, is_null: bool, is_neutral: bool) -> Result<bool, PromptError> {
+    if !REFUSED.contains(&name) {
+        return Ok(!is_null && !WITHOUT_EFFECT.contains(&name));
+    }
+    if is_neutral {
+        return Ok(false);
+    }
+    Err(PromptError::invalid(name, "is not supported by this version"))
 }
 
-/// Refuses what cannot be honoured.
+/// Refuses what cannot be honoured of the fields that are known.
 pub(super) fn check_refused(fields: &GenerationFields) -> Result<(), PromptError> {
-    for name in REFUSED {
-        let is_set =
-            !matches!(fields.other.get(name), None | Some(Value::Null | Value::Bool(false)));
-        if is_set {
-            return Err(PromptError::invalid(name, "is not supported by this version"));
-        }
-    }
     if let Some(format) = fields.response_format.as_ref().filter(|format| format.kind != "text") {
         return Err(PromptError::invalid(
             "response_format",
@@ -114,17 +124,36 @@ pub(super) fn stop_strings(fields: &GenerationFields) -> Result<Vec<String>, Pro
             format!("must hold strings of at most {MAX_STOP_STRING_BYTES} bytes"),
         ));
     }
+    let num_bytes: usize = strings.iter().map(String::len).sum();
+    if MAX_STOP_BYTES < num_bytes {
+        return Err(PromptError::invalid(
+            "stop",
+            format!("must hold at most {MAX_STOP_BYTES} bytes in all, got {num_bytes}"),
+        ));
+    }
     Ok(strings)
 }
 
-/// The request's own stop tokens.
+/// The request's own stop tokens, each once.
 pub(super) fn stop_token_ids(
     fields: &GenerationFields,
     limits: &PromptLimits,
 ) -> Result<Vec<TokenId>, PromptError> {
-    let ids = fields.stop_token_ids.clone().unwrap_or_default();
-    check_token_ids("stop_token_ids", &ids, limits)?;
-    Ok(ids)
+    let ids = fields.stop_token_ids.as_deref().unwrap_or_default();
+    if MAX_STOP_TOKEN_IDS < ids.len() {
+        return Err(PromptError::invalid(
+            "stop_token_ids",
+            format!("must hold at most {MAX_STOP_TOKEN_IDS} ids, got {}", ids.len()),
+        ));
+    }
+    check_token_ids("stop_token_ids", ids, limits)?;
+    let mut own = Vec::new();
+    for id in ids {
+        if !own.contains(id) {
+            own.push(*id);
+        }
+    }
+    Ok(own)
 }
 
 /// Every id must name a token of the vocabulary.

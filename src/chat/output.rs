@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use crate::engine::event::{Event, FinishReason as EngineFinish, SampledToken, TokenLogprobs};
 use crate::openai::generation::{FinishReason, StopReason};
-use crate::text::{IncrementalDetokenizer, SpecialTokens, StopMatcher, TokenId, Tokenizer};
+use crate::text::{
+    IncrementalDetokenizer, SpecialTokens, StopMatcher, StopStrings, TokenId, Tokenizer,
+};
 
 /// How a request wants its output.
 #[derive(Clone, Debug)]
@@ -17,13 +19,13 @@ pub struct OutputOptions {
     /// How many choices.
     pub n: u32,
     /// Text that ends a choice.
-    pub stop: Vec<String>,
+    pub stop: Arc<StopStrings>,
     /// Whether a stop string or token stays in the text.
     pub include_stop_in_output: bool,
     /// Whether special tokens leave text.
     pub special_tokens: SpecialTokens,
     /// All tokens that end a choice.
-    pub stop_token_ids: Vec<TokenId>,
+    pub stop_token_ids: Arc<[TokenId]>,
     /// How many of `stop_token_ids`, from the front, are the client's own: these are reported.
     pub num_own_stop_tokens: usize,
     /// Stop strings are not looked for before this many tokens.
@@ -205,7 +207,7 @@ impl Choice {
         Self {
             index,
             detokenizer: IncrementalDetokenizer::new(Arc::clone(tokenizer), options.special_tokens),
-            matcher: StopMatcher::new(options.stop.clone(), options.include_stop_in_output),
+            matcher: StopMatcher::new(Arc::clone(&options.stop)),
             text: String::new(),
             tokens: Vec::new(),
             num_tokens: 0,
@@ -255,7 +257,7 @@ impl Choice {
         let outcome = self.matcher.push(piece);
         self.text.push_str(&outcome.text);
         if let Some(index) = outcome.stopped {
-            self.stop_reason = Some(StopReason::String(options.stop[index].clone()));
+            self.stop_reason = Some(StopReason::String(options.stop.get(index).to_owned()));
         }
         outcome.stopped.is_some()
     }
@@ -292,10 +294,10 @@ mod tests {
         };
         let options = OutputOptions {
             n,
-            stop: stop.iter().map(ToString::to_string).collect(),
+            stop: Arc::new(StopStrings::new(stop.iter().map(ToString::to_string).collect(), false)),
             include_stop_in_output: false,
             special_tokens: SpecialTokens::Skip,
-            stop_token_ids: vec![0],
+            stop_token_ids: Arc::new([0]),
             num_own_stop_tokens: 0,
             min_tokens: 0,
             num_prompt_logprobs,

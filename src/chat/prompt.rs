@@ -23,7 +23,7 @@ use crate::openai::chat::ChatCompletionRequest;
 use crate::openai::completion::{CompletionRequest, Prompt};
 use crate::openai::generation::GenerationFields;
 use crate::openai::message::{ChatMessage, Content, Role};
-use crate::text::{SpecialTokens, TokenId};
+use crate::text::{SpecialTokens, StopStrings, TokenId};
 
 /// `max_tokens` of a completion that does not say, by OpenAI's schema.
 const DEFAULT_COMPLETION_TOKENS: usize = 16;
@@ -31,6 +31,10 @@ const DEFAULT_COMPLETION_TOKENS: usize = 16;
 /// No token of the vocabulary stands for more bytes than this, so a longer text cannot fit and is
 /// not worth encoding.
 const MAX_BYTES_PER_TOKEN: usize = 256;
+
+/// Most log-probabilities in one answer, whoever asks for how many tokens, choices and likely
+/// tokens beside the chosen: each takes some hundred bytes until the answer is sent.
+const MAX_LOGPROBS: usize = 2_000_000;
 
 /// What a request may ask for.
 #[derive(Clone, Copy, Debug)]
@@ -137,6 +141,7 @@ pub fn prepare_chat(
     let prompt = encode(&text, "messages", context)?;
     let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
     let mut prepared = settings.prepare(prompt, &demand, ("messages", 0), context)?;
+    settings.check_logprobs(std::slice::from_ref(&prepared), fields, 1)?;
     if fields.echo == Some(true) {
         prepared.echo = last_assistant_text(&request.messages);
     }
@@ -175,7 +180,7 @@ pub fn prepare_completion(
         default: DEFAULT_COMPLETION_TOKENS,
         param: "max_tokens",
     };
-    prompts
+    let prepared: Result<Vec<Prepared>, PromptError> = prompts
         .into_iter()
         .enumerate()
         .map(|(index, (tokens, text))| {
@@ -184,7 +189,10 @@ pub fn prepare_completion(
             prepared.echo = echo;
             Ok(prepared)
         })
-        .collect()
+        .collect();
+    let prepared = prepared?;
+    settings.check_logprobs(&prepared, fields, settings.n as usize)?;
+    Ok(prepared)
 }
 
 /// Renders a conversation with the model's template.
@@ -352,10 +360,11 @@ impl Demand {
 /// What all prompts of a request share.
 struct Settings {
     params: SamplingParams,
+    has_own_seed: bool,
     n: u32,
-    stop: Vec<String>,
-    own_stop_tokens: Vec<TokenId>,
-    stop_tokens: Vec<TokenId>,
+    stop: Arc<StopStrings>,
+    num_own_stop_tokens: usize,
+    stop_tokens: Arc<[TokenId]>,
     include_stop: bool,
     special_tokens: SpecialTokens,
     cache_salt: Option<Arc<str>>,
@@ -376,8 +385,15 @@ impl Settings {
             ));
         }
         let n = num_choices(fields, &context.limits)?;
-        let stop = stop_strings(fields)?;
-        let own_stop_tokens = stop_token_ids(fields, &context.limits)?;
+        let include_stop = fields.include_stop_str_in_output.unwrap_or(false);
+        let stop = Arc::new(StopStrings::new(stop_strings(fields)?, include_stop));
+        let mut stop_tokens = stop_token_ids(fields, &context.limits)?;
+        let num_own_stop_tokens = stop_tokens.len();
+        if fields.ignore_eos != Some(true) {
+            let is_new = |id: &&TokenId| !stop_tokens.contains(*id);
+            let new: Vec<_> = model.eos_token_ids.iter().filter(is_new).copied().collect();
+            stop_tokens.extend(new);
+        }
         let options = SamplingOptions {
             logprobs: logprobs.map(i64::from),
             prompt_logprobs: prompt_logprobs.map(i64::from),
@@ -385,23 +401,61 @@ impl Settings {
         };
         let params =
             SamplingParams::validate(options, &model.sampling_defaults, context.limits.vocab_size)?;
-        let mut stop_tokens = own_stop_tokens.clone();
-        if fields.ignore_eos != Some(true) {
-            stop_tokens.extend(&model.eos_token_ids);
-        }
         Ok(Self {
             params,
+            has_own_seed: fields.seed.is_some(),
             n,
             stop,
-            own_stop_tokens,
-            stop_tokens,
-            include_stop: fields.include_stop_str_in_output.unwrap_or(false),
+            num_own_stop_tokens,
+            stop_tokens: stop_tokens.into(),
+            include_stop,
             special_tokens: match fields.skip_special_tokens {
                 Some(false) => SpecialTokens::Keep,
                 _ => SpecialTokens::Skip,
             },
             cache_salt: fields.cache_salt.as_deref().map(Arc::from),
         })
+    }
+
+    /// Prompts of a request without a seed draw differently, even if they are the same.
+    fn params_of(&self, index: usize) -> SamplingParams {
+        let mut params = self.params.clone();
+        if !self.has_own_seed {
+            params.seed = params.seed.wrapping_add(index as u64);
+        }
+        params
+    }
+
+    /// Refuses to collect more log-probabilities than an answer should have. Those of generated
+    /// tokens do not add up in a stream; those of a prompt are repeated `num_copies` times.
+    fn check_logprobs(
+        &self,
+        prepared: &[Prepared],
+        fields: &GenerationFields,
+        num_copies: usize,
+    ) -> Result<(), PromptError> {
+        let count = |num_tokens: usize, num_copies: usize, top: Option<u32>| {
+            let per_token = top.map_or(0, |top| top as usize + 1);
+            num_tokens.saturating_mul(num_copies).saturating_mul(per_token)
+        };
+        let prompt_tokens = prepared.iter().map(|one| one.request.prompt.len()).sum();
+        let in_prompts = count(prompt_tokens, num_copies, self.params.prompt_logprobs);
+        let is_stream = fields.stream == Some(true);
+        let generated_tokens = prepared.iter().map(|one| one.request.stop.max_tokens).sum();
+        let generated = count(generated_tokens, self.n as usize, self.params.logprobs);
+        let num = in_prompts.saturating_add(if is_stream { 0 } else { generated });
+        if num <= MAX_LOGPROBS {
+            return Ok(());
+        }
+        let is_for_prompt = generated < in_prompts && fields.prompt_logprobs.is_some();
+        let param = if is_for_prompt { "prompt_logprobs" } else { "logprobs" };
+        Err(PromptError::invalid(
+            param,
+            format!(
+                "up to {num} log-probabilities in all, more than {MAX_LOGPROBS}: ask for fewer \
+                 likely tokens, or lower `n`, `max_tokens` or the length of the prompt"
+            ),
+        ))
     }
 
     /// `origin` is the field the prompt came from and its place in it.
@@ -424,19 +478,19 @@ impl Settings {
             if self.params.prompt_logprobs.is_some() { prompt.len() - 1 } else { 0 };
         let output = OutputOptions {
             n: self.n,
-            stop: self.stop.clone(),
+            stop: Arc::clone(&self.stop),
             include_stop_in_output: self.include_stop,
             special_tokens: self.special_tokens,
-            stop_token_ids: self.stop_tokens.clone(),
-            num_own_stop_tokens: self.own_stop_tokens.len(),
+            stop_token_ids: Arc::clone(&self.stop_tokens),
+            num_own_stop_tokens: self.num_own_stop_tokens,
             min_tokens: self.params.min_tokens,
             num_prompt_logprobs,
         };
         let request = Request {
             id: format!("{}-{index}", context.id).into(),
             prompt: prompt.into(),
-            params: Arc::new(self.params.clone()),
-            stop: StopConditions { max_tokens, stop_token_ids: self.stop_tokens.clone() },
+            params: Arc::new(self.params_of(index)),
+            stop: StopConditions { max_tokens, stop_token_ids: Arc::clone(&self.stop_tokens) },
             n: self.n,
             cache_salt: self.cache_salt.clone(),
         };

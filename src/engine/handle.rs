@@ -78,14 +78,13 @@ impl Submission {
     /// the log-probabilities of the prompt.
     pub(super) fn sequences(&self) -> impl Iterator<Item = SequenceSpec> {
         let request = &self.request;
-        let stop_token_ids: Arc<[_]> = request.stop.stop_token_ids.as_slice().into();
         (0..request.n).map(move |choice| SequenceSpec {
             id: SeqId(self.key.0 + u64::from(choice)),
             prompt: Arc::clone(&request.prompt),
             params: Arc::clone(&request.params),
             choice,
             max_tokens: request.stop.max_tokens,
-            stop_token_ids: Arc::clone(&stop_token_ids),
+            stop_token_ids: Arc::clone(&request.stop.stop_token_ids),
             prompt_logprobs: request.params.prompt_logprobs.filter(|_| choice == 0),
             cache_salt: request.cache_salt.clone(),
         })

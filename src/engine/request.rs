@@ -14,7 +14,7 @@ pub struct StopConditions {
     pub max_tokens: usize,
     /// Drawing one of these ends the sequence: the model's end-of-sequence set (unless
     /// `ignore_eos`) and the request's own `stop_token_ids`.
-    pub stop_token_ids: Vec<TokenId>,
+    pub stop_token_ids: Arc<[TokenId]>,
 }
 
 /// A request the engine can run. Nothing later re-checks it.

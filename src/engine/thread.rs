@@ -22,8 +22,9 @@ use crate::scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqId};
 use crate::telemetry::metrics;
 
 /// Time a step may take for each of its tokens, beside [`EngineConfig::stall_timeout`], before the
-/// engine counts as stalled: ten times what the largest supported model needs on a slow CPU.
-const STALL_TIMEOUT_PER_TOKEN: Duration = Duration::from_millis(250);
+/// engine counts as stalled. 72 billion weights are 144 billion operations a token; a slow CPU does
+/// 100 billion a second.
+const STALL_TIMEOUT_PER_TOKEN: Duration = Duration::from_secs(2);
 
 /// Histograms collect samples until someone sorts them into buckets.
 const STEPS_PER_METRICS_UPKEEP: u64 = 256;
@@ -62,8 +63,8 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> Self {
         Self {
-            max_num_seqs: 16,
-            max_num_batched_tokens: 512,
+            max_num_seqs: 64,
+            max_num_batched_tokens: 256,
             max_prefill_tokens_while_decoding: 128,
             prefill_ageing_tokens_per_step: 64,
             block_size: 16,

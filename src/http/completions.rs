@@ -94,7 +94,7 @@ struct PromptFacts {
 }
 
 /// What a choice still owes, and how far its offsets are.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct ChoiceState {
     writer: CompletionLogprobsWriter,
     prompt_token_ids: Option<Vec<u32>>,
@@ -111,6 +111,7 @@ impl CompletionRenderer {
         let mut prompts = Vec::new();
         let mut choices = Vec::new();
         let has_token_ids = body.fields.return_token_ids == Some(true);
+        let num_logprobs = body.request.logprobs.map(|count| count as usize);
         for Prepared { request, echo, .. } in prepared {
             prompts.push(PromptFacts {
                 tokens: Arc::clone(&request.prompt),
@@ -119,7 +120,11 @@ impl CompletionRenderer {
                 first_index: choices.len() as u32,
             });
             let prompt_token_ids = has_token_ids.then(|| request.prompt.to_vec());
-            let state = ChoiceState { prompt_token_ids, ..ChoiceState::default() };
+            let state = ChoiceState {
+                writer: CompletionLogprobsWriter::new(num_logprobs.unwrap_or(0)),
+                prompt_token_ids,
+                prompt_logprobs: None,
+            };
             choices.extend(std::iter::repeat_n(state, request.n as usize));
         }
         Self {
@@ -128,7 +133,7 @@ impl CompletionRenderer {
             prompts,
             choices,
             usage: UsageMode::of(&body.fields),
-            has_logprobs: body.request.logprobs.is_some(),
+            has_logprobs: num_logprobs.is_some(),
             has_token_ids,
             num_prompt_logprobs: body.fields.prompt_logprobs.map(|count| count as usize),
         }
@@ -151,13 +156,15 @@ impl CompletionRenderer {
             state.prompt_logprobs.clone_from(&in_vllm_shape);
         }
         let Some(text) = facts.echo.clone() else { return Vec::new() };
-        let tokens = Arc::clone(&facts.tokens);
+        // Choices echo alike, so one of them writes for all.
+        let mut writer = self.choices[first as usize].writer.clone();
+        let logprobs =
+            self.has_logprobs.then(|| writer.prompt(&self.model, &facts.tokens, entries));
         (first..last)
             .map(|index| {
+                self.choices[index as usize].writer = writer.clone();
                 let mut piece = self.bare_piece(index, text.clone());
-                let writer = &mut self.choices[index as usize].writer;
-                piece.logprobs =
-                    self.has_logprobs.then(|| writer.prompt(&self.model, &tokens, entries));
+                piece.logprobs.clone_from(&logprobs);
                 piece
             })
             .collect()

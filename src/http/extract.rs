@@ -5,25 +5,41 @@ use axum::extract::{FromRequest, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::IntoResponse;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
+use super::body::Body;
 use super::error::ApiError;
 use super::generation::run_sized;
 use super::state::AppState;
 use crate::chat::options::is_ignored;
-use crate::openai::chat::ChatCompletionRequest;
-use crate::openai::completion::CompletionRequest;
 use crate::openai::generation::GenerationFields;
 
 /// Longest `x-ignored-params` header.
 const MAX_IGNORED_BYTES: usize = 512;
+/// How many large bodies are parsed at a time: each may take several times its bytes.
+const MAX_LARGE_BODIES: usize = 4;
+
+static LARGE_BODIES: Semaphore = Semaphore::const_new(MAX_LARGE_BODIES);
+
+/// The right to keep a large body; a small one needs none.
+type Permit = Option<SemaphorePermit<'static>>;
 
 /// A JSON body of type `T`.
 pub(super) struct ApiJson<T> {
     pub(super) value: T,
+    /// Names of fields that have no effect.
+    pub(super) ignored: Vec<String>,
     pub(super) num_bytes: usize,
+    _permit: Permit,
+}
+
+/// What every endpoint may be told about fields it does not know.
+#[derive(Deserialize)]
+struct Strictness {
+    strict_params: Option<bool>,
 }
 
 impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for ApiJson<T> {
@@ -31,27 +47,18 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for ApiJson<T> 
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
         let bytes = read(request, state).await?;
-        let num_bytes = bytes.len();
-        let value = run_sized(num_bytes, state, move || parse(&parse_json(&bytes)?)).await??;
-        Ok(Self { value, num_bytes })
+        let permit = permit(bytes.len(), state).await?;
+        run_sized(bytes.len(), state, move || Self::decode(&bytes, permit)).await?
     }
 }
 
-/// The fields of one generating endpoint that `GenerationFields` does not know.
-pub(super) trait EndpointFields: DeserializeOwned + Send + 'static {
-    /// Fields the endpoint's own type does not know.
-    fn other(&self) -> &Map<String, Value>;
-}
-
-impl EndpointFields for ChatCompletionRequest {
-    fn other(&self) -> &Map<String, Value> {
-        &self.other
-    }
-}
-
-impl EndpointFields for CompletionRequest {
-    fn other(&self) -> &Map<String, Value> {
-        &self.other
+impl<T: DeserializeOwned> ApiJson<T> {
+    fn decode(bytes: &[u8], permit: Permit) -> Result<Self, ApiError> {
+        let mut body = Body::scan(bytes)?;
+        let value: T = body.read()?;
+        let strictness: Strictness = body.read()?;
+        let ignored = ignored(&body, strictness.strict_params)?;
+        Ok(Self { value, ignored, num_bytes: bytes.len(), _permit: permit })
     }
 }
 
@@ -62,27 +69,53 @@ pub(super) struct GenerationBody<T> {
     /// Names of fields that have no effect.
     pub(super) ignored: Vec<String>,
     pub(super) num_bytes: usize,
+    _permit: Permit,
 }
 
-impl<T: EndpointFields> FromRequest<AppState> for GenerationBody<T> {
+impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for GenerationBody<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
         let bytes = read(request, state).await?;
-        run_sized(bytes.len(), state, move || Self::decode(&bytes)).await?
+        let permit = permit(bytes.len(), state).await?;
+        run_sized(bytes.len(), state, move || Self::decode(&bytes, permit)).await?
     }
 }
 
-impl<T: EndpointFields> GenerationBody<T> {
-    fn decode(bytes: &[u8]) -> Result<Self, ApiError> {
-        let value = parse_json(bytes)?;
-        let request: T = parse(&value)?;
-        let fields: GenerationFields = parse(&value)?;
-        let unknown = request.other().iter().filter(|(name, _)| fields.other.contains_key(*name));
-        let ignored = unknown.filter(|(name, value)| is_ignored(name, value));
-        let ignored = ignored.map(|(name, _)| name.clone()).collect();
-        Ok(Self { request, fields, ignored, num_bytes: bytes.len() })
+impl<T: DeserializeOwned> GenerationBody<T> {
+    fn decode(bytes: &[u8], permit: Permit) -> Result<Self, ApiError> {
+        let mut body = Body::scan(bytes)?;
+        let request: T = body.read()?;
+        let fields: GenerationFields = body.read()?;
+        let ignored = ignored(&body, fields.strict_params)?;
+        Ok(Self { request, fields, ignored, num_bytes: bytes.len(), _permit: permit })
     }
+}
+
+/// Names of fields that have no effect; an error if one of them must have, or if it is strict.
+fn ignored(body: &Body<'_>, strict: Option<bool>) -> Result<Vec<String>, ApiError> {
+    let mut names = Vec::new();
+    for field in body.unknown() {
+        if is_ignored(&field.name, field.is_null, field.is_neutral)? {
+            names.push(field.name.clone());
+        }
+    }
+    match names.first().filter(|_| strict == Some(true)) {
+        None => Ok(names),
+        Some(name) => {
+            let message = format!("`{name}`: has no effect here, and `strict_params` is true");
+            Err(ApiError::Invalid { message, param: Some(name.clone()) })
+        }
+    }
+}
+
+/// Waits until a body of this size may be parsed. The permit stays with the body until its prompt
+/// is made, because that is what takes memory.
+async fn permit(num_bytes: usize, state: &AppState) -> Result<Permit, ApiError> {
+    if num_bytes <= state.limits.max_inline_body_bytes {
+        return Ok(None);
+    }
+    LARGE_BODIES.acquire().await.map(Some).map_err(|_| ApiError::Internal)
 }
 
 /// The `x-ignored-params` header, if anything was ignored.
@@ -92,7 +125,7 @@ pub(super) fn ignored_header(ignored: &[String]) -> Option<(HeaderName, HeaderVa
     let mut list = String::new();
     for name in ignored.iter().filter(is_plain) {
         if MAX_IGNORED_BYTES < list.len() + name.len() {
-            break;
+            continue;
         }
         if !list.is_empty() {
             list.push(',');
@@ -116,39 +149,9 @@ async fn read(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
     })
 }
 
-fn parse_json(bytes: &[u8]) -> Result<Value, ApiError> {
-    let value: Value = serde_json::from_slice(bytes).map_err(|error| ApiError::Invalid {
-        message: format!("the body is not valid JSON: {error}"),
-        param: None,
-    })?;
-    if !value.is_object() {
-        let message = "the body must be a JSON object".to_owned();
-        return Err(ApiError::Invalid { message, param: None });
-    }
-    Ok(value)
-}
-
 fn is_json(headers: &HeaderMap) -> bool {
     let value = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     essence == "application/json"
         || (essence.starts_with("application/") && essence.ends_with("+json"))
-}
-
-fn parse<T: DeserializeOwned>(value: &Value) -> Result<T, ApiError> {
-    serde_path_to_error::deserialize(value).map_err(|error| {
-        let path = error.path().to_string();
-        let message = error.inner().to_string();
-        let path = match (path.as_str(), missing_field(&message)) {
-            (".", Some(field)) => field.to_owned(),
-            (path, Some(field)) => format!("{path}.{field}"),
-            (path, None) => path.to_owned(),
-        };
-        ApiError::Invalid { message: format!("`{path}`: {message}"), param: Some(path) }
-    })
-}
-
-/// serde reports a missing field at its parent.
-fn missing_field(message: &str) -> Option<&str> {
-    message.strip_prefix("missing field `")?.split('`').next()
 }

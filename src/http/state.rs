@@ -34,12 +34,12 @@ pub struct HttpLimits {
 impl Default for HttpLimits {
     fn default() -> Self {
         Self {
-            max_body_bytes: 32 << 20,
+            max_body_bytes: 8 << 20,
             max_inline_body_bytes: 16 << 10,
             max_choices: 16,
             max_prompts: 256,
             keep_alive: Duration::from_secs(15),
-            drain_timeout: Duration::from_secs(60),
+            drain_timeout: Duration::from_secs(30),
             // Longer than proxies keep idle connections, usually 60 seconds: the side that reuses
             // a connection should be the one that closes it.
             header_timeout: Duration::from_secs(75),

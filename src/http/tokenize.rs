@@ -4,42 +4,47 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use axum::response::{IntoResponse, Response};
 
 use super::error::ApiError;
-use super::extract::ApiJson;
+use super::extract::{ApiJson, ignored_header};
 use super::generation::run_sized;
 use super::models::check_model;
 use super::state::AppState;
 use crate::chat::model::ServedModel;
 use crate::chat::prompt::{PromptContext, PromptLimits};
 use crate::chat::tokenize as chat;
-use crate::openai::tokenize::{
-    DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse,
-};
+use crate::openai::tokenize::{DetokenizeRequest, TokenizeRequest};
 
 pub(super) async fn tokenize(
     State(state): State<AppState>,
-    ApiJson { value: request, num_bytes }: ApiJson<TokenizeRequest>,
-) -> Result<Json<TokenizeResponse>, ApiError> {
-    if let Some(model) = &request.model {
+    body: ApiJson<TokenizeRequest>,
+) -> Result<Response, ApiError> {
+    if let Some(model) = &body.value.model {
         check_model(model, &state)?;
     }
+    let ignored = ignored_header(&body.ignored);
     let (model, limits) = (Arc::clone(&state.model), state.prompt_limits());
-    let response =
-        run_sized(num_bytes, &state, move || chat::tokenize(&request, &context(&model, limits)))
-            .await?;
-    Ok(Json(response?))
+    let response = run_sized(body.num_bytes, &state, move || {
+        chat::tokenize(&body.value, &context(&model, limits))
+    })
+    .await??;
+    let mut response = Json(response).into_response();
+    response.headers_mut().extend(ignored);
+    Ok(response)
 }
 
 pub(super) async fn detokenize(
     State(state): State<AppState>,
-    ApiJson { value: request, .. }: ApiJson<DetokenizeRequest>,
-) -> Result<Json<DetokenizeResponse>, ApiError> {
-    if let Some(model) = &request.model {
+    body: ApiJson<DetokenizeRequest>,
+) -> Result<Response, ApiError> {
+    if let Some(model) = &body.value.model {
         check_model(model, &state)?;
     }
     let context = context(&state.model, state.prompt_limits());
-    Ok(Json(chat::detokenize(&request, &context)?))
+    let mut response = Json(chat::detokenize(&body.value, &context)?).into_response();
+    response.headers_mut().extend(ignored_header(&body.ignored));
+    Ok(response)
 }
 
 fn context(model: &ServedModel, limits: PromptLimits) -> PromptContext<'_> {

@@ -24,8 +24,6 @@ pub struct ChatCompletionRequest {
     pub chat_template_kwargs: Option<Map<String, Value>>,
     pub add_generation_prompt: Option<bool>,
     pub continue_final_message: Option<bool>,
-    #[serde(flatten)]
-    pub other: Map<String, Value>,
 }
 
 #[derive(Clone, Debug, Serialize)]

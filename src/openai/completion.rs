@@ -14,8 +14,6 @@ pub struct CompletionRequest {
     pub max_tokens: Option<u64>,
     pub logprobs: Option<i64>,
     pub suffix: Option<String>,
-    #[serde(flatten)]
-    pub other: Map<String, Value>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

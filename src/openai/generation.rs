@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 use super::stream::StreamOptions;
 
@@ -36,8 +35,8 @@ pub struct GenerationFields {
     pub response_format: Option<ResponseFormat>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
-    #[serde(flatten)]
-    pub other: Map<String, Value>,
+    /// Refuse fields that would have no effect, instead of naming them in a header.
+    pub strict_params: Option<bool>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

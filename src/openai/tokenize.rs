@@ -18,8 +18,6 @@ pub struct TokenizeRequest {
     pub return_token_strs: Option<bool>,
     /// Accepted without effect: Qwen's tokenizer adds none.
     pub add_special_tokens: Option<bool>,
-    #[serde(flatten)]
-    pub other: Map<String, Value>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -34,8 +32,6 @@ pub struct TokenizeResponse {
 pub struct DetokenizeRequest {
     pub model: Option<String>,
     pub tokens: Vec<u32>,
-    #[serde(flatten)]
-    pub other: Map<String, Value>,
 }
 
 #[derive(Clone, Debug, Serialize)]

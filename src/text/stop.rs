@@ -1,5 +1,7 @@
 //! Stop strings: ending a text at the first of them without ever showing part of one.
 
+use std::sync::Arc;
+
 /// What may be shown after a piece of text came in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StopOutcome {
@@ -9,25 +11,45 @@ pub struct StopOutcome {
     pub stopped: Option<usize>,
 }
 
+/// The stop strings of a request, compiled once for all its choices.
+#[derive(Debug)]
+pub struct StopStrings {
+    patterns: Vec<Pattern>,
+    include_stop: bool,
+}
+
+impl StopStrings {
+    /// With `include_stop`, the stop string itself ends the text; otherwise the text ends before
+    /// it. An empty stop string never matches.
+    pub fn new(stops: Vec<String>, include_stop: bool) -> Self {
+        Self { patterns: stops.into_iter().map(Pattern::new).collect(), include_stop }
+    }
+
+    /// The stop string at this index.
+    pub fn get(&self, index: usize) -> &str {
+        &self.patterns[index].text
+    }
+}
+
 /// Searches a stream of text for stop strings.
 ///
 /// The match that ends first wins; of several that end together, the longest. Text that may turn
 /// out to be the beginning of a stop string is held back until that is decided.
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
-    patterns: Vec<Pattern>,
-    include_stop: bool,
+    stops: Arc<StopStrings>,
+    /// For each stop string, the length of its longest prefix that the text so far ends with.
+    num_matched: Vec<u32>,
     /// The end of the text so far, as long as the longest stop string that may have begun in it.
     held: String,
     stopped: Option<usize>,
 }
 
 impl StopMatcher {
-    /// A matcher for `stops`. With `include_stop`, the stop string itself ends the text; otherwise
-    /// the text ends before it. An empty stop string never matches.
-    pub fn new(stops: Vec<String>, include_stop: bool) -> Self {
-        let patterns = stops.into_iter().map(Pattern::new).collect();
-        Self { patterns, include_stop, held: String::new(), stopped: None }
+    /// A matcher for `stops` before any text.
+    pub fn new(stops: Arc<StopStrings>) -> Self {
+        let num_matched = vec![0; stops.patterns.len()];
+        Self { stops, num_matched, held: String::new(), stopped: None }
     }
 
     /// Takes the next piece of text. After a match, everything that follows is dropped.
@@ -41,35 +63,34 @@ impl StopMatcher {
             if let Some(index) = self.advance(byte) {
                 self.stopped = Some(index);
                 let end = num_held + offset + 1;
-                let shown =
-                    if self.include_stop { end } else { end - self.patterns[index].bytes.len() };
+                let num_hidden =
+                    if self.stops.include_stop { 0 } else { self.stops.get(index).len() };
+                let shown = end - num_hidden;
                 let mut text = std::mem::take(&mut self.held);
                 text.truncate(shown);
                 return StopOutcome { text, stopped: self.stopped };
             }
         }
-        let num_undecided = self.patterns.iter().map(|pattern| pattern.num_matched).max();
-        let undecided = self.held.split_off(self.held.len() - num_undecided.unwrap_or(0));
+        let num_undecided = self.num_matched.iter().max().map_or(0, |num| *num as usize);
+        let undecided = self.held.split_off(self.held.len() - num_undecided);
         let text = std::mem::replace(&mut self.held, undecided);
         StopOutcome { text, stopped: None }
     }
 
     /// Ends the text and returns what was held back, which cannot become a stop string any more.
     pub fn finish(&mut self) -> String {
-        for pattern in &mut self.patterns {
-            pattern.num_matched = 0;
-        }
+        self.num_matched.fill(0);
         std::mem::take(&mut self.held)
     }
 
     /// Feeds one byte to every pattern; the longest that is complete, if any.
     fn advance(&mut self, byte: u8) -> Option<usize> {
         let mut longest: Option<usize> = None;
-        for index in 0..self.patterns.len() {
-            let is_complete = self.patterns[index].advance(byte);
-            let is_longer = longest.is_none_or(|other| {
-                self.patterns[other].bytes.len() < self.patterns[index].bytes.len()
-            });
+        let patterns = &self.stops.patterns;
+        for (index, pattern) in patterns.iter().enumerate() {
+            let is_complete = pattern.advance(&mut self.num_matched[index], byte);
+            let is_longer =
+                longest.is_none_or(|other| patterns[other].text.len() < pattern.text.len());
             if is_complete && is_longer {
                 longest = Some(index);
             }
@@ -79,44 +100,47 @@ impl StopMatcher {
 }
 
 /// One stop string in a Knuth-Morris-Pratt automaton: constant time per byte, no look back.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Pattern {
-    bytes: Vec<u8>,
-    /// `borders[i]`: length of the longest proper prefix of `bytes[..=i]` that is also its suffix.
-    borders: Vec<usize>,
-    /// Length of the longest prefix of `bytes` that the text so far ends with.
-    num_matched: usize,
+    text: String,
+    /// `borders[i]`: length of the longest proper prefix of `text[..=i]`, in bytes, that is also
+    /// its suffix.
+    borders: Vec<u32>,
 }
 
 impl Pattern {
-    fn new(stop: String) -> Self {
-        let bytes = stop.into_bytes();
+    fn new(text: String) -> Self {
+        let bytes = text.as_bytes();
         let mut borders = vec![0; bytes.len()];
         let mut border = 0;
         for index in 1..bytes.len() {
             while 0 < border && bytes[border] != bytes[index] {
-                border = borders[border - 1];
+                border = borders[border - 1] as usize;
             }
             if bytes[border] == bytes[index] {
                 border += 1;
             }
-            borders[index] = border;
+            borders[index] = border as u32;
         }
-        Self { bytes, borders, num_matched: 0 }
+        Self { text, borders }
     }
 
-    /// Whether the text up to and with `byte` ends with the whole stop string.
-    fn advance(&mut self, byte: u8) -> bool {
-        if self.bytes.is_empty() {
+    /// Whether the text up to and with `byte` ends with the whole stop string, of which it ended
+    /// with `num_matched` bytes before.
+    fn advance(&self, num_matched: &mut u32, byte: u8) -> bool {
+        let bytes = self.text.as_bytes();
+        if bytes.is_empty() {
             return false;
         }
-        while 0 < self.num_matched && self.bytes[self.num_matched] != byte {
-            self.num_matched = self.borders[self.num_matched - 1];
+        // After a whole match the search goes on behind its longest border.
+        let is_over = |num: u32| num as usize == bytes.len() || bytes[num as usize] != byte;
+        while 0 < *num_matched && is_over(*num_matched) {
+            *num_matched = self.borders[*num_matched as usize - 1];
         }
-        if self.bytes[self.num_matched] == byte {
-            self.num_matched += 1;
+        if bytes[*num_matched as usize] == byte {
+            *num_matched += 1;
         }
-        self.num_matched == self.bytes.len()
+        *num_matched as usize == bytes.len()
     }
 }
 
@@ -127,7 +151,8 @@ mod tests {
     use super::*;
 
     fn matcher(stops: &[&str], include_stop: bool) -> StopMatcher {
-        StopMatcher::new(stops.iter().map(ToString::to_string).collect(), include_stop)
+        let stops = stops.iter().map(ToString::to_string).collect();
+        StopMatcher::new(Arc::new(StopStrings::new(stops, include_stop)))
     }
 
     fn outcome(text: &str, stopped: Option<usize>) -> StopOutcome {
@@ -158,6 +183,16 @@ mod tests {
     fn the_earliest_end_wins_and_then_the_longest() {
         assert_eq!(matcher(&["bcd", "c"], false).push("abcd"), outcome("ab", Some(1)));
         assert_eq!(matcher(&["c", "bc", "abcx"], false).push("abc"), outcome("a", Some(1)));
+    }
+
+    #[test]
+    fn choices_share_stop_strings_and_nothing_else() {
+        let mut first = matcher(&["STOP"], false);
+        let mut second = StopMatcher::new(Arc::clone(&first.stops));
+        assert_eq!(Arc::strong_count(&first.stops), 2);
+        assert_eq!(first.push("ST"), outcome("", None));
+        assert_eq!(second.push("OP"), outcome("OP", None));
+        assert_eq!(first.push("OP"), outcome("", Some(0)));
     }
 
     #[test]
@@ -201,7 +236,7 @@ mod tests {
         ) {
             let text = pieces.concat();
             let expected = whole_text_search(&text, &stops, include_stop);
-            let mut matcher = StopMatcher::new(stops, include_stop);
+            let mut matcher = StopMatcher::new(Arc::new(StopStrings::new(stops, include_stop)));
             let mut shown = String::new();
             let mut stopped = None;
             for piece in &pieces {

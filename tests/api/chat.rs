@@ -302,6 +302,24 @@ async fn what_has_no_effect_is_named_in_a_header() {
     assert_eq!(answer.header("x-ignored-params"), Some("reasoning_effort,novelty"));
 }
 
+#[tokio::test]
+async fn a_neutral_value_asks_for_nothing() {
+    let server = FakeServer::start();
+    let more = json!({"guided_json": null, "use_beam_search": false, "documents": [],
+                      "structured_outputs": {}, "chat_template": "", "strict_params": true});
+    let answer = server.post(PATH, with(chat("a"), more)).await;
+    answer.ok();
+    assert_eq!(answer.header("x-ignored-params"), None);
+}
+
+#[tokio::test]
+async fn a_name_too_long_for_the_header_hides_no_other() {
+    let server = FakeServer::start();
+    let more = json!({"first": 1, "x".repeat(600): 1, "last": 1});
+    let answer = server.post(PATH, with(chat("a"), more)).await;
+    assert_eq!(answer.header("x-ignored-params"), Some("first,last"));
+}
+
 fn contents_by_index(chunks: &[Value], n: usize) -> Vec<String> {
     let mut contents = vec![String::new(); n];
     for choice in chunks.iter().flat_map(|chunk| chunk["choices"].as_array().unwrap()) {

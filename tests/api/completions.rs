@@ -1,8 +1,10 @@
 //! `/v1/completions`: every form of prompt, echo, the legacy log-probabilities, and streams.
 
+use qwen_server::engine::EngineConfig;
+use qwen_server::http::HttpLimits;
 use serde_json::{Value, json};
 
-use crate::api_fake::{FakeServer, IM_END, MODEL, with};
+use crate::api_fake::{FakeServer, IM_END, MODEL, config, with};
 
 const PATH: &str = "/v1/completions";
 
@@ -81,6 +83,49 @@ async fn echo_repeats_the_prompt_with_its_logprobs() {
 }
 
 #[tokio::test]
+async fn echoed_logprobs_are_as_many_as_asked_for() {
+    let server = FakeServer::start();
+    let more = json!({"echo": true, "logprobs": 1, "prompt_logprobs": 5, "max_tokens": 1});
+    let body = server.post(PATH, with(completion("go"), more)).await.ok();
+    let choice = &body["choices"][0];
+    assert_eq!(choice["logprobs"]["top_logprobs"], json!([null, {"o": -0.5}, {"a": -0.5}]));
+    assert_eq!(choice["prompt_logprobs"][1].as_object().unwrap().len(), 5);
+}
+
+#[tokio::test]
+async fn logprobs_that_would_fill_the_memory_are_refused() {
+    let config = EngineConfig { max_model_len: 8192, ..config() };
+    let server = FakeServer::with(&config, HttpLimits::default());
+    // 16 choices of 6000 tokens with 20 + 1 values each are just too many, however they come about.
+    let long = "x".repeat(6000);
+    let cases = [
+        (json!({"prompt": "go", "logprobs": 20, "max_tokens": 6000}), "logprobs"),
+        (json!({"prompt": long, "logprobs": 20, "max_tokens": 0, "echo": true}), "logprobs"),
+        (json!({"prompt": long, "prompt_logprobs": 20, "max_tokens": 1}), "prompt_logprobs"),
+    ];
+    for (more, param) in cases {
+        let more = with(more, json!({"n": 16}));
+        let error = server.post(PATH, with(completion("go"), more)).await.error(400);
+        assert_eq!(error["param"], param);
+        assert!(error["message"].as_str().unwrap().contains("lower `n`"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn prompts_draw_differently_unless_a_seed_is_given() {
+    let server = FakeServer::start();
+    let prompts = completion(json!(["show the seed", "show the seed"]));
+    let texts = async |more: Value| {
+        let body = server.post(PATH, with(prompts.clone(), more)).await.ok();
+        [0, 1].map(|index| body["choices"][index]["text"].as_str().unwrap().to_owned())
+    };
+    let [first, second] = texts(json!({"max_tokens": 1})).await;
+    assert_ne!(first, second);
+    let [first, second] = texts(json!({"max_tokens": 1, "seed": 7})).await;
+    assert_eq!(first, second);
+}
+
+#[tokio::test]
 async fn echoed_tokens_become_text() {
     let server = FakeServer::start();
     let more = json!({"echo": true, "max_tokens": 1, "return_token_ids": true});
@@ -142,7 +187,7 @@ async fn what_is_not_supported_is_refused_by_name() {
         ("best_of", json!(3)),
         ("logprobs", json!(21)),
         ("logprobs", json!(-1)),
-        ("guided_json", json!({})),
+        ("guided_json", json!({"type": "string"})),
         ("response_format", json!({"type": "json_object"})),
     ];
     for (param, value) in cases {

@@ -47,6 +47,8 @@ async fn a_number_or_list_out_of_range_is_named() {
         (json!({"stop": [""]}), "stop"),
         (json!({"stop": vec!["x"; 200]}), "stop"),
         (json!({"stop": "x".repeat(5000)}), "stop"),
+        (json!({"stop": vec!["x".repeat(200); 100]}), "stop"),
+        (json!({"stop_token_ids": vec![1; 129]}), "stop_token_ids"),
         (json!({"stop_token_ids": [1, 258]}), "stop_token_ids[1]"),
         (json!({"stop_token_ids": [-1]}), "stop_token_ids[0]"),
         (json!({"max_tokens": 0}), "max_tokens"),
@@ -74,6 +76,15 @@ async fn what_is_not_supported_or_malformed_is_named() {
         (json!({"response_format": {"type": "json_object"}}), "response_format"),
         (json!({"response_format": {"type": "json_schema", "json_schema": {}}}), "response_format"),
         (json!({"guided_regex": "a+"}), "guided_regex"),
+        (json!({"allowed_token_ids": [1]}), "allowed_token_ids"),
+        (json!({"truncate_prompt_tokens": 5}), "truncate_prompt_tokens"),
+        (json!({"chat_template": "x"}), "chat_template"),
+        (json!({"documents": [{"text": "x"}]}), "documents"),
+        (json!({"regex": "a+"}), "regex"),
+        (json!({"ebnf": "root ::= 'a'"}), "ebnf"),
+        (json!({"length_penalty": 0.5}), "length_penalty"),
+        (json!({"stop_regex": "a+"}), "stop_regex"),
+        (json!({"strict_params": true, "user": "u", "novelty": 1}), "novelty"),
         (json!({"modalities": ["text", "audio"]}), "modalities"),
         (json!({"audio": {"voice": "x"}}), "audio"),
         (json!({"cache_salt": ""}), "cache_salt"),
@@ -132,6 +143,46 @@ async fn bodies_that_are_not_json_objects_are_refused() {
     assert!(error["message"].as_str().unwrap().contains("line 2 column"), "{error}");
     let deep = format!("{{\"model\": {}1{}}}", "[".repeat(2000), "]".repeat(2000));
     server.post_text(PATH, deep).await.error(400);
+}
+
+#[tokio::test]
+async fn a_body_that_would_take_many_times_its_bytes_is_refused() {
+    let server = FakeServer::start();
+    let maps = format!("[{}0]", r#"{"":0},"#.repeat(200_000));
+    for field in ["tools", "messages", "chat_template_kwargs"] {
+        let body = format!(r#"{{"model":"{MODEL}","{field}":{maps}}}"#);
+        let error = server.post_text(PATH, body).await.error(400);
+        assert_eq!(error["param"], field);
+        assert!(error["message"].as_str().unwrap().contains("at most 200000 values"), "{error}");
+    }
+    let call = json!({"function": {"name": "f", "arguments": maps}});
+    let messages = json!([{"role": "assistant", "tool_calls": [call]}]);
+    let error = server.post(PATH, with(chat("x"), json!({"messages": messages}))).await.error(400);
+    assert_eq!(error["param"], "messages");
+    let fields = r#""same":0,"#.repeat(2000);
+    let body = format!(r#"{{{fields}"model":"{MODEL}"}}"#);
+    let error = server.post_text(PATH, body).await.error(400);
+    assert!(error["message"].as_str().unwrap().contains("1024 fields"), "{error}");
+    // A field that nobody knows is never built, whatever it holds.
+    let bodies = (0..16).map(|_| {
+        let body = chat("still here").to_string();
+        server.post_text(PATH, format!(r#"{},"x":{maps}}}"#, body.strip_suffix('}').unwrap()))
+    });
+    for answer in futures_util::future::join_all(bodies).await {
+        assert_eq!(answer.ok()["choices"][0]["message"]["content"], "still here");
+        assert_eq!(answer.header("x-ignored-params"), Some("x"));
+    }
+}
+
+#[tokio::test]
+async fn of_fields_with_one_name_the_last_counts() {
+    let server = FakeServer::start();
+    let body = chat("abc").to_string();
+    let twice = r#""max_tokens":1,"x":2,"max_tokens":null,"max_tokens":2,"x":null"#;
+    let body = format!("{},{twice}}}", body.strip_suffix('}').unwrap());
+    let answer = server.post_text(PATH, body).await;
+    assert_eq!(answer.ok()["choices"][0]["message"]["content"], "ab");
+    assert_eq!(answer.header("x-ignored-params"), None);
 }
 
 #[tokio::test]

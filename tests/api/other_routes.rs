@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::api_fake::{FakeServer, IM_START, MODEL};
+use crate::api_fake::{FakeServer, IM_START, MODEL, with};
 
 #[tokio::test]
 async fn models_are_listed_with_their_context() {
@@ -67,6 +67,22 @@ async fn token_requests_are_checked() {
     assert_eq!(answer.error(400)["param"], "tokens[1]");
     let answer = server.post("/detokenize", json!({"tokens": [1, "x"]})).await;
     assert_eq!(answer.error(400)["param"], "tokens[1]");
+}
+
+#[tokio::test]
+async fn token_requests_do_not_swallow_what_they_do_not_know() {
+    let server = FakeServer::start();
+    for (path, body) in
+        [("/tokenize", json!({"prompt": "x"})), ("/detokenize", json!({"tokens": [97]}))]
+    {
+        let answer = server.post(path, with(body.clone(), json!({"novelty": 1}))).await;
+        answer.ok();
+        assert_eq!(answer.header("x-ignored-params"), Some("novelty"));
+        let strict = with(body.clone(), json!({"novelty": 1, "strict_params": true}));
+        assert_eq!(server.post(path, strict).await.error(400)["param"], "novelty");
+        let answer = server.post(path, with(body, json!({"chat_template": "{{ x }}"}))).await;
+        assert_eq!(answer.error(400)["param"], "chat_template");
+    }
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 //! what the prompt tells it to.
 //!
 //! A prompt that contains `say:TEXT;` is answered with `TEXT` and the end of the sequence, any
-//! other with letters that depend on the choice, for ever. The runner reads the prompt back
+//! other with letters that depend on the choice, for ever, or on the seed if it says so. The runner reads the prompt back
 //! through the block table, so a misplaced block changes the answer.
 
 use std::sync::Arc;
@@ -238,6 +238,9 @@ impl FakeRunner {
         });
         let token = match script {
             Some(text) => text.get(done).map_or(IM_END, |byte| TokenId::from(*byte)),
+            None if find(&prompt, b"show the seed").is_some() => {
+                TokenId::from(b'a') + (sample.params.seed % 26) as u32
+            }
             None => TokenId::from(b'a') + (done as u32 + sample.choice) % 26,
         };
         if sample.forbidden.contains(&token) { TokenId::from(b'x') } else { token }
