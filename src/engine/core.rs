@@ -66,12 +66,6 @@ impl<R: Runner> EngineCore<R> {
         &self.runner
     }
 
-    /// Decides and runs one step.
-    pub fn step(&mut self) -> StepOutcome {
-        let step = self.scheduler.schedule();
-        self.execute(&step)
-    }
-
     /// Runs what [`Scheduler::schedule`] decided.
     ///
     /// A panic of the runner is contained here: the runner owns nothing but the device's memory,

@@ -37,39 +37,30 @@ pub(super) async fn create(
     check_model(&body.request.model, &state)?;
     let head = ResponseHead::new("cmpl", &body.request.model);
     let ignored = ignored_header(&body.ignored);
-    let (prepared, rendering) = prepare(&state, head, body).await??;
+    let is_stream = body.fields.stream == Some(true);
+    let (prepared, renderer) = prepare(&state, head, body).await??;
     let generation = Generation::submit(&state, &request_id, prepared)?;
-    let mut response = match rendering {
-        Rendering::Stream(renderer) => sse::response(generation, renderer, &state.limits).await?,
-        Rendering::Whole(renderer) => Json(fold(generation, renderer).await?).into_response(),
+    let mut response = if is_stream {
+        sse::response(generation, renderer, &state.limits).await?
+    } else {
+        Json(fold(generation, renderer).await?).into_response()
     };
     response.headers_mut().extend(ignored);
     Ok(response)
 }
 
-enum Rendering {
-    Stream(CompletionRenderer),
-    Whole(CompletionRenderer),
-}
-
-type PreparedPrompts = (Vec<Prepared>, Rendering);
-
 async fn prepare(
     state: &AppState,
     head: ResponseHead,
     body: Body,
-) -> Result<Result<PreparedPrompts, PromptError>, ApiError> {
+) -> Result<Result<(Vec<Prepared>, CompletionRenderer), PromptError>, ApiError> {
     let (model, limits, random_seed) =
         (Arc::clone(&state.model), state.prompt_limits(), state.seed());
     run_sized(body.num_bytes, state, move || {
         let context = PromptContext { model: &model, limits, id: &head.id, random_seed };
         let prepared = prepare_completion(&body.request, &body.fields, &context)?;
         let renderer = CompletionRenderer::new(head, model, &body, &prepared);
-        let rendering = match body.fields.stream {
-            Some(true) => Rendering::Stream(renderer),
-            _ => Rendering::Whole(renderer),
-        };
-        Ok((prepared, rendering))
+        Ok((prepared, renderer))
     })
     .await
 }
