@@ -12,5 +12,5 @@ pub mod paged_attention;
 pub mod rms_norm;
 pub mod rope;
 mod rows;
-pub mod silu_mul;
+mod silu_mul;
 mod simd;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
 
-use crate::ops::matmul::{MatrixSource, PackedMatrix, matmul};
+use crate::ops::matmul::{MatrixSource, PackedMatrix, gated_matmul, matmul};
 use crate::weights::checkpoint::{Checkpoint, StoredMatrix};
 
 /// A linear projection, or several that share their input and run as one.
@@ -57,6 +57,15 @@ impl Linear {
     /// `[num_tokens, in_features]` to `[num_tokens, out_features]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         matmul(x, &self.weight, self.bias.as_ref())
+    }
+
+    /// Of a stack of gate and up projection without biases, `silu(gate(x)) * up(x)`:
+    /// `[num_tokens, in_features]` to `[num_tokens, out_features / 2]`.
+    pub fn forward_gated(&self, x: &Tensor) -> Result<Tensor> {
+        if self.bias.is_some() {
+            candle_core::bail!("a gated projection with a bias is not supported");
+        }
+        gated_matmul(x, &self.weight)
     }
 
     /// Memory that the weights take.

@@ -3,7 +3,6 @@
 use candle_core::{Result, Tensor};
 
 use super::linear::{Linear, Projection};
-use crate::ops::silu_mul::silu_mul;
 use crate::weights::checkpoint::Checkpoint;
 
 /// `down(silu(gate(x)) * up(x))`.
@@ -33,8 +32,8 @@ impl Mlp {
 
     /// `[num_tokens, hidden_size]` to the same shape.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gate_up = self.gate_up_proj.forward(x)?; // [num_tokens, 2 intermediate_size]
-        self.down_proj.forward(&silu_mul(&gate_up)?)
+        let gated = self.gate_up_proj.forward_gated(x)?; // [num_tokens, intermediate_size]
+        self.down_proj.forward(&gated)
     }
 
     /// Memory that the weights take.

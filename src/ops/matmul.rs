@@ -21,10 +21,9 @@ mod kernel;
 mod pack;
 #[cfg(target_arch = "x86_64")]
 mod pair;
+mod plan;
 mod simd;
 
-use std::mem::MaybeUninit;
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
@@ -32,22 +31,13 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor,
 
 use self::activations::{Activations, Group, SumFactor, SumKind, groups};
 use self::buffer::Buffer;
-use self::format::{BLOCK, GROUP_BYTES, max_unpacked_bytes, packed_layout, panel_bytes};
-use self::kernel::{Kernels, MAX_WIDTH, PairKernel, PanelArgs, PanelKernel, Tile};
+use self::format::{BLOCK, GROUP_BYTES, packed_layout, panel_bytes};
+use self::kernel::Kernels;
+use self::plan::{Epilogue, Plan};
 use self::simd::{Isa, LANES};
-use crate::device::threads::{current_num_threads, parallel_for};
+use crate::device::threads::parallel_for;
 use crate::ops::gguf_blocks::{block_layout, row_bytes};
-
-/// Up to this many tokens the kernels read the packed weights themselves; beyond, each panel is
-/// unpacked first.
-const MAX_DIRECT_TOKENS: usize = 16;
-/// Activations that one task goes over for each panel; they should stay in the second-level cache.
-const TILE_BYTES: usize = 512 << 10;
-/// Blocks of a panel that are unpacked at a time; they should stay in the first-level cache. A
-/// multiple of the eight blocks that share scales.
-const CHUNK_BLOCKS: usize = 16;
-/// Tasks for each thread: enough to even out threads of unequal speed.
-const TASKS_PER_THREAD: usize = 8;
+use crate::ops::simd::Isa as FloatIsa;
 
 /// The instruction set that products are computed with on this machine.
 pub fn instruction_set() -> &'static str {
@@ -77,8 +67,6 @@ struct Segment {
     dtype: GgmlDType,
     first_row: usize,
     num_rows: usize,
-    /// Panels before this segment.
-    first_panel: usize,
     panel_bytes: usize,
     data: Buffer,
 }
@@ -91,6 +79,16 @@ impl Segment {
     /// Blocks of a panel, or columns for floats.
     fn num_blocks(&self, num_cols: usize) -> usize {
         if packed_layout(self.dtype).is_some() { num_cols / BLOCK } else { num_cols }
+    }
+
+    /// Bytes of the integers of so many blocks.
+    fn integer_bytes(&self, num_blocks: usize) -> usize {
+        packed_layout(self.dtype).map_or(0, |(bits, _)| num_blocks * bits * GROUP_BYTES)
+    }
+
+    /// Bytes of the scales of so many blocks.
+    fn scale_bytes(&self, num_blocks: usize) -> usize {
+        packed_layout(self.dtype).map_or(0, |(_, kind)| kind.num_bytes(num_blocks))
     }
 
     fn sum_kind(&self) -> Option<SumKind> {
@@ -109,11 +107,9 @@ impl PackedMatrix {
     /// no memory.
     pub fn pack(sources: &[MatrixSource<'_>], num_cols: usize) -> Result<Self> {
         let mut matrix = Self { segments: Vec::new(), num_rows: 0, num_cols };
-        let mut num_panels = 0;
         for source in sources {
-            let segment = pack_segment(source, num_cols, (matrix.num_rows, num_panels))?;
+            let segment = pack_segment(source, num_cols, matrix.num_rows)?;
             matrix.num_rows += segment.num_rows;
-            num_panels += segment.num_panels();
             matrix.segments.push(segment);
         }
         Ok(matrix)
@@ -133,17 +129,9 @@ impl PackedMatrix {
     pub fn num_bytes(&self) -> usize {
         self.segments.iter().map(|segment| segment.data.len()).sum()
     }
-
-    fn num_panels(&self) -> usize {
-        self.segments.iter().map(Segment::num_panels).sum()
-    }
 }
 
-fn pack_segment(
-    source: &MatrixSource<'_>,
-    num_cols: usize,
-    (first_row, first_panel): (usize, usize),
-) -> Result<Segment> {
+fn pack_segment(source: &MatrixSource<'_>, num_cols: usize, first_row: usize) -> Result<Segment> {
     let MatrixSource { dtype, data, num_rows } = *source;
     let row_bytes = row_bytes(dtype, num_cols)?;
     if Some(data.len()) != row_bytes.checked_mul(num_rows) {
@@ -171,7 +159,7 @@ fn pack_segment(
             pack::pack_dense(dtype.type_size(), &rows, to);
         }
     });
-    Ok(Segment { dtype, first_row, num_rows, first_panel, panel_bytes, data: buffer })
+    Ok(Segment { dtype, first_row, num_rows, panel_bytes, data: buffer })
 }
 
 /// A pointer that tasks share and write disjoint parts of.
@@ -193,14 +181,31 @@ impl<T> SharedMut<T> {
 /// # Errors
 /// If a shape or a type does not fit, or a tensor is not contiguous on the CPU.
 pub fn matmul(x: &Tensor, w: &Arc<PackedMatrix>, bias: Option<&Tensor>) -> Result<Tensor> {
-    let op = MatMul { weights: Arc::clone(w), bias: bias.cloned(), isa: Isa::detect() };
-    x.apply_op1_no_bwd(&op)
+    let then = bias.cloned().map_or(Then::Store, Then::AddBias);
+    x.apply_op1_no_bwd(&MatMul { weights: Arc::clone(w), then, isa: Isa::detect() })
+}
+
+/// The gated half of a feed-forward layer, `silu(x * gate^T) * (x * up^T)`: `[num_tokens,
+/// num_rows / 2]` from `x: [num_tokens, num_cols]` and a matrix packed of gate and up.
+///
+/// # Errors
+/// As for [`matmul`], and if the matrix is not two of equal shape.
+pub fn gated_matmul(x: &Tensor, gate_up: &Arc<PackedMatrix>) -> Result<Tensor> {
+    let then = Then::SiluMul(FloatIsa::best());
+    x.apply_op1_no_bwd(&MatMul { weights: Arc::clone(gate_up), then, isa: Isa::detect() })
 }
 
 struct MatMul {
     weights: Arc<PackedMatrix>,
-    bias: Option<Tensor>,
+    then: Then,
     isa: Isa,
+}
+
+/// What is done with the product.
+enum Then {
+    Store,
+    AddBias(Tensor),
+    SiluMul(FloatIsa),
 }
 
 impl CustomOp1 for MatMul {
@@ -215,9 +220,9 @@ impl CustomOp1 for MatMul {
             bail!("activations have {num_cols} columns, the weights {}", weights.num_cols);
         }
         let x = contiguous(storage, layout)?;
-        let output = match &self.bias {
-            None => multiply(self.isa, x, weights, None),
-            Some(bias) => {
+        let output = match &self.then {
+            Then::Store => multiply(self.isa, x, weights, Epilogue::Store),
+            Then::AddBias(bias) => {
                 let (storage, layout) = bias.storage_and_layout();
                 let Storage::Cpu(storage) = &*storage else {
                     bail!("the bias is not on the CPU");
@@ -226,10 +231,20 @@ impl CustomOp1 for MatMul {
                 if bias.len() != weights.num_rows {
                     bail!("{} biases for {} rows", bias.len(), weights.num_rows);
                 }
-                multiply(self.isa, x, weights, Some(bias))
+                multiply(self.isa, x, weights, Epilogue::AddBias(bias))
             }
+            Then::SiluMul(isa) => match &weights.segments[..] {
+                [gate, up] if gate.num_rows == up.num_rows => {
+                    multiply(self.isa, x, weights, Epilogue::SiluMul(*isa))
+                }
+                _ => bail!("the weights are not a gate and an up projection of equal shape"),
+            },
         };
-        Ok((CpuStorage::F32(output), (num_tokens, weights.num_rows).into()))
+        let num_rows = match self.then {
+            Then::SiluMul(_) => weights.num_rows / 2,
+            _ => weights.num_rows,
+        };
+        Ok((CpuStorage::F32(output), (num_tokens, num_rows).into()))
     }
 }
 
@@ -241,9 +256,13 @@ fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]>
 }
 
 /// The product on slices: `x` is `[num_tokens, num_cols]`.
-fn multiply(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>) -> Vec<f32> {
+fn multiply(isa: Isa, x: &[f32], w: &PackedMatrix, epilogue: Epilogue<'_>) -> Vec<f32> {
     let num_tokens = x.len().checked_div(w.num_cols).unwrap_or(0);
-    let len = num_tokens * w.num_rows;
+    let num_rows = match epilogue {
+        Epilogue::SiluMul(_) => w.num_rows / 2,
+        _ => w.num_rows,
+    };
+    let len = num_tokens * num_rows;
     let mut output: Vec<f32> = Vec::with_capacity(len);
     let groups = groups(num_tokens);
     let activations = prepare(isa, x, w, &groups);
@@ -252,9 +271,9 @@ fn multiply(isa: Isa, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>) -> Vec<
         kernels: w.segments.iter().map(|segment| Kernels::new(isa, segment.dtype)).collect(),
         groups: &groups,
         activations: &activations,
-        bias,
+        epilogue,
         output: SharedMut(output.as_mut_ptr()),
-        is_direct: num_tokens <= MAX_DIRECT_TOKENS,
+        num_rows,
     };
     plan.run();
     // SAFETY: the plan wrote all rows of all tokens.
@@ -290,229 +309,13 @@ fn prepare(isa: Isa, x: &[f32], w: &PackedMatrix, groups: &[Group]) -> Vec<Activ
     activations
 }
 
-/// One product, cut into tasks.
-struct Plan<'a> {
-    w: &'a PackedMatrix,
-    /// Of each segment.
-    kernels: Vec<Kernels>,
-    groups: &'a [Group],
-    /// Of each group.
-    activations: &'a [Activations],
-    bias: Option<&'a [f32]>,
-    output: SharedMut<f32>,
-    /// Few tokens: panels are not unpacked.
-    is_direct: bool,
-}
-
-/// Consecutive blocks of one or two panels, or columns for floats, and the code for them.
-struct PanelSlice<'a> {
-    weights: &'a [*const u8],
-    blocks: Range<usize>,
-    by_width: &'a [PanelKernel; 4],
-    pair: Option<PairKernel>,
-}
-
-/// What a task needs besides its input.
-struct Workspace {
-    /// A chunk of two unpacked panels.
-    scratch: Vec<CacheLine>,
-    /// Results of two panels for each group.
-    tiles: Vec<[Tile; 2]>,
-}
-
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct CacheLine {
-    _bytes: [u8; GROUP_BYTES],
-}
-
-impl Workspace {
-    fn new(num_groups: usize, is_direct: bool) -> Self {
-        let num_bytes = if is_direct { 0 } else { 2 * max_unpacked_bytes(CHUNK_BLOCKS) };
-        let line = CacheLine { _bytes: [0; GROUP_BYTES] };
-        Self {
-            scratch: vec![line; num_bytes / GROUP_BYTES],
-            tiles: vec![[[[0.0; LANES]; MAX_WIDTH]; 2]; num_groups],
-        }
-    }
-}
-
-impl Plan<'_> {
-    /// A task is a range of panels for a range of groups; within it each panel meets all groups.
-    fn run(&self) {
-        let group_bytes = MAX_WIDTH * self.w.num_cols;
-        let groups_per_tile = (TILE_BYTES / group_bytes.max(1)).max(1);
-        let num_tiles = self.groups.len().div_ceil(groups_per_tile);
-        let num_panels = self.w.num_panels();
-        let num_tasks = current_num_threads() * TASKS_PER_THREAD;
-        // Even, because panels are computed in pairs.
-        let panels_per_task = num_panels.div_ceil(num_tasks).next_multiple_of(2).max(2);
-        let num_chunks = num_panels.div_ceil(panels_per_task);
-        parallel_for(num_tiles * num_chunks, |task| {
-            let tile = task / num_chunks * groups_per_tile;
-            let tile = tile..self.groups.len().min(tile + groups_per_tile);
-            let first = task % num_chunks * panels_per_task;
-            let last = num_panels.min(first + panels_per_task);
-            let mut workspace = Workspace::new(tile.len(), self.is_direct);
-            for (index, segment) in self.w.segments.iter().enumerate() {
-                let end = last.min(segment.first_panel + segment.num_panels());
-                let mut panel = first.max(segment.first_panel);
-                while panel < end {
-                    let next = end.min(panel + 2);
-                    let panels = panel - segment.first_panel..next - segment.first_panel;
-                    self.run_panels(index, panels, tile.clone(), &mut workspace);
-                    panel = next;
-                }
-            }
-        });
-    }
-
-    /// One or two panels of a segment and a range of groups.
-    fn run_panels(
-        &self,
-        segment: usize,
-        panels: Range<usize>,
-        groups: Range<usize>,
-        workspace: &mut Workspace,
-    ) {
-        let kernels = &self.kernels[segment];
-        let segment = &self.w.segments[segment];
-        let (first_panel, num_panels) = (panels.start, panels.len());
-        let packed = |panel: usize| {
-            segment.data[(first_panel + panel) * segment.panel_bytes..][..segment.panel_bytes]
-                .as_ptr()
-        };
-        let Workspace { scratch, tiles } = workspace;
-        tiles.fill([[[0.0; LANES]; MAX_WIDTH]; 2]);
-        match &kernels.unpacking {
-            Some(unpacking) if !self.is_direct => {
-                let num_blocks = self.w.num_cols / BLOCK;
-                let stride = max_unpacked_bytes(CHUNK_BLOCKS);
-                let to: *mut u8 = scratch.as_mut_ptr().cast();
-                for first in (0..num_blocks).step_by(CHUNK_BLOCKS) {
-                    let blocks = first..num_blocks.min(first + CHUNK_BLOCKS);
-                    for panel in 0..num_panels {
-                        // SAFETY: the kernels are of a detected instruction set and of the
-                        // segment's format; the scratch has room for a chunk of two panels.
-                        unsafe {
-                            let to = to.add(panel * stride);
-                            (unpacking.unpack)(packed(panel), num_blocks, blocks.clone(), to);
-                        }
-                    }
-                    let weights = [to.cast_const(), to.wrapping_add(stride)];
-                    let slice = PanelSlice {
-                        weights: &weights[..num_panels],
-                        blocks,
-                        by_width: &unpacking.by_width,
-                        pair: unpacking.pair,
-                    };
-                    self.run_groups(segment, &slice, groups.clone(), tiles);
-                }
-            }
-            _ => {
-                let weights = [packed(0), packed(num_panels - 1)];
-                let slice = PanelSlice {
-                    weights: &weights[..num_panels],
-                    blocks: 0..segment.num_blocks(self.w.num_cols),
-                    by_width: &kernels.by_width,
-                    pair: None,
-                };
-                self.run_groups(segment, &slice, groups.clone(), tiles);
-            }
-        }
-        for (group, tiles) in groups.zip(tiles) {
-            for (panel, tile) in panels.clone().zip(tiles) {
-                self.write(segment, panel, self.groups[group], tile);
-            }
-        }
-    }
-
-    /// Adds what a slice of one or two panels contributes to the tiles of some groups.
-    fn run_groups(
-        &self,
-        segment: &Segment,
-        slice: &PanelSlice,
-        groups: Range<usize>,
-        tiles: &mut [[Tile; 2]],
-    ) {
-        for (index, tiles) in groups.zip(tiles) {
-            let width = self.groups[index].width;
-            let mut args = self.panel_args(segment, slice, index);
-            if let (&[first, second], MAX_WIDTH, Some(pair)) = (slice.weights, width, slice.pair) {
-                let stride = second as usize - first as usize;
-                // SAFETY: as below, for both panels.
-                unsafe { pair(&args, stride, tiles) };
-                continue;
-            }
-            let kernel = slice.by_width[width.trailing_zeros() as usize];
-            for (&weights, tile) in slice.weights.iter().zip(tiles) {
-                args.panel = weights;
-                // SAFETY: the kernel is of a detected instruction set, of the segment's format and
-                // of the group's width, for which the weights and the activations were made.
-                unsafe { kernel(&args, tile) };
-            }
-        }
-    }
-
-    fn panel_args(&self, segment: &Segment, slice: &PanelSlice, group: usize) -> PanelArgs {
-        let activations = &self.activations[group];
-        let width = self.groups[group].width;
-        let panel = slice.weights[0];
-        let num_blocks = slice.blocks.len();
-        let first = slice.blocks.start * width;
-        match segment.sum_kind() {
-            Some(kind) => PanelArgs {
-                panel,
-                num_blocks,
-                x: activations.quants[first * BLOCK..].as_ptr().cast(),
-                x_scales: activations.scales[first..].as_ptr(),
-                x_sums: activations.sums(kind)[first * kind.halves..].as_ptr(),
-            },
-            None => PanelArgs {
-                panel,
-                num_blocks,
-                x: activations.floats[first..].as_ptr().cast(),
-                x_scales: std::ptr::null(),
-                x_sums: std::ptr::null(),
-            },
-        }
-    }
-
-    fn write(&self, segment: &Segment, panel: usize, group: Group, tile: &Tile) {
-        let row = segment.first_row + panel * LANES;
-        let num_rows = LANES.min(segment.num_rows - panel * LANES);
-        for (t, sums) in tile.iter().enumerate().take(group.width) {
-            let at = (group.first + t) * self.w.num_rows + row;
-            // SAFETY: the rows of a panel and the tokens of a group belong to one task, and lie in
-            // the output.
-            let output = unsafe {
-                std::slice::from_raw_parts_mut(
-                    self.output.get().add(at).cast::<MaybeUninit<f32>>(),
-                    num_rows,
-                )
-            };
-            match self.bias {
-                Some(bias) => {
-                    for ((output, sum), bias) in output.iter_mut().zip(sums).zip(&bias[row..]) {
-                        output.write(sum + bias);
-                    }
-                }
-                None => {
-                    for (output, &sum) in output.iter_mut().zip(sums) {
-                        output.write(sum);
-                    }
-                }
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::device::threads::ThreadPool;
     use crate::ops::gguf_blocks::dequantize_row;
     use crate::ops::gguf_blocks::tests::{ALL_DTYPES, Random, random_blocks};
+    use crate::ops::silu_mul::SiluMul;
     use candle_core::Device;
 
     fn random_x(num_tokens: usize, num_cols: usize) -> Vec<f32> {
@@ -556,7 +359,7 @@ mod tests {
                 let num_cols = num_blocks * dtype.block_size().max(32);
                 let (weights, packed) = pack(dtype, num_rows, num_cols);
                 let x = random_x(num_tokens, num_cols);
-                let found = multiply(Isa::detect(), &x, &packed, None);
+                let found = multiply(Isa::detect(), &x, &packed, Epilogue::Store);
                 let limit = if block_layout(dtype).is_some() { 5e-4 } else { 1e-11 };
                 let error = error(&found, &x, &weights, num_cols);
                 assert!(error < limit, "{dtype:?} {num_rows}x{num_cols}x{num_tokens}: {error:e}");
@@ -573,9 +376,13 @@ mod tests {
             let (_, packed) = pack(dtype, 35, num_cols);
             for num_tokens in [1, 7, 31] {
                 let x = random_x(num_tokens, num_cols);
-                let expected = multiply(Isa::Portable, &x, &packed, None);
+                let expected = multiply(Isa::Portable, &x, &packed, Epilogue::Store);
                 for isa in Isa::available() {
-                    assert_eq!(multiply(isa, &x, &packed, None), expected, "{dtype:?} {isa:?}");
+                    assert_eq!(
+                        multiply(isa, &x, &packed, Epilogue::Store),
+                        expected,
+                        "{dtype:?} {isa:?}"
+                    );
                 }
             }
         }
@@ -589,9 +396,14 @@ mod tests {
                 let (_, packed) = pack(dtype, 40, num_cols);
                 let x = random_x(29, num_cols);
                 for num_tokens in [29, 13, 6] {
-                    let batch = multiply(isa, &x[..num_tokens * num_cols], &packed, None);
+                    let batch =
+                        multiply(isa, &x[..num_tokens * num_cols], &packed, Epilogue::Store);
                     for (x, row) in x.chunks_exact(num_cols).zip(batch.chunks_exact(40)) {
-                        assert_eq!(multiply(isa, x, &packed, None), row, "{dtype:?} {isa:?}");
+                        assert_eq!(
+                            multiply(isa, x, &packed, Epilogue::Store),
+                            row,
+                            "{dtype:?} {isa:?}"
+                        );
                     }
                 }
             }
@@ -622,11 +434,11 @@ mod tests {
         let bias: Vec<f32> = (0..76).map(|_| random.float()).collect();
         for num_tokens in [1, 5, 40] {
             let x = random_x(num_tokens, num_cols);
-            let expected = multiply(Isa::detect(), &x, &stacked, Some(&bias));
+            let expected = multiply(Isa::detect(), &x, &stacked, Epilogue::AddBias(&bias));
             let mut first = 0;
             for source in sources.chunks(1) {
                 let packed = PackedMatrix::pack(source, num_cols).unwrap();
-                let alone = multiply(Isa::detect(), &x, &packed, None);
+                let alone = multiply(Isa::detect(), &x, &packed, Epilogue::Store);
                 for (t, rows) in alone.chunks_exact(packed.num_rows()).enumerate() {
                     for (row, value) in rows.iter().enumerate() {
                         assert_eq!(expected[t * 76 + first + row], value + bias[first + row]);
@@ -637,8 +449,40 @@ mod tests {
             for num_threads in 1..5 {
                 let pool = ThreadPool::new(num_threads);
                 let packed = pool.install(|| PackedMatrix::pack(&sources, num_cols).unwrap());
-                let found = pool.install(|| multiply(Isa::detect(), &x, &packed, Some(&bias)));
+                let found =
+                    pool.install(|| multiply(Isa::detect(), &x, &packed, Epilogue::AddBias(&bias)));
                 assert_eq!(found, expected);
+            }
+        }
+    }
+
+    /// Goal: fusing changes no bit. Method: gate and up of equal and of different formats, and of
+    /// rows that fill no panel, beside the products alone and the formula applied to them.
+    #[test]
+    fn gated_products_are_the_products_gated() {
+        let num_cols = 768;
+        for (gate, up) in [
+            (GgmlDType::Q5_0, GgmlDType::Q5_0),
+            (GgmlDType::Q4K, GgmlDType::Q6K),
+            (GgmlDType::Q8_0, GgmlDType::F16),
+        ] {
+            for (num_rows, num_tokens) in [(32, 1), (40, 9), (23, 37), (7, 16)] {
+                let data =
+                    [gate, up].map(|dtype| random_blocks(dtype, num_rows * num_cols, dtype as u64));
+                let source = |dtype, data| MatrixSource { dtype, data, num_rows };
+                let sources = [source(gate, &data[0][..]), source(up, &data[1][..])];
+                let packed = PackedMatrix::pack(&sources, num_cols).unwrap();
+                let x = random_x(num_tokens, num_cols);
+                let isa = Isa::detect();
+                let products = multiply(isa, &x, &packed, Epilogue::Store);
+                let mut expected = vec![0.0; num_tokens * num_rows];
+                let rows = products.chunks(2 * num_rows).zip(expected.chunks_mut(num_rows));
+                for (product, out) in rows {
+                    let (gate, up) = product.split_at(num_rows);
+                    FloatIsa::best().run(SiluMul { gate, up, out });
+                }
+                let found = multiply(isa, &x, &packed, Epilogue::SiluMul(FloatIsa::best()));
+                assert_eq!(found, expected, "{gate:?} {up:?} {num_rows} {num_tokens}");
             }
         }
     }
@@ -681,6 +525,7 @@ mod tests {
         assert!(matmul(&x, &packed, None).is_err());
         let x = Tensor::zeros((1, 32), candle_core::DType::F32, &Device::Cpu).unwrap();
         assert!(matmul(&x, &packed, Some(&x.flatten_all().unwrap())).is_err());
+        assert!(gated_matmul(&x, &packed).is_err());
         let halves = x.to_dtype(candle_core::DType::F16).unwrap();
         assert!(matmul(&halves, &packed, None).is_err());
     }

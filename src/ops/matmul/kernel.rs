@@ -32,6 +32,8 @@ pub(super) type Tile = [[f32; LANES]; MAX_WIDTH];
 pub(super) struct PanelArgs {
     /// Integers and then scales, or floats `[column][row]`.
     pub(super) panel: *const u8,
+    /// Bytes to the next panel of the matrix.
+    pub(super) panel_bytes: usize,
     /// Blocks of 32 columns, or columns in the dense case.
     pub(super) num_blocks: usize,
     /// `[block][token][32]` integers, or `[column][token]` floats in the dense case.
@@ -41,21 +43,25 @@ pub(super) struct PanelArgs {
     /// `[block][half][token]`: negative sums of the integers, or the same times the scale as `f32`
     /// for formats with a minimum.
     pub(super) x_sums: *const i32,
+    /// What the products are added to: zeros, or what earlier blocks gave.
+    pub(super) start: *const Tile,
+    /// Where the sums go; may be where they start.
+    pub(super) sums: *mut Tile,
 }
 
-/// Adds the products to one tile.
+/// Adds up the products of one panel.
 ///
 /// # Safety
 /// The processor has the kernel's instruction set, and the pointers of the arguments are valid for
 /// the format and the number of tokens.
-pub(super) type PanelKernel = unsafe fn(&PanelArgs, &mut Tile);
+pub(super) type PanelKernel = unsafe fn(&PanelArgs);
 
-/// Adds the products of two panels of integers to their tiles: that of the arguments and one that
-/// lies so many bytes behind.
+/// Adds up the products of two panels of integers, that of the arguments and one that lies so many
+/// bytes behind. The second one's tiles follow the first one's.
 ///
 /// # Safety
 /// As for [`PanelKernel`].
-pub(super) type PairKernel = unsafe fn(&PanelArgs, usize, &mut [Tile; 2]);
+pub(super) type PairKernel = unsafe fn(&PanelArgs, usize);
 
 /// Expands the integers and scales of some blocks of a panel that has so many.
 ///
@@ -174,27 +180,27 @@ fn dense<E: Element>(isa: Isa) -> Kernels {
 /// See [`PanelKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn panel_avx2<F: Format, const T: usize>(args: &PanelArgs, tile: &mut Tile) {
+unsafe fn panel_avx2<F: Format, const T: usize>(args: &PanelArgs) {
     // SAFETY: the caller's promise.
-    unsafe { panel::<Avx2<false>, F, T>(args, tile) };
+    unsafe { panel::<Avx2<false>, F, T>(args) };
 }
 
 /// # Safety
 /// See [`PanelKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-unsafe fn panel_avx_vnni<F: Format, const T: usize>(args: &PanelArgs, tile: &mut Tile) {
+unsafe fn panel_avx_vnni<F: Format, const T: usize>(args: &PanelArgs) {
     // SAFETY: the caller's promise.
-    unsafe { panel::<Avx2<true>, F, T>(args, tile) };
+    unsafe { panel::<Avx2<true>, F, T>(args) };
 }
 
 /// # Safety
 /// See [`PanelKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn panel_avx512<F: Format, const T: usize>(args: &PanelArgs, tile: &mut Tile) {
+unsafe fn panel_avx512<F: Format, const T: usize>(args: &PanelArgs) {
     // SAFETY: the caller's promise.
-    unsafe { panel::<Avx512, F, T>(args, tile) };
+    unsafe { panel::<Avx512, F, T>(args) };
 }
 
 /// # Safety
@@ -229,29 +235,29 @@ unsafe fn unpack_avx512<F: Format>(
 /// See [`PanelKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn dense_avx2<E: Element, const T: usize>(args: &PanelArgs, tile: &mut Tile) {
+unsafe fn dense_avx2<E: Element, const T: usize>(args: &PanelArgs) {
     // SAFETY: the caller's promise.
-    unsafe { dense_panel::<Avx2<false>, E, T>(args, tile) };
+    unsafe { dense_panel::<Avx2<false>, E, T>(args) };
 }
 
 /// # Safety
 /// See [`PanelKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn dense_avx512<E: Element, const T: usize>(args: &PanelArgs, tile: &mut Tile) {
+unsafe fn dense_avx512<E: Element, const T: usize>(args: &PanelArgs) {
     // SAFETY: the caller's promise.
-    unsafe { dense_panel::<Avx512, E, T>(args, tile) };
+    unsafe { dense_panel::<Avx512, E, T>(args) };
 }
 
 /// # Safety
 /// See [`PairKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn pair_avx512<F: Format>(args: &PanelArgs, stride: usize, tiles: &mut [Tile; 2]) {
+unsafe fn pair_avx512<F: Format>(args: &PanelArgs, stride: usize) {
     // SAFETY: the caller's promise.
     unsafe {
-        pair::<Avx512, F>(args, stride, tiles, 0);
-        pair::<Avx512, F>(args, stride, tiles, PAIR_WIDTH);
+        pair::<Avx512, F>(args, stride, 0);
+        pair::<Avx512, F>(args, stride, PAIR_WIDTH);
     }
 }
 
@@ -266,17 +272,23 @@ const PREFETCH_BYTES: usize = 4096;
 /// # Safety
 /// See [`PanelKernel`].
 #[inline(always)]
-unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut Tile) {
+unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs) {
     let quants = args.panel;
     // SAFETY: the caller's promise: `num_blocks` blocks of integers, then their scales; activations
     // as described.
     unsafe {
         let scales = quants.add(args.num_blocks * F::BITS * GROUP_BYTES);
-        let mut sums = load_tile::<S, T>(tile);
+        let mut sums = load_tile::<S, T>(args.start);
         let mut block = 0;
         while block < args.num_blocks {
             let from = quants.add(block * F::BITS * GROUP_BYTES);
             prefetch_block::<S, F>(quants, block);
+            if F::IS_STREAMED {
+                // The scales stand behind the integers, where no earlier prefetch has been. Those
+                // of the next panel are asked for now.
+                let next = scales.wrapping_add(args.panel_bytes);
+                S::prefetch(next.wrapping_add(block * (F::BLOCK_BYTES - F::BITS * GROUP_BYTES)));
+            }
             let groups = load_block::<S, F>(from);
             let mut half = 0;
             while half < F::HALVES {
@@ -299,27 +311,37 @@ unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs, tile: &mut
             }
             block += 1;
         }
-        let mut t = 0;
-        while t < T {
-            S::store_f32(sums[t], tile[t].as_mut_ptr());
-            t += 1;
-        }
+        store_tile::<S, T>(sums, args.sums);
     }
 }
 
 /// # Safety
-/// As for [`Simd`].
+/// As for [`Simd`]; there is a tile.
 #[inline(always)]
-unsafe fn load_tile<S: Simd, const T: usize>(tile: &Tile) -> [S::Floats; T] {
+unsafe fn load_tile<S: Simd, const T: usize>(tile: *const Tile) -> [S::Floats; T] {
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [S::splat(0.0); T];
         let mut t = 0;
         while t < T {
-            sums[t] = S::load_f32(tile[t].as_ptr());
+            sums[t] = S::load_f32(tile.cast::<f32>().add(t * LANES));
             t += 1;
         }
         sums
+    }
+}
+
+/// # Safety
+/// As for [`load_tile`].
+#[inline(always)]
+unsafe fn store_tile<S: Simd, const T: usize>(sums: [S::Floats; T], tile: *mut Tile) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut t = 0;
+        while t < T {
+            S::store_f32(sums[t], tile.cast::<f32>().add(t * LANES));
+            t += 1;
+        }
     }
 }
 
@@ -501,11 +523,11 @@ impl Element for Bf16 {
 /// # Safety
 /// See [`PanelKernel`].
 #[inline(always)]
-unsafe fn dense_panel<S: Simd, E: Element, const T: usize>(args: &PanelArgs, tile: &mut Tile) {
+unsafe fn dense_panel<S: Simd, E: Element, const T: usize>(args: &PanelArgs) {
     let x = args.x.cast::<f32>();
     // SAFETY: the caller's promise: `num_blocks` columns of sixteen weights and `T` activations.
     unsafe {
-        let mut sums = load_tile::<S, T>(tile);
+        let mut sums = load_tile::<S, T>(args.start);
         let mut column = 0;
         while column < args.num_blocks {
             let weights = E::load::<S>(args.panel.add(column * LANES * E::BYTES));
@@ -516,10 +538,6 @@ unsafe fn dense_panel<S: Simd, E: Element, const T: usize>(args: &PanelArgs, til
             }
             column += 1;
         }
-        let mut t = 0;
-        while t < T {
-            S::store_f32(sums[t], tile[t].as_mut_ptr());
-            t += 1;
-        }
+        store_tile::<S, T>(sums, args.sums);
     }
 }

@@ -4,8 +4,8 @@
 //! **Invariant:** the float operations for an output, and their order, are those of `kernel`.
 
 use super::format::{BLOCK, Format, GROUP_BYTES, GROUPS};
-use super::kernel::{MAX_WIDTH, PanelArgs, Tile, begin};
-use super::simd::Simd;
+use super::kernel::{MAX_WIDTH, PanelArgs, begin};
+use super::simd::{LANES, Simd};
 
 /// Tokens of a group of eight that [`pair`] computes at a time.
 pub(super) const PAIR_WIDTH: usize = 4;
@@ -15,12 +15,7 @@ pub(super) const PAIR_WIDTH: usize = 4;
 /// # Safety
 /// See [`super::kernel::PairKernel`].
 #[inline(always)]
-pub(super) unsafe fn pair<S: Simd, F: Format>(
-    args: &PanelArgs,
-    stride: usize,
-    tiles: &mut [Tile; 2],
-    first: usize,
-) {
+pub(super) unsafe fn pair<S: Simd, F: Format>(args: &PanelArgs, stride: usize, first: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         let quants = [args.panel, args.panel.add(stride)];
@@ -28,8 +23,8 @@ pub(super) unsafe fn pair<S: Simd, F: Format>(
         let mut sums = [[S::splat(0.0); 2]; PAIR_WIDTH];
         let mut t = 0;
         while t < PAIR_WIDTH {
-            sums[t][0] = S::load_f32(tiles[0][first + t].as_ptr());
-            sums[t][1] = S::load_f32(tiles[1][first + t].as_ptr());
+            sums[t][0] = S::load_f32(args.start.cast::<f32>().add((first + t) * LANES));
+            sums[t][1] = S::load_f32(args.start.add(1).cast::<f32>().add((first + t) * LANES));
             t += 1;
         }
         let mut block = 0;
@@ -64,8 +59,8 @@ pub(super) unsafe fn pair<S: Simd, F: Format>(
         }
         t = 0;
         while t < PAIR_WIDTH {
-            S::store_f32(sums[t][0], tiles[0][first + t].as_mut_ptr());
-            S::store_f32(sums[t][1], tiles[1][first + t].as_mut_ptr());
+            S::store_f32(sums[t][0], args.sums.cast::<f32>().add((first + t) * LANES));
+            S::store_f32(sums[t][1], args.sums.add(1).cast::<f32>().add((first + t) * LANES));
             t += 1;
         }
     }
