@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+use crate::chat::constraint;
 use crate::chat::messages::{template_messages, template_tools};
 use crate::chat::model::ServedModel;
 use crate::chat::options::{
@@ -19,6 +20,7 @@ use crate::chat::template::RenderOptions;
 use crate::engine::request::{
     InvalidParam, Request, SamplingOptions, SamplingParams, StopConditions,
 };
+use crate::grammar::Grammar;
 use crate::openai::chat::ChatCompletionRequest;
 use crate::openai::completion::{CompletionRequest, Prompt};
 use crate::openai::generation::GenerationFields;
@@ -92,6 +94,9 @@ pub enum PromptError {
         /// The numbers.
         message: String,
     },
+    /// Too many grammars are being compiled.
+    #[error("the server is busy compiling grammars")]
+    Busy,
     /// The prompt could not be encoded.
     #[error("cannot encode the prompt: {0}")]
     Encode(String),
@@ -368,6 +373,7 @@ struct Settings {
     include_stop: bool,
     special_tokens: SpecialTokens,
     cache_salt: Option<Arc<str>>,
+    grammar: Option<Arc<Grammar>>,
 }
 
 impl Settings {
@@ -399,6 +405,9 @@ impl Settings {
             prompt_logprobs: prompt_logprobs.map(i64::from),
             ..sampling_options(fields, context.random_seed)
         };
+        let grammar = constraint::constraint(fields)?
+            .map(|asked| constraint::compile(&asked.constraint, &asked.param, model))
+            .transpose()?;
         let params =
             SamplingParams::validate(options, &model.sampling_defaults, context.limits.vocab_size)?;
         Ok(Self {
@@ -414,6 +423,7 @@ impl Settings {
                 _ => SpecialTokens::Skip,
             },
             cache_salt: fields.cache_salt.as_deref().map(Arc::from),
+            grammar,
         })
     }
 
@@ -492,6 +502,7 @@ impl Settings {
             params: Arc::new(self.params_of(index)),
             stop: StopConditions { max_tokens, stop_token_ids: Arc::clone(&self.stop_tokens) },
             n: self.n,
+            grammar: self.grammar.clone(),
             cache_salt: self.cache_salt.clone(),
         };
         let output = RequestOutput::new(&context.model.tokenizer, output);

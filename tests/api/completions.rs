@@ -187,8 +187,8 @@ async fn what_is_not_supported_is_refused_by_name() {
         ("best_of", json!(3)),
         ("logprobs", json!(21)),
         ("logprobs", json!(-1)),
-        ("guided_json", json!({"type": "string"})),
-        ("response_format", json!({"type": "json_object"})),
+        ("guided_json", json!(3)),
+        ("response_format", json!("json_object")),
     ];
     for (param, value) in cases {
         let answer = server.post(PATH, with(completion("a"), json!({param: value}))).await;
