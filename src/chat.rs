@@ -3,6 +3,8 @@
 //! [`prompt`] is the way in: it checks a request and builds what the engine runs. [`output`] is
 //! the way out: events become deltas of text. Both know OpenAI's wire types, and nothing of HTTP.
 
+pub mod best_of;
+pub mod fim;
 pub mod logprobs;
 pub mod messages;
 pub mod model;

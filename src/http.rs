@@ -9,6 +9,7 @@ mod completions;
 mod connection;
 mod error;
 mod extract;
+mod fim;
 mod generation;
 mod health;
 mod models;

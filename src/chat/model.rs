@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::chat::fim::FimTokens;
 use crate::chat::template::ChatTemplate;
 use crate::engine::request::GenerationDefaults;
 use crate::text::{TokenId, Tokenizer};
@@ -20,6 +21,8 @@ pub struct ServedModel {
     pub template: Option<ChatTemplate>,
     /// Tokens that end a sequence unless `ignore_eos` is set.
     pub eos_token_ids: Vec<TokenId>,
+    /// How to ask it for what stands at the cursor, if it learned that.
+    pub fim: Option<FimTokens>,
     /// Sampling defaults of the model's `generation_config`, used where a request is silent.
     pub sampling_defaults: GenerationDefaults,
 }

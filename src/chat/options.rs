@@ -16,6 +16,9 @@ const MAX_STOP_BYTES: usize = 16 << 10;
 /// More stop tokens than any client sends; every token is compared with all of them.
 const MAX_STOP_TOKEN_IDS: usize = 128;
 
+/// As many candidates as OpenAI allows.
+const MAX_BEST_OF: i64 = 20;
+
 /// Fields that constrain or change the output in ways this version cannot honour. Ignoring them
 /// would hand out something else than was asked for.
 const REFUSED: [&str; 21] = [
@@ -96,10 +99,33 @@ pub(super) fn num_choices(
             format!("must be between 1 and {}, got {n}", limits.max_choices),
         ));
     }
-    if fields.best_of.is_some_and(|best_of| best_of != n) {
-        return Err(PromptError::invalid("best_of", "is supported only when it equals `n`"));
-    }
     Ok(n as u32)
+}
+
+/// How many candidates to generate for the `n` choices of a completion.
+pub(super) fn num_candidates(fields: &GenerationFields, n: u32) -> Result<u32, PromptError> {
+    let Some(best_of) = fields.best_of else { return Ok(n) };
+    if best_of < i64::from(n) || MAX_BEST_OF < best_of {
+        return Err(PromptError::invalid(
+            "best_of",
+            format!("must be between `n`, which is {n}, and {MAX_BEST_OF}, got {best_of}"),
+        ));
+    }
+    if i64::from(n) < best_of && fields.stream == Some(true) {
+        return Err(PromptError::invalid(
+            "best_of",
+            "cannot be greater than `n` when `stream` is true: the best are known at the end",
+        ));
+    }
+    Ok(best_of as u32)
+}
+
+/// Chats have no `best_of`; one that asks for nothing is tolerated.
+pub(super) fn refuse_best_of(fields: &GenerationFields) -> Result<(), PromptError> {
+    if fields.best_of.is_some_and(|best_of| best_of != fields.n.unwrap_or(1)) {
+        return Err(PromptError::invalid("best_of", "must equal `n` here: use /v1/completions"));
+    }
+    Ok(())
 }
 
 /// The stop strings, at least one byte each.

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+use crate::chat::fim::{FillIn, FimTokens};
 use crate::chat::messages::{template_messages, template_tools};
 use crate::chat::model::ServedModel;
 use crate::chat::options::{
-    check_refused, check_token_ids, num_choices, sampling_options, stop_strings, stop_token_ids,
-    top_count,
+    check_refused, check_token_ids, num_candidates, num_choices, refuse_best_of, sampling_options,
+    stop_strings, stop_token_ids, top_count,
 };
 use crate::chat::output::{OutputOptions, RequestOutput};
 use crate::chat::template::RenderOptions;
@@ -20,7 +21,7 @@ use crate::engine::request::{
     InvalidParam, Request, SamplingOptions, SamplingParams, StopConditions,
 };
 use crate::openai::chat::ChatCompletionRequest;
-use crate::openai::completion::{CompletionRequest, Prompt};
+use crate::openai::completion::{CompletionRequest, FimRequest, Prompt};
 use crate::openai::generation::GenerationFields;
 use crate::openai::message::{ChatMessage, Content, Role};
 use crate::text::{SpecialTokens, StopStrings, TokenId};
@@ -119,6 +120,7 @@ pub fn prepare_chat(
     context: &PromptContext<'_>,
 ) -> Result<Prepared, PromptError> {
     check_refused(fields)?;
+    refuse_best_of(fields)?;
     if request.modalities.iter().flatten().any(|modality| modality != "text") {
         return Err(PromptError::invalid("modalities", "only `text` is supported"));
     }
@@ -155,16 +157,20 @@ pub fn prepare_completion(
     context: &PromptContext<'_>,
 ) -> Result<Vec<Prepared>, PromptError> {
     check_refused(fields)?;
-    if request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
-        return Err(PromptError::invalid("suffix", "is not supported by this version"));
-    }
+    let fill_in = fill_in(request.suffix.as_deref(), fields, context)?;
     let logprobs = top_count("logprobs", request.logprobs)?;
     let mut settings = Settings::new(fields, logprobs, context)?;
     let echo = fields.echo == Some(true);
     if echo && logprobs.is_some() {
         settings.params.prompt_logprobs = settings.params.prompt_logprobs.max(logprobs);
     }
-    let prompts = split_prompts(&request.prompt, context)?;
+    settings.n = num_candidates(fields, settings.n)?;
+    if fields.n.unwrap_or(1) < i64::from(settings.n) {
+        // Candidates are ranked by the log-probability of their tokens.
+        settings.params.logprobs.get_or_insert(0);
+    }
+    settings.stop_at(fill_in.as_ref().map_or(&[], FillIn::ends), fields);
+    let prompts = split_prompts(&request.prompt, fill_in.as_ref(), context)?;
     let num_sequences = prompts.len() * settings.n as usize;
     if context.limits.max_sequences < num_sequences {
         return Err(PromptError::invalid(
@@ -193,6 +199,46 @@ pub fn prepare_completion(
     let prepared = prepared?;
     settings.check_logprobs(&prepared, fields, settings.n as usize)?;
     Ok(prepared)
+}
+
+/// Prepares what belongs at a cursor. Without text behind the cursor it is a plain completion.
+pub fn prepare_fim(
+    request: &FimRequest,
+    fields: &GenerationFields,
+    context: &PromptContext<'_>,
+) -> Result<Prepared, PromptError> {
+    check_refused(fields)?;
+    refuse_best_of(fields)?;
+    if fields.echo == Some(true) {
+        return Err(PromptError::invalid("echo", "is not available here: use /v1/completions"));
+    }
+    let fill_in = fill_in(request.suffix.as_deref(), fields, context)?;
+    let seed = fields.seed.or(request.random_seed);
+    let mut settings = Settings::new(&GenerationFields { seed, ..fields.clone() }, None, context)?;
+    let ends = context.model.fim.as_ref().map_or(&[][..], FimTokens::ends);
+    settings.stop_at(ends, fields);
+    let prompt = match &fill_in {
+        None => encode(&request.prompt, "prompt", context)?,
+        Some(fill_in) => fill_in.wrap(&encode_literal(&request.prompt, "prompt", context)?),
+    };
+    let max_tokens = request.max_tokens;
+    let demand = Demand { max_tokens, default: usize::MAX, param: "max_tokens" };
+    let prepared = settings.prepare(prompt, &demand, ("prompt", 0), context)?;
+    settings.check_logprobs(std::slice::from_ref(&prepared), fields, 1)?;
+    Ok(prepared)
+}
+
+/// What is to be filled in, if there is a suffix that is not empty.
+fn fill_in<'a>(
+    suffix: Option<&str>,
+    fields: &GenerationFields,
+    context: &PromptContext<'a>,
+) -> Result<Option<FillIn<'a>>, PromptError> {
+    let Some(suffix) = suffix.filter(|suffix| !suffix.is_empty()) else { return Ok(None) };
+    if fields.echo == Some(true) {
+        return Err(PromptError::invalid("echo", "cannot be combined with `suffix`"));
+    }
+    FillIn::new(suffix, context).map(Some)
 }
 
 /// Renders a conversation with the model's template.
@@ -237,6 +283,31 @@ pub fn encode(
     param: &'static str,
     context: &PromptContext<'_>,
 ) -> Result<Vec<TokenId>, PromptError> {
+    check_num_bytes(text, param, context)?;
+    let tokens = context.model.tokenizer.encode(text);
+    let tokens = tokens.map_err(|error| PromptError::Encode(error.to_string()))?;
+    if tokens.is_empty() {
+        return Err(PromptError::invalid(param, "must not be empty"));
+    }
+    Ok(tokens)
+}
+
+/// Encodes a text, which may be empty, and in which nothing is a special token.
+pub(super) fn encode_literal(
+    text: &str,
+    param: &'static str,
+    context: &PromptContext<'_>,
+) -> Result<Vec<TokenId>, PromptError> {
+    check_num_bytes(text, param, context)?;
+    let tokens = context.model.tokenizer.encode_plain(text);
+    tokens.map_err(|error| PromptError::Encode(error.to_string()))
+}
+
+fn check_num_bytes(
+    text: &str,
+    param: &'static str,
+    context: &PromptContext<'_>,
+) -> Result<(), PromptError> {
     let max_model_len = context.limits.max_model_len;
     if max_model_len.saturating_mul(MAX_BYTES_PER_TOKEN) < text.len() {
         return Err(PromptError::TooLong {
@@ -248,15 +319,7 @@ pub fn encode(
             ),
         });
     }
-    let tokens = context
-        .model
-        .tokenizer
-        .encode(text)
-        .map_err(|error| PromptError::Encode(error.to_string()))?;
-    if tokens.is_empty() {
-        return Err(PromptError::invalid(param, "must not be empty"));
-    }
-    Ok(tokens)
+    Ok(())
 }
 
 fn chat_logprobs(request: &ChatCompletionRequest) -> Result<Option<u32>, PromptError> {
@@ -280,15 +343,22 @@ type PromptText = (Vec<TokenId>, Option<String>);
 
 fn split_prompts(
     prompt: &Prompt,
+    fill_in: Option<&FillIn<'_>>,
     context: &PromptContext<'_>,
 ) -> Result<Vec<PromptText>, PromptError> {
-    let encode_text = |text: &String| Ok((encode(text, "prompt", context)?, Some(text.clone())));
+    let encode_text = |text: &String| {
+        let tokens = match fill_in {
+            None => encode(text, "prompt", context)?,
+            Some(fill_in) => fill_in.wrap(&encode_literal(text, "prompt", context)?),
+        };
+        Ok((tokens, Some(text.clone())))
+    };
     let check_ids = |ids: &Vec<TokenId>, param: &str| {
         if ids.is_empty() {
             return Err(PromptError::invalid(param, "must not be empty"));
         }
         check_token_ids(param, ids, &context.limits)?;
-        Ok((ids.clone(), None))
+        Ok((fill_in.map_or_else(|| ids.clone(), |fill_in| fill_in.wrap(ids)), None))
     };
     let count = match prompt {
         Prompt::Texts(texts) => texts.len(),
@@ -417,6 +487,16 @@ impl Settings {
         })
     }
 
+    /// Ends choices at these tokens too, unless ends are to be ignored.
+    fn stop_at(&mut self, tokens: &[TokenId], fields: &GenerationFields) {
+        if tokens.is_empty() || fields.ignore_eos == Some(true) {
+            return;
+        }
+        let is_new = |id: &&TokenId| !self.stop_tokens.contains(*id);
+        let new = tokens.iter().filter(is_new);
+        self.stop_tokens = self.stop_tokens.iter().chain(new).copied().collect();
+    }
+
     /// Prompts of a request without a seed draw differently, even if they are the same.
     fn params_of(&self, index: usize) -> SamplingParams {
         let mut params = self.params.clone();
@@ -448,7 +528,12 @@ impl Settings {
             return Ok(());
         }
         let is_for_prompt = generated < in_prompts && fields.prompt_logprobs.is_some();
-        let param = if is_for_prompt { "prompt_logprobs" } else { "logprobs" };
+        let is_ranked = fields.n.unwrap_or(1) < i64::from(self.n);
+        let param = match (is_for_prompt, is_ranked) {
+            (true, _) => "prompt_logprobs",
+            (false, true) => "best_of",
+            (false, false) => "logprobs",
+        };
         Err(PromptError::invalid(
             param,
             format!(

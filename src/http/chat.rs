@@ -19,7 +19,7 @@ use crate::chat::prompt::{Prepared, PromptContext, PromptError, prepare_chat};
 use crate::openai::chat::{
     AssistantMessage, ChatChoice, ChatCompletion, ChatCompletionRequest, ChatLogprobs,
 };
-use crate::openai::generation::Usage;
+use crate::openai::generation::{GenerationFields, Usage};
 use crate::openai::stream::{ChatChunkChoice, ChatCompletionChunk, ChatDelta, ChunkUsage};
 use crate::text::TokenId;
 
@@ -59,14 +59,14 @@ async fn prepare(
     run_sized(body.num_bytes, state, move || {
         let context = PromptContext { model: &model, limits, id: &head.id, random_seed };
         let prepared = prepare_chat(&body.request, &body.fields, &context)?;
-        let renderer = ChatRenderer::new(head, model, &body, &prepared);
+        let renderer = ChatRenderer::new(head, model, &body.fields, &prepared);
         Ok((prepared, renderer))
     })
     .await
 }
 
 /// Turns updates into pieces of choices, from which chunks and whole answers are made.
-struct ChatRenderer {
+pub(super) struct ChatRenderer {
     head: ResponseHead,
     model: Arc<ServedModel>,
     n: u32,
@@ -79,7 +79,12 @@ struct ChatRenderer {
 }
 
 impl ChatRenderer {
-    fn new(head: ResponseHead, model: Arc<ServedModel>, body: &Body, prepared: &Prepared) -> Self {
+    pub(super) fn new(
+        head: ResponseHead,
+        model: Arc<ServedModel>,
+        fields: &GenerationFields,
+        prepared: &Prepared,
+    ) -> Self {
         let params = &prepared.request.params;
         Self {
             head,
@@ -87,9 +92,9 @@ impl ChatRenderer {
             n: prepared.request.n,
             prompt: Arc::clone(&prepared.request.prompt),
             echo: prepared.echo.clone().filter(|text| !text.is_empty()),
-            usage: UsageMode::of(&body.fields),
+            usage: UsageMode::of(fields),
             has_logprobs: params.logprobs.is_some(),
-            has_token_ids: body.fields.return_token_ids == Some(true),
+            has_token_ids: fields.return_token_ids == Some(true),
             num_prompt_logprobs: params.prompt_logprobs.map(|count| count as usize),
         }
     }
@@ -187,7 +192,7 @@ impl RenderChunks for ChatRenderer {
 }
 
 /// The whole answer: all pieces, joined.
-async fn fold(
+pub(super) async fn fold(
     mut generation: Generation,
     renderer: ChatRenderer,
 ) -> Result<ChatCompletion, ApiError> {

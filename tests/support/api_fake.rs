@@ -11,6 +11,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
+use qwen_server::chat::fim::FimTokens;
 use qwen_server::chat::model::ServedModel;
 use qwen_server::chat::template::{ChatTemplate, TemplateTokens};
 use qwen_server::engine::request::GenerationDefaults;
@@ -30,8 +31,10 @@ pub(crate) const MODEL: &str = "fake-model";
 pub(crate) const IM_START: TokenId = 256;
 /// `<|im_end|>`, which ends a sequence.
 pub(crate) const IM_END: TokenId = 257;
-/// Bytes and the two special tokens; ids from here on are out of the vocabulary.
-pub(crate) const VOCAB_SIZE: usize = 258;
+/// `<|fim_prefix|>`, which like the others ends a middle.
+pub(crate) const FIM_PREFIX: TokenId = 258;
+/// Bytes and the five special tokens; ids from here on are out of the vocabulary.
+pub(crate) const VOCAB_SIZE: usize = 261;
 
 const TEMPLATE: &str = "\
 {%- if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}\
@@ -113,11 +116,13 @@ pub(crate) fn config() -> EngineConfig {
 
 fn model() -> ServedModel {
     let special = TemplateTokens { bos_token: None, eos_token: Some("<|im_end|>".into()) };
+    let tokenizer = tokenizer();
     ServedModel {
         name: MODEL.into(),
         aliases: vec!["org/alias".into()],
         root: "/models/fake".into(),
-        tokenizer: Arc::new(tokenizer()),
+        fim: FimTokens::find(&tokenizer),
+        tokenizer: Arc::new(tokenizer),
         template: Some(ChatTemplate::new(TEMPLATE, special).unwrap()),
         eos_token_ids: vec![IM_END],
         sampling_defaults: GenerationDefaults::default(),
@@ -135,7 +140,9 @@ pub(crate) fn tokenizer() -> Tokenizer {
             char::from_u32(code).unwrap().to_string()
         })
         .collect();
-    tokens.extend(["<|im_start|>".into(), "<|im_end|>".into()]);
+    let special =
+        ["<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"];
+    tokens.extend(special.map(String::from));
     let token_types = (0..VOCAB_SIZE).map(|id| if id < 256 { 1 } else { 3 }).collect();
     let spec = TokenizerSpec { tokens, merges: Vec::new(), token_types, pre: "qwen2".into() };
     Tokenizer::from_spec(spec).unwrap()

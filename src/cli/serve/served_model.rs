@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use crate::chat::fim::FimTokens;
 use crate::chat::model::ServedModel;
 use crate::chat::template::{ChatTemplate, TemplateTokens};
 use crate::config::ModelConfig;
@@ -39,6 +40,7 @@ pub(super) fn build(
         .map(|source| ChatTemplate::new(source, tokens))
         .transpose()
         .context("the chat template in the model file is unusable")?;
+    let fim = FimTokens::find(&tokenizer).filter(|_| is_coder(metadata, resolved));
     let mut names = config.names(&resolved.name).into_iter();
     Ok(ServedModel {
         name: names.next().unwrap_or_else(|| resolved.name.clone()),
@@ -47,8 +49,18 @@ pub(super) fn build(
         tokenizer: Arc::new(tokenizer),
         template,
         eos_token_ids,
+        fim,
         sampling_defaults: sampling_defaults(resolved),
     })
+}
+
+/// Every Qwen2.5 has the tokens to fill in the middle in its vocabulary; only Coders learned them.
+fn is_coder(metadata: &Metadata, resolved: &ResolvedModel) -> bool {
+    let stated = ["general.name", "general.basename"];
+    let stated = stated.iter().filter_map(|key| metadata.str(key).ok());
+    let known = resolved.entry.iter().map(|entry| entry.model.name.as_str());
+    let mut names = stated.chain(known).chain([resolved.name.as_str()]);
+    names.any(|name| name.to_ascii_lowercase().contains("coder"))
 }
 
 fn tokenizer_spec(metadata: &Metadata) -> Result<TokenizerSpec, GgufError> {
