@@ -10,8 +10,12 @@ mod chat;
 mod completions;
 #[path = "api/connections.rs"]
 mod connections;
+#[path = "api/embeddings.rs"]
+mod embeddings;
 #[path = "api/errors.rs"]
 mod errors;
+#[path = "api/extras.rs"]
+mod extras;
 #[path = "api/fuzz.rs"]
 mod fuzz;
 #[path = "api/other_routes.rs"]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
+use qwen_server::engine::request::Priority;
 use qwen_server::engine::{
     EngineConfig, EngineHandle, EngineStats, Event, EventStream, FinishReason, Health, Request,
     StopConditions, SubmitError, spawn,
@@ -43,6 +44,9 @@ fn request(prompt: &[TokenId], max_tokens: usize) -> Request {
         stop: StopConditions { max_tokens, stop_token_ids: Arc::new([]) },
         n: 1,
         cache_salt: None,
+        priority: Priority::default(),
+        pins: Arc::new([]),
+        pooling: None,
     }
 }
 

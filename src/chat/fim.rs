@@ -5,7 +5,12 @@
 //! the Qwen2.5-Coder repository, which also lists the tokens to stop at.
 
 use crate::chat::model::ServedModel;
-use crate::chat::prompt::{PromptContext, PromptError, encode_literal};
+use crate::chat::options::{check_refused, refuse_best_of};
+use crate::chat::prompt::{
+    Demand, Prepared, PromptContext, PromptError, Settings, encode, encode_literal,
+};
+use crate::openai::completion::FimRequest;
+use crate::openai::generation::GenerationFields;
 use crate::text::{TokenId, Tokenizer};
 
 /// Markers of the training data that end a middle, beside the end of the document.
@@ -17,6 +22,46 @@ const ENDS: [&str; 6] = [
     "<|repo_name|>",
     "<|file_sep|>",
 ];
+
+/// Prepares what belongs at a cursor. Without text behind the cursor it is a plain completion.
+pub fn prepare_fim(
+    request: &FimRequest,
+    fields: &GenerationFields,
+    context: &PromptContext<'_>,
+) -> Result<Prepared, PromptError> {
+    check_refused(fields)?;
+    refuse_best_of(fields)?;
+    if fields.echo == Some(true) {
+        return Err(PromptError::invalid("echo", "is not available here: use /v1/completions"));
+    }
+    let fill_in = fill_in(request.suffix.as_deref(), fields, context)?;
+    let seed = fields.seed.or(request.random_seed);
+    let mut settings = Settings::new(&GenerationFields { seed, ..fields.clone() }, None, context)?;
+    let ends = context.model.fim.as_ref().map_or(&[][..], FimTokens::ends);
+    settings.stop_at(ends, fields);
+    let prompt = match &fill_in {
+        None => encode(&request.prompt, "prompt", context)?,
+        Some(fill_in) => fill_in.wrap(&encode_literal(&request.prompt, "prompt", context)?),
+    };
+    let max_tokens = request.max_tokens;
+    let demand = Demand { max_tokens, default: usize::MAX, param: "max_tokens" };
+    let prepared = settings.prepare(prompt, &demand, ("prompt", 0), context)?;
+    settings.check_logprobs(std::slice::from_ref(&prepared), fields, 1)?;
+    Ok(prepared)
+}
+
+/// What is to be filled in, if there is a suffix that is not empty.
+pub(super) fn fill_in<'a>(
+    suffix: Option<&str>,
+    fields: &GenerationFields,
+    context: &PromptContext<'a>,
+) -> Result<Option<FillIn<'a>>, PromptError> {
+    let Some(suffix) = suffix.filter(|suffix| !suffix.is_empty()) else { return Ok(None) };
+    if fields.echo == Some(true) {
+        return Err(PromptError::invalid("echo", "cannot be combined with `suffix`"));
+    }
+    FillIn::new(suffix, context).map(Some)
+}
 
 /// The tokens with which a model is asked to fill in the middle.
 #[derive(Clone, Debug)]

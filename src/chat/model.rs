@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::chat::fim::FimTokens;
 use crate::chat::template::ChatTemplate;
-use crate::engine::request::GenerationDefaults;
+use crate::engine::request::{GenerationDefaults, Pooling};
 use crate::text::{TokenId, Tokenizer};
 
 /// The text side of the served model.
@@ -23,6 +23,10 @@ pub struct ServedModel {
     pub eos_token_ids: Vec<TokenId>,
     /// How to ask it for what stands at the cursor, if it learned that.
     pub fim: Option<FimTokens>,
+    /// What its embeddings are made of.
+    pub pooling: Pooling,
+    /// How many numbers an embedding has.
+    pub embedding_size: usize,
     /// Sampling defaults of the model's `generation_config`, used where a request is silent.
     pub sampling_defaults: GenerationDefaults,
 }

@@ -1,7 +1,7 @@
 //! Reads the fields that all generating endpoints share: sampling, stopping, and what to refuse.
 
 use crate::chat::prompt::{PromptError, PromptLimits};
-use crate::engine::request::SamplingOptions;
+use crate::engine::request::{Priority, SamplingOptions};
 use crate::openai::generation::{GenerationFields, Stop};
 use crate::text::TokenId;
 
@@ -21,7 +21,7 @@ const MAX_BEST_OF: i64 = 20;
 
 /// Fields that constrain or change the output in ways this version cannot honour. Ignoring them
 /// would hand out something else than was asked for.
-const REFUSED: [&str; 21] = [
+const REFUSED: [&str; 22] = [
     "allowed_token_ids",
     "truncate_prompt_tokens",
     "chat_template",
@@ -31,6 +31,7 @@ const REFUSED: [&str; 21] = [
     "length_penalty",
     "stop_regex",
     "audio",
+    "enable_search",
     "guided_json",
     "guided_regex",
     "guided_choice",
@@ -45,12 +46,14 @@ const REFUSED: [&str; 21] = [
     "prompt_embeds",
 ];
 
+/// Fields that ask for something by being there, whatever they hold.
+const REFUSED_UNLESS_NULL: [&str; 1] = ["web_search_options"];
+
 /// Fields that mean nothing to a self-hosted server, or ask for what it does anyway.
-const WITHOUT_EFFECT: [&str; 9] = [
+const WITHOUT_EFFECT: [&str; 8] = [
     "user",
     "metadata",
     "store",
-    "service_tier",
     "safety_identifier",
     "prompt_cache_key",
     "add_special_tokens",
@@ -61,10 +64,11 @@ const WITHOUT_EFFECT: [&str; 9] = [
 /// Whether an unknown field deserves to be reported as ignored, or an error if ignoring it would
 /// change the answer. `is_neutral` means that its value asks for nothing.
 pub fn is_ignored(name: &str, is_null: bool, is_neutral: bool) -> Result<bool, PromptError> {
-    if !REFUSED.contains(&name) {
+    let is_refused = REFUSED.contains(&name) || REFUSED_UNLESS_NULL.contains(&name);
+    if !is_refused {
         return Ok(!is_null && !WITHOUT_EFFECT.contains(&name));
     }
-    if is_neutral {
+    if is_null || is_neutral && REFUSED.contains(&name) {
         return Ok(false);
     }
     Err(PromptError::invalid(name, "is not supported by this version"))
@@ -85,6 +89,25 @@ pub(super) fn check_refused(fields: &GenerationFields) -> Result<(), PromptError
         return Err(PromptError::invalid("cache_salt", "must not be empty"));
     }
     Ok(())
+}
+
+/// How urgent a request is: the number, or else the class.
+pub(super) fn priority(
+    number: Option<i64>,
+    service_tier: Option<&str>,
+) -> Result<Priority, PromptError> {
+    let class = match service_tier {
+        None | Some("auto" | "default") => Priority::default(),
+        Some("flex") => Priority::FLEX,
+        Some("fast" | "priority") => Priority::URGENT,
+        Some(other) => {
+            return Err(PromptError::invalid(
+                "service_tier",
+                format!("must be `auto`, `default`, `flex`, `fast` or `priority`, got `{other}`"),
+            ));
+        }
+    };
+    Ok(number.map_or(class, Priority::new))
 }
 
 /// How many choices to generate.

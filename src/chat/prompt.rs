@@ -8,20 +8,21 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::chat::fim::{FillIn, FimTokens};
+use crate::chat::fim::{FillIn, fill_in};
 use crate::chat::messages::{template_messages, template_tools};
 use crate::chat::model::ServedModel;
 use crate::chat::options::{
-    check_refused, check_token_ids, num_candidates, num_choices, refuse_best_of, sampling_options,
-    stop_strings, stop_token_ids, top_count,
+    check_refused, check_token_ids, num_candidates, num_choices, priority, refuse_best_of,
+    sampling_options, stop_strings, stop_token_ids, top_count,
 };
 use crate::chat::output::{OutputOptions, RequestOutput};
+use crate::chat::pinning;
 use crate::chat::template::RenderOptions;
 use crate::engine::request::{
-    InvalidParam, Request, SamplingOptions, SamplingParams, StopConditions,
+    InvalidParam, Pin, Priority, Request, SamplingOptions, SamplingParams, StopConditions,
 };
 use crate::openai::chat::ChatCompletionRequest;
-use crate::openai::completion::{CompletionRequest, FimRequest, Prompt};
+use crate::openai::completion::{CompletionRequest, Prompt};
 use crate::openai::generation::GenerationFields;
 use crate::openai::message::{ChatMessage, Content, Role};
 use crate::text::{SpecialTokens, StopStrings, TokenId};
@@ -72,6 +73,16 @@ pub struct Prepared {
     pub output: RequestOutput,
     /// Text that every choice begins with, when `echo` was asked for.
     pub echo: Option<String>,
+}
+
+impl Prepared {
+    /// Keeps beginnings of the prompt in the cache for a while.
+    fn pin(&mut self, pins: Vec<Pin>) {
+        if !pins.is_empty() {
+            self.request.pins = pins.into();
+            self.output.expect_pins();
+        }
+    }
 }
 
 /// Why a request is refused.
@@ -138,12 +149,16 @@ pub fn prepare_chat(
         request.chat_template_kwargs.as_ref(),
     )?;
     let settings = Settings::new(fields, logprobs, context)?;
-    let text =
-        render(&request.messages, template_tools(request)?.as_ref(), &options, context.model)?;
+    let tools = template_tools(request)?;
+    let render =
+        |messages: &[ChatMessage]| render(messages, tools.as_ref(), &options, context.model);
+    let text = render(&request.messages)?;
     let prompt = encode(&text, "messages", context)?;
+    let pins = pinning::pins(request, (&text, &prompt), context.model, render)?;
     let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
     let mut prepared = settings.prepare(prompt, &demand, ("messages", 0), context)?;
     settings.check_logprobs(std::slice::from_ref(&prepared), fields, 1)?;
+    prepared.pin(pins);
     if fields.echo == Some(true) {
         prepared.echo = last_assistant_text(&request.messages);
     }
@@ -199,46 +214,6 @@ pub fn prepare_completion(
     let prepared = prepared?;
     settings.check_logprobs(&prepared, fields, settings.n as usize)?;
     Ok(prepared)
-}
-
-/// Prepares what belongs at a cursor. Without text behind the cursor it is a plain completion.
-pub fn prepare_fim(
-    request: &FimRequest,
-    fields: &GenerationFields,
-    context: &PromptContext<'_>,
-) -> Result<Prepared, PromptError> {
-    check_refused(fields)?;
-    refuse_best_of(fields)?;
-    if fields.echo == Some(true) {
-        return Err(PromptError::invalid("echo", "is not available here: use /v1/completions"));
-    }
-    let fill_in = fill_in(request.suffix.as_deref(), fields, context)?;
-    let seed = fields.seed.or(request.random_seed);
-    let mut settings = Settings::new(&GenerationFields { seed, ..fields.clone() }, None, context)?;
-    let ends = context.model.fim.as_ref().map_or(&[][..], FimTokens::ends);
-    settings.stop_at(ends, fields);
-    let prompt = match &fill_in {
-        None => encode(&request.prompt, "prompt", context)?,
-        Some(fill_in) => fill_in.wrap(&encode_literal(&request.prompt, "prompt", context)?),
-    };
-    let max_tokens = request.max_tokens;
-    let demand = Demand { max_tokens, default: usize::MAX, param: "max_tokens" };
-    let prepared = settings.prepare(prompt, &demand, ("prompt", 0), context)?;
-    settings.check_logprobs(std::slice::from_ref(&prepared), fields, 1)?;
-    Ok(prepared)
-}
-
-/// What is to be filled in, if there is a suffix that is not empty.
-fn fill_in<'a>(
-    suffix: Option<&str>,
-    fields: &GenerationFields,
-    context: &PromptContext<'a>,
-) -> Result<Option<FillIn<'a>>, PromptError> {
-    let Some(suffix) = suffix.filter(|suffix| !suffix.is_empty()) else { return Ok(None) };
-    if fields.echo == Some(true) {
-        return Err(PromptError::invalid("echo", "cannot be combined with `suffix`"));
-    }
-    FillIn::new(suffix, context).map(Some)
 }
 
 /// Renders a conversation with the model's template.
@@ -384,10 +359,10 @@ fn split_prompts(
 }
 
 /// How many tokens a request wants, and which field says so.
-struct Demand {
-    max_tokens: Option<u64>,
-    default: usize,
-    param: &'static str,
+pub(super) struct Demand {
+    pub(super) max_tokens: Option<u64>,
+    pub(super) default: usize,
+    pub(super) param: &'static str,
 }
 
 impl Demand {
@@ -428,7 +403,7 @@ impl Demand {
 }
 
 /// What all prompts of a request share.
-struct Settings {
+pub(super) struct Settings {
     params: SamplingParams,
     has_own_seed: bool,
     n: u32,
@@ -438,10 +413,11 @@ struct Settings {
     include_stop: bool,
     special_tokens: SpecialTokens,
     cache_salt: Option<Arc<str>>,
+    priority: Priority,
 }
 
 impl Settings {
-    fn new(
+    pub(super) fn new(
         fields: &GenerationFields,
         logprobs: Option<u32>,
         context: &PromptContext<'_>,
@@ -484,11 +460,12 @@ impl Settings {
                 _ => SpecialTokens::Skip,
             },
             cache_salt: fields.cache_salt.as_deref().map(Arc::from),
+            priority: priority(fields.priority, fields.service_tier.as_deref())?,
         })
     }
 
     /// Ends choices at these tokens too, unless ends are to be ignored.
-    fn stop_at(&mut self, tokens: &[TokenId], fields: &GenerationFields) {
+    pub(super) fn stop_at(&mut self, tokens: &[TokenId], fields: &GenerationFields) {
         if tokens.is_empty() || fields.ignore_eos == Some(true) {
             return;
         }
@@ -508,7 +485,7 @@ impl Settings {
 
     /// Refuses to collect more log-probabilities than an answer should have. Those of generated
     /// tokens do not add up in a stream; those of a prompt are repeated `num_copies` times.
-    fn check_logprobs(
+    pub(super) fn check_logprobs(
         &self,
         prepared: &[Prepared],
         fields: &GenerationFields,
@@ -544,7 +521,7 @@ impl Settings {
     }
 
     /// `origin` is the field the prompt came from and its place in it.
-    fn prepare(
+    pub(super) fn prepare(
         &self,
         prompt: Vec<TokenId>,
         demand: &Demand,
@@ -578,6 +555,9 @@ impl Settings {
             stop: StopConditions { max_tokens, stop_token_ids: Arc::clone(&self.stop_tokens) },
             n: self.n,
             cache_salt: self.cache_salt.clone(),
+            priority: self.priority,
+            pins: Arc::new([]),
+            pooling: None,
         };
         let output = RequestOutput::new(&context.model.tokenizer, output);
         Ok(Prepared { request, output, echo: None })

@@ -106,6 +106,9 @@ fn run<R: Runner>(runner: &mut R, step: &SchedulerOutput) -> Result<Vec<SeqOutpu
         if scheduled.sample.is_some() != output.sampled.is_some() {
             return Err(StepError::Protocol("exactly the sampled sequences yield a token"));
         }
+        if scheduled.pool.is_some() != output.pooled.is_some() {
+            return Err(StepError::Protocol("exactly the pooled sequences yield a sum"));
+        }
         let num_targets = scheduled.prompt_logprobs.as_ref().map_or(0, |asked| asked.targets.len());
         let is_failed = matches!(output.sampled, Some(Err(_)));
         if !is_failed && num_targets != output.prompt_logprobs.len() {

@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
+pub use crate::kv::Pin;
 pub use crate::sampling::params::{
     GenerationDefaults, InvalidParam, SamplingOptions, SamplingParams,
 };
+pub use crate::scheduler::Priority;
+pub use crate::scheduler::step::Pooling;
 use crate::text::TokenId;
 
 /// When a sequence ends, apart from stop strings, which are matched on text by `chat`.
@@ -32,4 +35,10 @@ pub struct Request {
     pub n: u32,
     /// Prefix-cache hits happen only between requests with the same salt.
     pub cache_salt: Option<Arc<str>>,
+    /// How urgent it is.
+    pub priority: Priority,
+    /// Beginnings of the prompt to keep in the cache for a while.
+    pub pins: Arc<[Pin]>,
+    /// Present when the prompt's embedding is wanted; then nothing is generated.
+    pub pooling: Option<Pooling>,
 }

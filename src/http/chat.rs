@@ -26,6 +26,8 @@ use crate::text::TokenId;
 const OBJECT: &str = "chat.completion";
 const CHUNK_OBJECT: &str = "chat.completion.chunk";
 const ASSISTANT: &str = "assistant";
+/// All tiers cost the same here, and this is what clients expect of those.
+const SERVICE_TIER: &str = "default";
 
 type Body = GenerationBody<ChatCompletionRequest>;
 
@@ -76,6 +78,7 @@ pub(super) struct ChatRenderer {
     has_logprobs: bool,
     has_token_ids: bool,
     num_prompt_logprobs: Option<usize>,
+    service_tier: Option<&'static str>,
 }
 
 impl ChatRenderer {
@@ -96,6 +99,7 @@ impl ChatRenderer {
             has_logprobs: params.logprobs.is_some(),
             has_token_ids: fields.return_token_ids == Some(true),
             num_prompt_logprobs: params.prompt_logprobs.map(|count| count as usize),
+            service_tier: fields.service_tier.as_ref().map(|_| SERVICE_TIER),
         }
     }
 
@@ -141,6 +145,7 @@ impl ChatRenderer {
             model: self.head.model.clone(),
             choices,
             usage,
+            service_tier: self.service_tier,
             prompt_token_ids: None,
         }
     }
@@ -224,6 +229,7 @@ pub(super) async fn fold(
         model: renderer.head.model,
         choices,
         usage: generation.usage(),
+        service_tier: renderer.service_tier,
         prompt_logprobs,
         prompt_token_ids: renderer.has_token_ids.then(|| renderer.prompt.to_vec()),
     })

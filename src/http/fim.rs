@@ -14,7 +14,8 @@ use super::models::check_model;
 use super::request_id::RequestId;
 use super::sse;
 use super::state::AppState;
-use crate::chat::prompt::{PromptContext, PromptError, prepare_fim};
+use crate::chat::fim::prepare_fim;
+use crate::chat::prompt::{PromptContext, PromptError};
 use crate::openai::completion::FimRequest;
 
 pub(super) async fn create(

@@ -1,5 +1,6 @@
 //! What the scheduler asks of a device and what it gets back: plain data both ways.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::kv::BlockTable;
@@ -31,6 +32,8 @@ pub struct ScheduledSeq {
     pub sample: Option<SampleRequest>,
     /// Present when log-probabilities of prompt tokens are wanted.
     pub prompt_logprobs: Option<PromptLogprobsRequest>,
+    /// Present when hidden states are wanted instead of logits.
+    pub pool: Option<PoolRequest>,
 }
 
 impl ScheduledSeq {
@@ -74,6 +77,25 @@ pub struct PromptLogprobsRequest {
     pub targets: Vec<TokenId>,
 }
 
+/// Which final hidden states an embedding is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// The mean over all tokens.
+    Mean,
+    /// The last token's.
+    Last,
+}
+
+/// Hidden states to add up. The sum so far travels with the request, so that a runner keeps
+/// nothing between steps, and a prompt in pieces is added up in the same order as a whole one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoolRequest {
+    /// Which of the scheduled tokens count, from the first; never empty.
+    pub rows: Range<usize>,
+    /// The sum over earlier tokens; empty when there are none.
+    pub sum: Vec<f64>,
+}
+
 /// A token's log-probability and the most likely tokens at its position.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprobs {
@@ -106,6 +128,8 @@ pub struct SeqOutput {
     pub sampled: Option<Result<SampledToken, NonFiniteLogits>>,
     /// One entry per target of [`ScheduledSeq::prompt_logprobs`].
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// The sum of [`ScheduledSeq::pool`] and the rows it names; present exactly when that was.
+    pub pooled: Option<Vec<f64>>,
 }
 
 /// All that the engine knows about tensors.

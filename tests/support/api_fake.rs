@@ -14,7 +14,7 @@ use http_body_util::BodyExt;
 use qwen_server::chat::fim::FimTokens;
 use qwen_server::chat::model::ServedModel;
 use qwen_server::chat::template::{ChatTemplate, TemplateTokens};
-use qwen_server::engine::request::GenerationDefaults;
+use qwen_server::engine::request::{GenerationDefaults, Pooling};
 use qwen_server::engine::{EngineConfig, spawn};
 use qwen_server::http::{AppState, HttpLimits, router};
 use qwen_server::scheduler::step::{
@@ -121,6 +121,8 @@ fn model() -> ServedModel {
         name: MODEL.into(),
         aliases: vec!["org/alias".into()],
         root: "/models/fake".into(),
+        pooling: Pooling::Mean,
+        embedding_size: 2,
         fim: FimTokens::find(&tokenizer),
         tokenizer: Arc::new(tokenizer),
         template: Some(ChatTemplate::new(TEMPLATE, special).unwrap()),
@@ -283,6 +285,14 @@ impl Runner for FakeRunner {
                     wanted.targets.iter().map(|target| logprobs(*target, wanted.num_top))
                 })
                 .collect(),
+            pooled: seq.pool.as_ref().map(|pool| {
+                let mut sum = pool.sum.clone();
+                sum.resize(2, 0.0);
+                sum[0] +=
+                    seq.tokens[pool.rows.clone()].iter().map(|&id| f64::from(id)).sum::<f64>();
+                sum[1] += pool.rows.len() as f64;
+                sum
+            }),
         });
         Ok(outputs.collect())
     }

@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use crate::chat::fim::FimTokens;
 use crate::chat::model::ServedModel;
 use crate::chat::template::{ChatTemplate, TemplateTokens};
-use crate::config::ModelConfig;
+use crate::config::{EmbeddingPooling, ModelConfig};
+use crate::engine::request::Pooling;
 use crate::sampling::params::GenerationDefaults;
 use crate::text::{TokenId, Tokenizer, TokenizerSpec};
 use crate::weights::gguf::Metadata;
@@ -50,6 +51,11 @@ pub(super) fn build(
         template,
         eos_token_ids,
         fim,
+        pooling: match config.embedding_pooling {
+            EmbeddingPooling::Mean => Pooling::Mean,
+            EmbeddingPooling::Last => Pooling::Last,
+        },
+        embedding_size: embedding_size(metadata)?,
         sampling_defaults: sampling_defaults(resolved),
     })
 }
@@ -61,6 +67,11 @@ fn is_coder(metadata: &Metadata, resolved: &ResolvedModel) -> bool {
     let known = resolved.entry.iter().map(|entry| entry.model.name.as_str());
     let mut names = stated.chain(known).chain([resolved.name.as_str()]);
     names.any(|name| name.to_ascii_lowercase().contains("coder"))
+}
+
+fn embedding_size(metadata: &Metadata) -> Result<usize, GgufError> {
+    let architecture = metadata.str("general.architecture")?;
+    Ok(metadata.u32(&format!("{architecture}.embedding_length"))? as usize)
 }
 
 fn tokenizer_spec(metadata: &Metadata) -> Result<TokenizerSpec, GgufError> {
