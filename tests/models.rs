@@ -225,7 +225,8 @@ async fn embeddings_are_of_hugging_face_hidden_states() {
     for prompt in &golden.prompts {
         // Of long prompts the file has only the last token's logits.
         let is_whole = prompt.logits.len() == prompt.prompt_ids.len();
-        let poolings = if is_whole { &[Pooling::Mean, Pooling::Last][..] } else { &[Pooling::Last] };
+        let poolings =
+            if is_whole { &[Pooling::Mean, Pooling::Last][..] } else { &[Pooling::Last] };
         for &pooling in poolings {
             let embedding = embed(&engine, &prompt.prompt_ids, pooling).await;
             let embedding: Vec<f32> = embedding.into_iter().map(f32::from_bits).collect();
