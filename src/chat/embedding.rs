@@ -85,7 +85,7 @@ fn inputs(input: &Prompt, context: &PromptContext<'_>) -> Result<Vec<Vec<TokenId
         Prompt::TokenLists(lists) => lists.len(),
         Prompt::Text(_) | Prompt::Tokens(_) => 1,
     };
-    if count < 1 || MAX_INPUTS < count {
+    if !(1..=MAX_INPUTS).contains(&count) {
         return Err(PromptError::invalid(
             "input",
             format!("must hold between 1 and {MAX_INPUTS} inputs, got {count}"),

@@ -19,11 +19,11 @@ use crate::text::TokenId;
 /// As many marks as OpenAI, Anthropic and DashScope allow.
 const MAX_MARKS: usize = 4;
 /// How long a prefix is kept that `cache_control` marks.
-const DEFAULT_TTL: Duration = Duration::from_mins(5);
+const DEFAULT_TTL: Duration = Duration::from_secs(5 * 60);
 /// How long a prefix is kept that `prompt_cache_breakpoint` or `prompt_cache_options` mark.
-const DEFAULT_OPTIONS_TTL: Duration = Duration::from_mins(30);
+const DEFAULT_OPTIONS_TTL: Duration = Duration::from_secs(30 * 60);
 /// Longest time a prefix is kept.
-const MAX_TTL: Duration = Duration::from_hours(24);
+const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A mark behind a part of a message, or behind the whole message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
