@@ -42,7 +42,7 @@ async fn completions_are_rendered_one_by_one() {
 }
 
 /// A long system message with a mark behind it, and a short question.
-fn marked(mark: Value, question: &str) -> Value {
+fn marked(mark: &Value, question: &str) -> Value {
     let mut part = json!({"type": "text", "text": "r".repeat(100)});
     part.as_object_mut().unwrap().extend(mark.as_object().unwrap().clone());
     let messages = json!([
@@ -61,28 +61,28 @@ async fn marks_keep_the_prefix_and_usage_says_so() {
     ];
     for mark in marks {
         let server = FakeServer::start();
-        let first = server.post(CHAT, marked(mark.clone(), "one")).await.ok();
+        let first = server.post(CHAT, marked(&mark, "one")).await.ok();
         // `<|im_start|>system\n` and the text are 108 tokens, six blocks of 16.
         let details = &first["usage"]["prompt_tokens_details"];
         assert_eq!(details["cached_tokens"], 0);
         assert_eq!(details["cache_write_tokens"], 96);
         assert_eq!(details["cache_creation_input_tokens"], 96);
-        let second = server.post(CHAT, marked(mark, "two")).await.ok();
+        let second = server.post(CHAT, marked(&mark, "two")).await.ok();
         let details = &second["usage"]["prompt_tokens_details"];
         assert_eq!(details["cached_tokens"], 112, "more is cached than is kept");
         assert_eq!(details["cache_write_tokens"], 0);
         assert_eq!(second["choices"][0]["message"]["content"], "two");
         server.wait_until_idle().await;
     }
-    let whole = with(marked(json!({}), "three"), json!({"prompt_cache_options": {"ttl": "1m"}}));
+    let whole = with(marked(&json!({}), "three"), json!({"prompt_cache_options": {"ttl": "1m"}}));
     let body = server.post(CHAT, whole).await.ok();
     let written = body["usage"]["prompt_tokens_details"]["cache_write_tokens"].as_u64().unwrap();
     assert!(96 < written, "up to the newest message: {written}");
-    let body = server.post(CHAT, marked(json!({}), "four")).await.ok();
+    let body = server.post(CHAT, marked(&json!({}), "four")).await.ok();
     assert!(body["usage"]["prompt_tokens_details"].get("cache_write_tokens").is_none());
     let stream = json!({"stream": true, "stream_options": {"include_usage": true}});
     let mark = json!({"cache_control": {"type": "ephemeral"}});
-    let chunks = server.post(CHAT, with(marked(mark, "five"), stream)).await.chunks();
+    let chunks = server.post(CHAT, with(marked(&mark, "five"), stream)).await.chunks();
     let details = &chunks.last().unwrap()["usage"]["prompt_tokens_details"];
     assert!(details["cache_write_tokens"].is_u64());
 }
@@ -90,7 +90,7 @@ async fn marks_keep_the_prefix_and_usage_says_so() {
 #[tokio::test]
 async fn what_is_not_a_mark_is_refused_by_name() {
     let server = FakeServer::start();
-    let bad = marked(json!({"cache_control": {"type": "eternal"}}), "x");
+    let bad = marked(&json!({"cache_control": {"type": "eternal"}}), "x");
     let answer = server.post(CHAT, bad).await;
     assert_eq!(answer.error(400)["param"], "messages[0].content[0].cache_control.type");
     let options = json!({"prompt_cache_options": {"mode": "sometimes"}});
