@@ -85,9 +85,9 @@ def test_what_is_rendered_is_what_is_answered(server, client):
 
 def test_a_marked_prefix_survives_others():
     """The cache holds two long prompts; the marked one is still there after several others."""
-    system = " ".join(f"Rule {i}: be brief." for i in range(150))
+    system = " ".join(f"Rule {i}: be brief." for i in range(55))
     part = {"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}
-    with Server("--max-model-len", "3000", "--kv-cache-memory", "100MiB") as small:
+    with Server("--max-model-len", "1000", "--kv-cache-memory", "24MiB") as small:
         def ask(content, question="Hi"):
             answer = small.json("POST", "/v1/chat/completions", {
                 "model": MODEL, "max_tokens": 1, "temperature": 0, "messages": [
@@ -95,11 +95,11 @@ def test_a_marked_prefix_survives_others():
                     {"role": "user", "content": question}]})
             return answer["usage"]["prompt_tokens_details"]
         first = ask([part])
-        assert first["cached_tokens"] == 0 and 1000 < first["cache_write_tokens"]
+        assert first["cached_tokens"] == 0 and 300 < first["cache_write_tokens"]
         assert first["cache_write_tokens"] == first["cache_creation_input_tokens"]
         plain = ask(system.replace("brief", "plain"))
         assert "cache_write_tokens" not in plain
-        for word in "abcdefghi":
+        for word in "abcde":
             ask(system.replace("Rule", f"Law {word}"))
         again = ask([part], "Who are you?")
         assert first["cache_write_tokens"] <= again["cached_tokens"]
