@@ -3,12 +3,17 @@
 //! [`prompt`] is the way in: it checks a request and builds what the engine runs. [`output`] is
 //! the way out: events become deltas of text. Both know OpenAI's wire types, and nothing of HTTP.
 
+pub mod best_of;
 pub mod constraint;
+pub mod embedding;
+pub mod fim;
 pub mod logprobs;
 pub mod messages;
 pub mod model;
 pub mod options;
 pub mod output;
+mod pinning;
 pub mod prompt;
+mod rendered;
 pub mod template;
 pub mod tokenize;

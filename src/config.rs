@@ -54,6 +54,8 @@ pub struct ModelConfig {
     pub model_aliases: Vec<String>,
     /// The longest sequence, if shorter than the model allows.
     pub max_model_len: Option<NonZeroUsize>,
+    /// What embeddings are made of.
+    pub embedding_pooling: EmbeddingPooling,
 }
 
 impl ModelConfig {
@@ -120,6 +122,15 @@ pub struct LogConfig {
     pub level: LogLevel,
     /// How lines look.
     pub format: LogFormat,
+}
+
+/// What embeddings are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum EmbeddingPooling {
+    /// The mean over the final hidden states of all tokens.
+    Mean,
+    /// The final hidden state of the last token.
+    Last,
 }
 
 /// How keys and values are stored.

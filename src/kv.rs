@@ -10,11 +10,11 @@ mod pool;
 pub mod table;
 
 pub use hash::HashKey;
-pub use manager::{KvCacheManager, OutOfBlocks};
+pub use manager::{KvCacheManager, OutOfBlocks, Pin};
 pub use table::SequenceBlocks;
 
 /// Index of a block of the KV cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub u32);
 
 /// A sequence's blocks in token order. Append-only while the sequence runs.

@@ -15,7 +15,7 @@ use crate::layers::attention::{AttentionMetadata, KvCache};
 pub struct ForwardBatch {
     /// `[num_tokens]`
     pub input_ids: Vec<u32>,
-    /// Rows whose logits are wanted, in order of the sequences.
+    /// Rows whose final hidden states are wanted.
     pub logits_indices: Vec<u32>,
     /// Where the tokens stand and where their keys and values live.
     pub attention: AttentionMetadata,

@@ -7,9 +7,11 @@
 
 pub mod chat;
 pub mod completion;
+pub mod embedding;
 pub mod error;
 pub mod generation;
 pub mod message;
 pub mod model;
+pub mod render;
 pub mod stream;
 pub mod tokenize;

@@ -5,12 +5,14 @@
 //! prefix-cache hits and recomputation after preemption are all the same rule. Start reading at
 //! [`Scheduler::schedule`].
 
+pub mod priority;
 mod queue;
 #[expect(clippy::module_inception, reason = "the file is named for its type")]
 mod scheduler;
 pub mod sequence;
 pub mod step;
 
+pub use priority::Priority;
 pub use scheduler::{
     DoesNotFit, Scheduler, SchedulerConfig, SchedulerStats, SeqEvent, SeqFinish, SeqPhase,
 };

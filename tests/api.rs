@@ -12,8 +12,12 @@ mod completions;
 mod connections;
 #[path = "api/constraints.rs"]
 mod constraints;
+#[path = "api/embeddings.rs"]
+mod embeddings;
 #[path = "api/errors.rs"]
 mod errors;
+#[path = "api/extras.rs"]
+mod extras;
 #[path = "api/fuzz.rs"]
 mod fuzz;
 #[path = "api/other_routes.rs"]

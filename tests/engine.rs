@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
+use qwen_server::engine::request::Priority;
 use qwen_server::engine::{
     EngineConfig, EngineHandle, EngineStats, Event, EventStream, FinishReason, Health, Request,
     StopConditions, SubmitError, spawn,
@@ -44,6 +45,9 @@ fn request(prompt: &[TokenId], max_tokens: usize) -> Request {
         n: 1,
         grammar: None,
         cache_salt: None,
+        priority: Priority::default(),
+        pins: Arc::new([]),
+        pooling: None,
     }
 }
 

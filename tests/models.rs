@@ -13,10 +13,11 @@ use candle_core::DType;
 use futures_util::StreamExt;
 use qwen_server::engine::event::{Event, TokenLogprobs};
 use qwen_server::engine::handle::EngineHandle;
-use qwen_server::engine::request::{Request, StopConditions};
+use qwen_server::engine::request::{Pooling, Priority, Request, StopConditions};
 use qwen_server::engine::thread::{EngineConfig, spawn};
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
 use qwen_server::sampling::SamplingParams;
+use qwen_server::weights::checkpoint::Checkpoint;
 use serde::Deserialize;
 
 #[derive(Clone, Copy)]
@@ -73,6 +74,9 @@ fn request(prompt: &[u32], max_tokens: usize, params: SamplingParams) -> Request
         n: 1,
         grammar: None,
         cache_salt: None,
+        priority: Priority::default(),
+        pins: Arc::new([]),
+        pooling: None,
     }
 }
 
@@ -96,6 +100,7 @@ async fn run(engine: &EngineHandle, request: Request) -> Said {
                 said.logprob_bits.extend(logprobs.top.iter().map(|(_, logprob)| logprob.to_bits()));
             }
             Event::Finished { .. } | Event::PromptLogprobs(_) => {}
+            Event::Pinned { .. } | Event::Pooled(_) => panic!("nobody asked"),
             Event::Failed(why) => panic!("{why}"),
         }
     }
@@ -155,6 +160,90 @@ async fn company_chunks_threads_and_preemption_change_no_bit() {
             }
             if context == "preempted" {
                 assert!(0 < engine.stats().num_preemptions, "the setup preempts nothing");
+            }
+        }
+    }
+}
+
+/// The bits of a prompt's embedding.
+async fn embed(engine: &EngineHandle, prompt: &[u32], pooling: Pooling) -> Vec<u32> {
+    let asked = Request { pooling: Some(pooling), ..request(prompt, 0, SamplingParams::default()) };
+    let mut events = engine.generate(asked).unwrap();
+    let mut embedding = Vec::new();
+    while let Some(event) = events.next().await {
+        match event {
+            Event::Pooled(values) => embedding.extend(values.iter().map(|value| value.to_bits())),
+            Event::Failed(why) => panic!("{why}"),
+            _ => {}
+        }
+    }
+    assert!(!embedding.is_empty());
+    embedding
+}
+
+async fn embed_together(engine: &EngineHandle, pooling: Pooling) -> Vec<Vec<u32>> {
+    let prompts = prompts();
+    let embedded =
+        futures_util::future::join_all(prompts.iter().map(|p| embed(engine, p, pooling)));
+    tokio::join!(embedded, together(engine)).0
+}
+
+#[tokio::test]
+async fn company_chunks_threads_and_preemption_change_no_bit_of_an_embedding() {
+    for model in EQUALITY_MODELS.map(tiny) {
+        let bytes_per_block = block_bytes(&model, 4);
+        let setups = [
+            ROOMY,
+            Setup { max_num_batched_tokens: 7, ..ROOMY },
+            Setup { num_threads: 3, ..ROOMY },
+            Setup { block_size: 4, kv_cache_bytes: 36 * bytes_per_block, ..ROOMY },
+        ];
+        for pooling in [Pooling::Mean, Pooling::Last] {
+            let mut expected = Vec::new();
+            for prompt in prompts() {
+                expected.push(embed(&start(&model, ROOMY), &prompt, pooling).await);
+            }
+            for setup in setups {
+                let engine = start(&model, setup);
+                assert_eq!(embed_together(&engine, pooling).await, expected);
+                // Once more, with everything in the cache.
+                assert_eq!(embed_together(&engine, pooling).await, expected);
+            }
+        }
+    }
+}
+
+/// Goal: an embedding is made of Hugging Face's hidden states. Method: logits are a matrix times
+/// them, so the matrix times their mean must be the mean of Hugging Face's logits.
+#[tokio::test]
+async fn embeddings_are_of_hugging_face_hidden_states() {
+    let name = "f32-untied";
+    let golden = std::fs::read_to_string(tiny(&format!("{name}.json"))).unwrap();
+    let golden: Golden = serde_json::from_str(&golden).unwrap();
+    let checkpoint = Checkpoint::open(&tiny(&format!("{name}.gguf"))).unwrap();
+    let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
+    let engine = start(&tiny(&format!("{name}.gguf")), setup);
+    for prompt in &golden.prompts {
+        // Of long prompts the file has only the last token's logits.
+        let is_whole = prompt.logits.len() == prompt.prompt_ids.len();
+        let poolings =
+            if is_whole { &[Pooling::Mean, Pooling::Last][..] } else { &[Pooling::Last] };
+        for &pooling in poolings {
+            let embedding = embed(&engine, &prompt.prompt_ids, pooling).await;
+            let embedding: Vec<f32> = embedding.into_iter().map(f32::from_bits).collect();
+            let rows = match pooling {
+                Pooling::Mean => prompt.logits.as_slice(),
+                Pooling::Last => &prompt.logits[prompt.logits.len() - 1..],
+            };
+            let num_tokens = prompt.logits[0].len();
+            let head = checkpoint.matrix("lm_head.weight", num_tokens, embedding.len()).unwrap();
+            let head: &[f32] = bytemuck::cast_slice(head.bytes.as_ref());
+            for (token, weights) in head.chunks_exact(embedding.len()).enumerate() {
+                let products =
+                    weights.iter().zip(&embedding).map(|(w, x)| f64::from(*w) * f64::from(*x));
+                let ours: f64 = products.sum();
+                let theirs = rows.iter().map(|row| row[token]).sum::<f64>() / rows.len() as f64;
+                assert!((ours - theirs).abs() < 1e-3, "{ours} {theirs}");
             }
         }
     }
@@ -310,6 +399,7 @@ async fn score(
             Event::PromptLogprobs(entries) => given.extend(entries),
             Event::Token { token, .. } => generated.push(token.logprobs.unwrap()),
             Event::Started { .. } | Event::Finished { .. } => {}
+            Event::Pinned { .. } | Event::Pooled(_) => panic!("nobody asked"),
             Event::Failed(why) => panic!("{why}"),
         }
     }

@@ -9,17 +9,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use qwen_server::engine::core::{EngineCore, StepError};
-use qwen_server::kv::{HashKey, KvCacheManager};
+use qwen_server::kv::{HashKey, KvCacheManager, Pin};
 use qwen_server::sampling::SamplingParams;
 use qwen_server::scheduler::step::{
-    Continuation, NonFiniteLogits, Runner, SampleError, SampleRequest, SampledToken, ScheduledSeq,
-    SchedulerOutput, SeqOutput, TokenLogprobs, TokenMasks,
+    Continuation, NonFiniteLogits, Pooling, Runner, SampleError, SampleRequest, SampledToken,
+    ScheduledSeq, SchedulerOutput, SeqOutput, TokenLogprobs, TokenMasks,
 };
 use qwen_server::scheduler::{
-    Scheduler, SchedulerConfig, SeqEvent, SeqFinish, SeqId, SequenceSpec,
+    Priority, Scheduler, SchedulerConfig, SeqEvent, SeqFinish, SeqId, SequenceSpec,
 };
 use qwen_server::text::TokenId;
 
@@ -80,6 +81,9 @@ struct Arrival {
     /// The logits after so many generated tokens are not finite.
     broken_after: Option<usize>,
     abort_after: Option<usize>,
+    priority: i64,
+    pin: Option<Pin>,
+    pooling: Option<Pooling>,
 }
 
 impl Arrival {
@@ -97,6 +101,9 @@ impl Arrival {
             salt: None,
             broken_after: None,
             abort_after: None,
+            priority: 0,
+            pin: None,
+            pooling: None,
         }
     }
 
@@ -111,11 +118,19 @@ impl Arrival {
             prompt: self.prompt.as_slice().into(),
             params: Arc::new(params),
             choice,
-            max_tokens: self.max_tokens,
+            max_tokens: self.max_tokens(),
             stop_token_ids: if self.stops { STOP_TOKENS.into() } else { [].into() },
             prompt_logprobs: (self.prompt_logprobs && choice == 0).then_some(0),
             cache_salt: self.salt.map(Into::into),
+            priority: Priority::new(self.priority),
+            pins: self.pin.filter(|_| choice == 0).into_iter().collect(),
+            pooling: self.pooling,
         }
+    }
+
+    /// An embedding generates nothing.
+    fn max_tokens(&self) -> usize {
+        if self.pooling.is_some() { 0 } else { self.max_tokens }
     }
 
     /// What the choice says when it is alone in the world.
@@ -127,8 +142,16 @@ impl Arrival {
             told.prompt_logprobs =
                 contexts.map(|(c, target)| (target, logprob(c, target))).collect();
         }
+        told.embedding = self.pooling.map(|pooling| {
+            let states = values(&tokens).map(f64::from);
+            let (sum, count) = match pooling {
+                Pooling::Mean => (states.sum::<f64>(), tokens.len() as f64),
+                Pooling::Last => (states.last().expect("a prompt has a token"), 1.0),
+            };
+            vec![(sum / count) as f32]
+        });
         told.end = Some(loop {
-            if told.tokens.len() == self.max_tokens || tokens.len() == max_model_len {
+            if told.tokens.len() == self.max_tokens() || tokens.len() == max_model_len {
                 break End::Length;
             }
             if self.broken_after == Some(told.tokens.len()) {
@@ -178,6 +201,8 @@ struct Told {
     tokens: Vec<TokenId>,
     prompt_logprobs: Vec<(TokenId, f32)>,
     num_cached_tokens: Option<usize>,
+    embedding: Option<Vec<f32>>,
+    num_pinned_tokens: Option<usize>,
     end: Option<End>,
 }
 
@@ -291,6 +316,12 @@ impl Runner for ShadowRunner {
                 sampled: drawn,
                 prompt_logprobs: self.prompt_logprobs(seq),
                 continuation: continuation.unwrap_or_default(),
+                pooled: seq.pool.as_ref().map(|pool| {
+                    let sum = pool.sum.first().copied().unwrap_or(0.0);
+                    let positions = pool.rows.clone().map(|row| seq.start + row);
+                    let states = positions.map(|position| f64::from(self.read(seq, position)));
+                    vec![states.fold(sum, |sum, state| sum + state)]
+                }),
             }
         });
         Ok(outputs.collect())
@@ -315,6 +346,7 @@ impl Shape {
             max_num_batched_tokens: 32,
             max_prefill_tokens_while_decoding: 8,
             prefill_ageing_tokens_per_step: 4,
+            steps_per_priority: 5,
             max_model_len: 4096,
         };
         Self { num_blocks: 2048, block_size: 4, config, failing_steps: BTreeSet::new() }
@@ -325,8 +357,9 @@ struct World<'a> {
     arrivals: &'a [Arrival],
     engine: EngineCore<ShadowRunner>,
     told: BTreeMap<SeqId, Told>,
-    /// Accepted and not over yet, with the order of arrival.
-    live: BTreeMap<SeqId, usize>,
+    /// Accepted and not over yet, with their order.
+    live: BTreeMap<SeqId, (usize, usize)>,
+    steps_per_priority: usize,
     step: usize,
 }
 
@@ -352,8 +385,16 @@ impl<'a> World<'a> {
                 runner.broken_after.extend(arrival.broken_after.map(|after| (id, after)));
             }
         }
+        let steps_per_priority = shape.config.steps_per_priority as usize;
         let engine = EngineCore::new(Scheduler::new(shape.config, kv), runner);
-        Self { arrivals, engine, told: BTreeMap::new(), live: BTreeMap::new(), step: 0 }
+        Self {
+            arrivals,
+            engine,
+            told: BTreeMap::new(),
+            live: BTreeMap::new(),
+            step: 0,
+            steps_per_priority,
+        }
     }
 
     fn arrive_and_abort(&mut self) {
@@ -363,7 +404,8 @@ impl<'a> World<'a> {
                 let is_accepted = arrival.step == self.step
                     && self.engine.add(arrival.spec(index, choice), None).is_ok();
                 if is_accepted {
-                    self.live.insert(id, self.told.len());
+                    let delay = (arrival.priority + 100) as usize * self.steps_per_priority;
+                    self.live.insert(id, (self.step + delay, self.told.len()));
                     self.told.insert(id, Told::default());
                 }
                 let is_aborted = arrival.abort_after.map(|after| arrival.step + after);
@@ -378,6 +420,7 @@ impl<'a> World<'a> {
     /// One step; returns what was scheduled.
     fn tick(&mut self) -> SchedulerOutput {
         self.arrive_and_abort();
+        self.engine.advance_to(Duration::from_secs(self.step as u64));
         self.engine.scheduler().check_invariants();
         let output = self.engine.schedule();
         let order = |id: &SeqId| self.live[id];
@@ -409,6 +452,15 @@ impl<'a> World<'a> {
             SeqEvent::PromptLogprobs(id, scored) => {
                 let scored = scored.into_iter().map(|entry| (entry.token, entry.logprob));
                 self.told.get_mut(&id).expect("known").prompt_logprobs.extend(scored);
+            }
+            SeqEvent::Pooled(id, embedding) => {
+                let told = self.told.get_mut(&id).expect("known");
+                assert_eq!(told.embedding.replace(embedding), None);
+            }
+            SeqEvent::Pinned(id, num_tokens) => {
+                let told = self.told.get_mut(&id).expect("known");
+                assert!(told.tokens.is_empty(), "told before the first token");
+                assert_eq!(told.num_pinned_tokens.replace(num_tokens), None);
             }
             SeqEvent::Token(id, token) => {
                 assert!(self.live.contains_key(&id));
@@ -449,6 +501,15 @@ fn run(arrivals: &[Arrival], shape: &Shape) -> BTreeMap<SeqId, Told> {
     world.told
 }
 
+fn pin() -> impl Strategy<Value = Pin> {
+    (0..40_usize, 1..20_u64)
+        .prop_map(|(num_tokens, ttl)| Pin { num_tokens, ttl: Duration::from_secs(ttl) })
+}
+
+fn pooling() -> impl Strategy<Value = Pooling> {
+    prop::sample::select(vec![Pooling::Mean, Pooling::Last])
+}
+
 fn arrival() -> impl Strategy<Value = Arrival> {
     // A tiny alphabet makes shared prefixes common.
     let prompt = prop::collection::vec(0..2_u32, 1..40);
@@ -459,10 +520,13 @@ fn arrival() -> impl Strategy<Value = Arrival> {
         (0..6_usize, any::<bool>(), any::<bool>(), rare(), rare(), salt),
         prop::option::weighted(0.1, 0..6_usize),
         prop::option::weighted(0.2, 0..10_usize),
+        (-3..4_i64, prop::option::weighted(0.3, pin()), prop::option::weighted(0.2, pooling())),
     )
-        .prop_map(|(what, how, broken_after, abort_after)| {
+        .prop_map(|(what, how, broken_after, abort_after, (priority, pin, pooling))| {
             let (step, prompt, n, max_tokens) = what;
             let (min_tokens, stops, forces, penalised, prompt_logprobs, salt) = how;
+            // Hidden states and logits of one prompt are never wanted at once.
+            let prompt_logprobs = prompt_logprobs && pooling.is_none();
             Arrival {
                 step,
                 prompt,
@@ -476,20 +540,31 @@ fn arrival() -> impl Strategy<Value = Arrival> {
                 salt,
                 broken_after,
                 abort_after,
+                priority,
+                pin,
+                pooling,
             }
         })
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
-    let config = (1..6_usize, 2..32_usize, 1..16_usize, 0..9_usize, 8..60_usize).prop_map(
-        |(max_num_seqs, max_num_batched_tokens, cap, ageing, max_model_len)| SchedulerConfig {
-            max_num_seqs,
-            max_num_batched_tokens,
-            max_prefill_tokens_while_decoding: cap,
-            prefill_ageing_tokens_per_step: ageing,
-            max_model_len,
-        },
-    );
+    let config = (1..6_usize, 2..32_usize, 1..16_usize, (0..9_usize, 0..6_u64), 8..60_usize)
+        .prop_map(
+            |(
+                max_num_seqs,
+                max_num_batched_tokens,
+                cap,
+                (ageing, steps_per_priority),
+                max_model_len,
+            )| SchedulerConfig {
+                max_num_seqs,
+                max_num_batched_tokens,
+                max_prefill_tokens_while_decoding: cap,
+                prefill_ageing_tokens_per_step: ageing,
+                steps_per_priority,
+                max_model_len,
+            },
+        );
     let failing_steps = prop::collection::btree_set(1..60_usize, 0..3);
     (4..40_u32, 1..9_usize, config, failing_steps).prop_map(
         |(num_blocks, block_size, config, failing_steps)| Shape {
@@ -519,6 +594,10 @@ proptest! {
                 if !matches!(told.end, Some(End::Aborted | End::Lost)) {
                     prop_assert_eq!(told.end, expected.end);
                     prop_assert_eq!(&told.tokens, &expected.tokens);
+                    prop_assert_eq!(&told.embedding, &expected.embedding);
+                    let is_pinned = arrival.pin.is_some() && choice == 0;
+                    let is_told = told.num_pinned_tokens.is_some();
+                    prop_assert!(is_told == is_pinned || told.end == Some(End::Failed));
                     // The scores of the step that failed are lost with it.
                     if told.end != Some(End::Failed) {
                         prop_assert_eq!(&told.prompt_logprobs, &expected.prompt_logprobs);
@@ -682,4 +761,76 @@ fn refuses_what_never_fits() {
     assert_eq!(told[&seq_id(0, 0)].end, Some(End::Length));
     assert_eq!(told[&seq_id(1, 0)].tokens.len(), 1);
     assert!(run(&[Arrival::simple(0, vec![1; 12], 1)], &shape).is_empty());
+}
+
+/// Goal: the urgent go first, and nobody starves for them. Method: one sequence runs at a time; an
+/// endless stream of urgent ones arrives beside one that can wait.
+#[test]
+fn the_urgent_overtake_for_a_while() {
+    let mut shape = Shape::roomy();
+    shape.config.max_num_seqs = 1;
+    let with = |step, priority| {
+        let prompt = vec![step as u32 + 7; 3];
+        Arrival { priority, ..Arrival::simple(step, prompt, 2) }
+    };
+    let mut arrivals = vec![with(0, 0), with(0, 2), with(0, 0), with(1, -1)];
+    arrivals.extend((2..200).map(|step| with(step, -1)));
+    let mut world = World::new(&arrivals, &shape);
+    let mut ended = Vec::new();
+    while !ended.contains(&1) {
+        world.tick();
+        let is_over = |index: &usize| world.told[&seq_id(*index, 0)].end.is_some();
+        let known = (0..arrivals.len()).filter(|i| world.told.contains_key(&seq_id(*i, 0)));
+        let new: Vec<_> = known.filter(is_over).filter(|i| !ended.contains(i)).collect();
+        ended.extend(new);
+        assert!(world.step < 100, "starved");
+    }
+    let place = |index: usize| ended.iter().position(|&other| other == index);
+    assert_eq!(place(0), Some(0), "who runs already is not interrupted");
+    assert!(place(3) < place(2) && place(2) < place(1), "by priority: {ended:?}");
+    // Fifteen steps of advantage, two steps each.
+    assert!(place(1) > Some(6), "{ended:?}");
+}
+
+/// Goal: a pinned beginning survives what would evict it, until its time is over. Method: fill the
+/// cache with other content before the same prompt comes again.
+#[test]
+fn a_pin_keeps_a_beginning_for_its_time() {
+    let prompt: Vec<TokenId> = (0..20).collect();
+    let shape = Shape { num_blocks: 40, ..Shape::roomy() };
+    let ttl = Duration::from_secs(50);
+    let cached = |pin: Option<Pin>, at: usize| {
+        let mut arrivals = vec![Arrival { pin, ..Arrival::simple(0, prompt.clone(), 1) }];
+        let other = |i: usize| Arrival::simple(5 + 6 * i, vec![100 + i as u32; 60], 1);
+        arrivals.extend((0..5).map(other));
+        arrivals.push(Arrival::simple(at, prompt.clone(), 1));
+        let told = run(&arrivals, &shape);
+        let first = told[&seq_id(0, 0)].num_pinned_tokens;
+        (first, told[&seq_id(6, 0)].num_cached_tokens)
+    };
+    assert_eq!(cached(None, 40), (None, Some(0)));
+    assert_eq!(cached(Some(Pin { num_tokens: 18, ttl }), 40), (Some(16), Some(16)));
+    assert_eq!(cached(Some(Pin { num_tokens: 10, ttl }), 40), (Some(8), Some(8)));
+    let brief = Duration::from_secs(4);
+    assert_eq!(cached(Some(Pin { num_tokens: 18, ttl: brief }), 40), (Some(16), Some(0)));
+}
+
+/// Goal: each use renews a pin; pins take a share of the cache and no more, and refuse nobody work.
+#[test]
+fn pins_are_renewed_bounded_and_give_way() {
+    let prompt: Vec<TokenId> = (0..20).collect();
+    let shape = Shape { num_blocks: 40, ..Shape::roomy() };
+    let pin = Pin { num_tokens: 20, ttl: Duration::from_secs(20) };
+    let first = Arrival { pin: Some(pin), ..Arrival::simple(0, prompt.clone(), 1) };
+    let mut arrivals = vec![first, Arrival::simple(15, prompt.clone(), 1)];
+    arrivals.extend((0..3).map(|i| Arrival::simple(17 + 5 * i, vec![100 + i as u32; 60], 1)));
+    arrivals.push(Arrival::simple(32, prompt.clone(), 1));
+    let told = run(&arrivals, &shape);
+    assert_eq!(told[&seq_id(5, 0)].num_cached_tokens, Some(16));
+
+    let large = Pin { num_tokens: 100, ttl: Duration::from_secs(1000) };
+    let greedy = Arrival { pin: Some(large), ..Arrival::simple(0, vec![9; 100], 1) };
+    let told = run(&[greedy, Arrival::simple(20, vec![8; 150], 8)], &shape);
+    assert_eq!(told[&seq_id(0, 0)].num_pinned_tokens, Some(40), "a quarter of 40 blocks of four");
+    assert_eq!(told[&seq_id(1, 0)].tokens.len(), 8);
 }

@@ -64,7 +64,7 @@ const PURE: &[&str] = &["scheduler", "kv", "sampling::params", "runner::batch"];
 
 const BANS: &[Ban] = &[
     Ban {
-        words: &["candle*", "tokio", "std::time", "rand", "std::thread"],
+        words: &["candle*", "tokio", "Instant", "SystemTime", "rand", "std::thread"],
         within: PURE,
         except: &[],
         instead: "this module is pure: pass the value in",

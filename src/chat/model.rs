@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::chat::fim::FimTokens;
 use crate::chat::template::ChatTemplate;
-use crate::engine::request::GenerationDefaults;
+use crate::engine::request::{GenerationDefaults, Pooling};
 use crate::grammar::GrammarCompiler;
 use crate::text::{TokenId, Tokenizer};
 
@@ -23,6 +24,12 @@ pub struct ServedModel {
     pub template: Option<ChatTemplate>,
     /// Tokens that end a sequence unless `ignore_eos` is set.
     pub eos_token_ids: Vec<TokenId>,
+    /// How to ask it for what stands at the cursor, if it learned that.
+    pub fim: Option<FimTokens>,
+    /// What its embeddings are made of.
+    pub pooling: Pooling,
+    /// How many numbers an embedding has.
+    pub embedding_size: usize,
     /// Sampling defaults of the model's `generation_config`, used where a request is silent.
     pub sampling_defaults: GenerationDefaults,
 }

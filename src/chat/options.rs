@@ -1,7 +1,7 @@
 //! Reads the fields that all generating endpoints share: sampling, stopping, and what to refuse.
 
 use crate::chat::prompt::{PromptError, PromptLimits};
-use crate::engine::request::SamplingOptions;
+use crate::engine::request::{Priority, SamplingOptions};
 use crate::openai::generation::{GenerationFields, Stop};
 use crate::text::TokenId;
 
@@ -16,9 +16,12 @@ const MAX_STOP_BYTES: usize = 16 << 10;
 /// More stop tokens than any client sends; every token is compared with all of them.
 const MAX_STOP_TOKEN_IDS: usize = 128;
 
+/// As many candidates as OpenAI allows.
+const MAX_BEST_OF: i64 = 20;
+
 /// Fields that constrain or change the output in ways this version cannot honour. Ignoring them
 /// would hand out something else than was asked for.
-const REFUSED: [&str; 17] = [
+const REFUSED: [&str; 18] = [
     "allowed_token_ids",
     "truncate_prompt_tokens",
     "chat_template",
@@ -29,6 +32,7 @@ const REFUSED: [&str; 17] = [
     "stop_regex",
     "audio",
     "guided_whitespace_pattern",
+    "enable_search",
     "structural_tag",
     "grammar",
     "json_schema",
@@ -38,12 +42,14 @@ const REFUSED: [&str; 17] = [
     "prompt_embeds",
 ];
 
+/// Fields that ask for something by being there, whatever they hold.
+const REFUSED_UNLESS_NULL: [&str; 1] = ["web_search_options"];
+
 /// Fields that mean nothing to a self-hosted server, or ask for what it does anyway.
-const WITHOUT_EFFECT: [&str; 9] = [
+const WITHOUT_EFFECT: [&str; 8] = [
     "user",
     "metadata",
     "store",
-    "service_tier",
     "safety_identifier",
     "prompt_cache_key",
     "add_special_tokens",
@@ -54,10 +60,11 @@ const WITHOUT_EFFECT: [&str; 9] = [
 /// Whether an unknown field deserves to be reported as ignored, or an error if ignoring it would
 /// change the answer. `is_neutral` means that its value asks for nothing.
 pub fn is_ignored(name: &str, is_null: bool, is_neutral: bool) -> Result<bool, PromptError> {
-    if !REFUSED.contains(&name) {
+    let is_refused = REFUSED.contains(&name) || REFUSED_UNLESS_NULL.contains(&name);
+    if !is_refused {
         return Ok(!is_null && !WITHOUT_EFFECT.contains(&name));
     }
-    if is_neutral {
+    if is_null || is_neutral && REFUSED.contains(&name) {
         return Ok(false);
     }
     Err(PromptError::invalid(name, "is not supported by this version"))
@@ -74,6 +81,25 @@ pub(super) fn check_refused(fields: &GenerationFields) -> Result<(), PromptError
     Ok(())
 }
 
+/// How urgent a request is: the number, or else the class.
+pub(super) fn priority(
+    number: Option<i64>,
+    service_tier: Option<&str>,
+) -> Result<Priority, PromptError> {
+    let class = match service_tier {
+        None | Some("auto" | "default") => Priority::default(),
+        Some("flex") => Priority::FLEX,
+        Some("fast" | "priority") => Priority::URGENT,
+        Some(other) => {
+            return Err(PromptError::invalid(
+                "service_tier",
+                format!("must be `auto`, `default`, `flex`, `fast` or `priority`, got `{other}`"),
+            ));
+        }
+    };
+    Ok(number.map_or(class, Priority::new))
+}
+
 /// How many choices to generate.
 pub(super) fn num_choices(
     fields: &GenerationFields,
@@ -86,10 +112,33 @@ pub(super) fn num_choices(
             format!("must be between 1 and {}, got {n}", limits.max_choices),
         ));
     }
-    if fields.best_of.is_some_and(|best_of| best_of != n) {
-        return Err(PromptError::invalid("best_of", "is supported only when it equals `n`"));
-    }
     Ok(n as u32)
+}
+
+/// How many candidates to generate for the `n` choices of a completion.
+pub(super) fn num_candidates(fields: &GenerationFields, n: u32) -> Result<u32, PromptError> {
+    let Some(best_of) = fields.best_of else { return Ok(n) };
+    if best_of < i64::from(n) || MAX_BEST_OF < best_of {
+        return Err(PromptError::invalid(
+            "best_of",
+            format!("must be between `n`, which is {n}, and {MAX_BEST_OF}, got {best_of}"),
+        ));
+    }
+    if i64::from(n) < best_of && fields.stream == Some(true) {
+        return Err(PromptError::invalid(
+            "best_of",
+            "cannot be greater than `n` when `stream` is true: the best are known at the end",
+        ));
+    }
+    Ok(best_of as u32)
+}
+
+/// Chats have no `best_of`; one that asks for nothing is tolerated.
+pub(super) fn refuse_best_of(fields: &GenerationFields) -> Result<(), PromptError> {
+    if fields.best_of.is_some_and(|best_of| best_of != fields.n.unwrap_or(1)) {
+        return Err(PromptError::invalid("best_of", "must equal `n` here: use /v1/completions"));
+    }
+    Ok(())
 }
 
 /// The stop strings, at least one byte each.

@@ -41,6 +41,8 @@ pub enum Update {
     Started {
         /// Prompt tokens found in the prefix cache.
         num_cached_tokens: usize,
+        /// Prompt tokens newly kept in the cache, when the request asked to keep some.
+        num_pinned_tokens: Option<usize>,
         /// One entry per prompt token after the first, when they were asked for.
         prompt_logprobs: Vec<TokenLogprobs>,
     },
@@ -86,6 +88,8 @@ pub struct RequestOutput {
     options: OutputOptions,
     choices: Vec<Choice>,
     num_cached_tokens: usize,
+    awaits_pins: bool,
+    num_pinned_tokens: Option<usize>,
     prompt_logprobs: Vec<TokenLogprobs>,
     has_run: bool,
     is_started: bool,
@@ -101,12 +105,19 @@ impl RequestOutput {
             options,
             choices,
             num_cached_tokens: 0,
+            awaits_pins: false,
+            num_pinned_tokens: None,
             prompt_logprobs: Vec::new(),
             has_run: false,
             is_started: false,
             early: Vec::new(),
             updates: VecDeque::new(),
         }
+    }
+
+    /// The request has pins, so it will be told what became of them.
+    pub(super) fn expect_pins(&mut self) {
+        self.awaits_pins = true;
     }
 
     /// Takes in an event. Returns the choice to cancel, if its text just hit a stop string.
@@ -118,6 +129,12 @@ impl RequestOutput {
                 self.has_run = true;
             }
             Event::PromptLogprobs(entries) => self.prompt_logprobs.extend(entries),
+            Event::Pinned { num_tokens } => {
+                self.num_pinned_tokens = Some(num_tokens);
+                self.awaits_pins = false;
+            }
+            // Only embeddings are pooled, and they have no text.
+            Event::Pooled(_) => {}
             Event::Token { choice, token } => {
                 let state = &mut self.choices[choice as usize];
                 if !state.is_finished {
@@ -130,7 +147,7 @@ impl RequestOutput {
             Event::Failed(reason) => return Err(OutputError::Failed(reason)),
         }
         let has_prompt = self.options.num_prompt_logprobs <= self.prompt_logprobs.len();
-        if self.has_run && has_prompt {
+        if self.has_run && has_prompt && !self.awaits_pins {
             self.start();
         }
         Ok(cancel)
@@ -184,6 +201,7 @@ impl RequestOutput {
         self.is_started = true;
         self.updates.push_back(Update::Started {
             num_cached_tokens: self.num_cached_tokens,
+            num_pinned_tokens: self.num_pinned_tokens,
             prompt_logprobs: std::mem::take(&mut self.prompt_logprobs),
         });
         self.updates.extend(self.early.drain(..).map(Update::Delta));

@@ -9,16 +9,18 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use crate::chat::constraint;
+use crate::chat::fim::{FillIn, fill_in};
 use crate::chat::messages::{template_messages, template_tools};
 use crate::chat::model::ServedModel;
 use crate::chat::options::{
-    check_refused, check_token_ids, num_choices, sampling_options, stop_strings, stop_token_ids,
-    top_count,
+    check_refused, check_token_ids, num_candidates, num_choices, priority, refuse_best_of,
+    sampling_options, stop_strings, stop_token_ids, top_count,
 };
 use crate::chat::output::{OutputOptions, RequestOutput};
+use crate::chat::pinning;
 use crate::chat::template::RenderOptions;
 use crate::engine::request::{
-    InvalidParam, Request, SamplingOptions, SamplingParams, StopConditions,
+    InvalidParam, Pin, Priority, Request, SamplingOptions, SamplingParams, StopConditions,
 };
 use crate::grammar::Grammar;
 use crate::openai::chat::ChatCompletionRequest;
@@ -75,6 +77,16 @@ pub struct Prepared {
     pub echo: Option<String>,
 }
 
+impl Prepared {
+    /// Keeps beginnings of the prompt in the cache for a while.
+    fn pin(&mut self, pins: Vec<Pin>) {
+        if !pins.is_empty() {
+            self.request.pins = pins.into();
+            self.output.expect_pins();
+        }
+    }
+}
+
 /// Why a request is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum PromptError {
@@ -124,6 +136,7 @@ pub fn prepare_chat(
     context: &PromptContext<'_>,
 ) -> Result<Prepared, PromptError> {
     check_refused(fields)?;
+    refuse_best_of(fields)?;
     if request.modalities.iter().flatten().any(|modality| modality != "text") {
         return Err(PromptError::invalid("modalities", "only `text` is supported"));
     }
@@ -141,12 +154,16 @@ pub fn prepare_chat(
         request.chat_template_kwargs.as_ref(),
     )?;
     let settings = Settings::new(fields, logprobs, context)?;
-    let text =
-        render(&request.messages, template_tools(request)?.as_ref(), &options, context.model)?;
+    let tools = template_tools(request)?;
+    let render =
+        |messages: &[ChatMessage]| render(messages, tools.as_ref(), &options, context.model);
+    let text = render(&request.messages)?;
     let prompt = encode(&text, "messages", context)?;
+    let pins = pinning::pins(request, (&text, &prompt), context.model, render)?;
     let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
     let mut prepared = settings.prepare(prompt, &demand, ("messages", 0), context)?;
     settings.check_logprobs(std::slice::from_ref(&prepared), fields, 1)?;
+    prepared.pin(pins);
     if fields.echo == Some(true) {
         prepared.echo = last_assistant_text(&request.messages);
     }
@@ -160,16 +177,20 @@ pub fn prepare_completion(
     context: &PromptContext<'_>,
 ) -> Result<Vec<Prepared>, PromptError> {
     check_refused(fields)?;
-    if request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
-        return Err(PromptError::invalid("suffix", "is not supported by this version"));
-    }
+    let fill_in = fill_in(request.suffix.as_deref(), fields, context)?;
     let logprobs = top_count("logprobs", request.logprobs)?;
     let mut settings = Settings::new(fields, logprobs, context)?;
     let echo = fields.echo == Some(true);
     if echo && logprobs.is_some() {
         settings.params.prompt_logprobs = settings.params.prompt_logprobs.max(logprobs);
     }
-    let prompts = split_prompts(&request.prompt, context)?;
+    settings.n = num_candidates(fields, settings.n)?;
+    if fields.n.unwrap_or(1) < i64::from(settings.n) {
+        // Candidates are ranked by the log-probability of their tokens.
+        settings.params.logprobs.get_or_insert(0);
+    }
+    settings.stop_at(fill_in.as_ref().map_or(&[], FillIn::ends), fields);
+    let prompts = split_prompts(&request.prompt, fill_in.as_ref(), context)?;
     let num_sequences = prompts.len() * settings.n as usize;
     if context.limits.max_sequences < num_sequences {
         return Err(PromptError::invalid(
@@ -242,6 +263,31 @@ pub fn encode(
     param: &'static str,
     context: &PromptContext<'_>,
 ) -> Result<Vec<TokenId>, PromptError> {
+    check_num_bytes(text, param, context)?;
+    let tokens = context.model.tokenizer.encode(text);
+    let tokens = tokens.map_err(|error| PromptError::Encode(error.to_string()))?;
+    if tokens.is_empty() {
+        return Err(PromptError::invalid(param, "must not be empty"));
+    }
+    Ok(tokens)
+}
+
+/// Encodes a text, which may be empty, and in which nothing is a special token.
+pub(super) fn encode_literal(
+    text: &str,
+    param: &'static str,
+    context: &PromptContext<'_>,
+) -> Result<Vec<TokenId>, PromptError> {
+    check_num_bytes(text, param, context)?;
+    let tokens = context.model.tokenizer.encode_plain(text);
+    tokens.map_err(|error| PromptError::Encode(error.to_string()))
+}
+
+fn check_num_bytes(
+    text: &str,
+    param: &'static str,
+    context: &PromptContext<'_>,
+) -> Result<(), PromptError> {
     let max_model_len = context.limits.max_model_len;
     if max_model_len.saturating_mul(MAX_BYTES_PER_TOKEN) < text.len() {
         return Err(PromptError::TooLong {
@@ -253,15 +299,7 @@ pub fn encode(
             ),
         });
     }
-    let tokens = context
-        .model
-        .tokenizer
-        .encode(text)
-        .map_err(|error| PromptError::Encode(error.to_string()))?;
-    if tokens.is_empty() {
-        return Err(PromptError::invalid(param, "must not be empty"));
-    }
-    Ok(tokens)
+    Ok(())
 }
 
 fn chat_logprobs(request: &ChatCompletionRequest) -> Result<Option<u32>, PromptError> {
@@ -285,15 +323,22 @@ type PromptText = (Vec<TokenId>, Option<String>);
 
 fn split_prompts(
     prompt: &Prompt,
+    fill_in: Option<&FillIn<'_>>,
     context: &PromptContext<'_>,
 ) -> Result<Vec<PromptText>, PromptError> {
-    let encode_text = |text: &String| Ok((encode(text, "prompt", context)?, Some(text.clone())));
+    let encode_text = |text: &String| {
+        let tokens = match fill_in {
+            None => encode(text, "prompt", context)?,
+            Some(fill_in) => fill_in.wrap(&encode_literal(text, "prompt", context)?),
+        };
+        Ok((tokens, Some(text.clone())))
+    };
     let check_ids = |ids: &Vec<TokenId>, param: &str| {
         if ids.is_empty() {
             return Err(PromptError::invalid(param, "must not be empty"));
         }
         check_token_ids(param, ids, &context.limits)?;
-        Ok((ids.clone(), None))
+        Ok((fill_in.map_or_else(|| ids.clone(), |fill_in| fill_in.wrap(ids)), None))
     };
     let count = match prompt {
         Prompt::Texts(texts) => texts.len(),
@@ -319,10 +364,10 @@ fn split_prompts(
 }
 
 /// How many tokens a request wants, and which field says so.
-struct Demand {
-    max_tokens: Option<u64>,
-    default: usize,
-    param: &'static str,
+pub(super) struct Demand {
+    pub(super) max_tokens: Option<u64>,
+    pub(super) default: usize,
+    pub(super) param: &'static str,
 }
 
 impl Demand {
@@ -363,7 +408,7 @@ impl Demand {
 }
 
 /// What all prompts of a request share.
-struct Settings {
+pub(super) struct Settings {
     params: SamplingParams,
     has_own_seed: bool,
     n: u32,
@@ -374,10 +419,11 @@ struct Settings {
     special_tokens: SpecialTokens,
     cache_salt: Option<Arc<str>>,
     grammar: Option<Arc<Grammar>>,
+    priority: Priority,
 }
 
 impl Settings {
-    fn new(
+    pub(super) fn new(
         fields: &GenerationFields,
         logprobs: Option<u32>,
         context: &PromptContext<'_>,
@@ -424,7 +470,18 @@ impl Settings {
             },
             cache_salt: fields.cache_salt.as_deref().map(Arc::from),
             grammar,
+            priority: priority(fields.priority, fields.service_tier.as_deref())?,
         })
+    }
+
+    /// Ends choices at these tokens too, unless ends are to be ignored.
+    pub(super) fn stop_at(&mut self, tokens: &[TokenId], fields: &GenerationFields) {
+        if tokens.is_empty() || fields.ignore_eos == Some(true) {
+            return;
+        }
+        let is_new = |id: &&TokenId| !self.stop_tokens.contains(*id);
+        let new = tokens.iter().filter(is_new);
+        self.stop_tokens = self.stop_tokens.iter().chain(new).copied().collect();
     }
 
     /// Prompts of a request without a seed draw differently, even if they are the same.
@@ -438,7 +495,7 @@ impl Settings {
 
     /// Refuses to collect more log-probabilities than an answer should have. Those of generated
     /// tokens do not add up in a stream; those of a prompt are repeated `num_copies` times.
-    fn check_logprobs(
+    pub(super) fn check_logprobs(
         &self,
         prepared: &[Prepared],
         fields: &GenerationFields,
@@ -458,7 +515,12 @@ impl Settings {
             return Ok(());
         }
         let is_for_prompt = generated < in_prompts && fields.prompt_logprobs.is_some();
-        let param = if is_for_prompt { "prompt_logprobs" } else { "logprobs" };
+        let is_ranked = fields.n.unwrap_or(1) < i64::from(self.n);
+        let param = match (is_for_prompt, is_ranked) {
+            (true, _) => "prompt_logprobs",
+            (false, true) => "best_of",
+            (false, false) => "logprobs",
+        };
         Err(PromptError::invalid(
             param,
             format!(
@@ -469,7 +531,7 @@ impl Settings {
     }
 
     /// `origin` is the field the prompt came from and its place in it.
-    fn prepare(
+    pub(super) fn prepare(
         &self,
         prompt: Vec<TokenId>,
         demand: &Demand,
@@ -504,6 +566,9 @@ impl Settings {
             n: self.n,
             grammar: self.grammar.clone(),
             cache_salt: self.cache_salt.clone(),
+            priority: self.priority,
+            pins: Arc::new([]),
+            pooling: None,
         };
         let output = RequestOutput::new(&context.model.tokenizer, output);
         Ok(Prepared { request, output, echo: None })

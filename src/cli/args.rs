@@ -9,8 +9,9 @@ use clap::builder::RangedU64ValueParser;
 use clap::{ArgAction, Args};
 
 use crate::config::{
-    self, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EngineOptions, HttpConfig,
-    KvCacheDtype, LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Settings, Source,
+    self, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EmbeddingPooling,
+    EngineOptions, HttpConfig, KvCacheDtype, LogConfig, LogFormat, LogLevel, ModelConfig,
+    PrefixCaching, Settings, Source,
 };
 
 const AFTER_HELP: &str = "\
@@ -77,6 +78,14 @@ struct ModelFlags {
     #[arg(long, env = "QWEN_SERVER_MAX_MODEL_LEN", value_name = "TOKENS")]
     #[arg(value_parser = at_least_one(1 << 24))]
     max_model_len: Option<usize>,
+
+    /// What the vectors of /v1/embeddings are made of: the mean over all tokens, or the last token
+    ///
+    /// The mean suits models that were trained to generate. Models trained for embeddings say
+    /// which one they need.
+    #[arg(long, env = "QWEN_SERVER_EMBEDDING_POOLING", value_name = "POOLING")]
+    #[arg(value_enum, default_value_t = EmbeddingPooling::Mean)]
+    embedding_pooling: EmbeddingPooling,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -208,6 +217,7 @@ impl ServeArgs {
                 served_model_names: model.served_model_name,
                 model_aliases: model.model_alias,
                 max_model_len: model.max_model_len.and_then(NonZeroUsize::new),
+                embedding_pooling: model.embedding_pooling,
             },
             http: HttpConfig {
                 host: http.host,

@@ -73,6 +73,8 @@ impl ActiveRequests {
     pub(super) fn deliver(&mut self, event: SeqEvent, now: Instant) -> Vec<SeqId> {
         let (SeqEvent::Started { id, .. }
         | SeqEvent::PromptLogprobs(id, _)
+        | SeqEvent::Pinned(id, _)
+        | SeqEvent::Pooled(id, _)
         | SeqEvent::Token(id, _)
         | SeqEvent::Finished(id, _)
         | SeqEvent::Failed(id, _)) = event;
@@ -81,6 +83,8 @@ impl ActiveRequests {
         match event {
             SeqEvent::Started { num_cached_tokens, .. } => request.start(num_cached_tokens, now),
             SeqEvent::PromptLogprobs(_, logprobs) => request.send(Event::PromptLogprobs(logprobs)),
+            SeqEvent::Pinned(_, num_tokens) => request.send(Event::Pinned { num_tokens }),
+            SeqEvent::Pooled(_, embedding) => request.send(Event::Pooled(embedding)),
             SeqEvent::Token(_, token) => {
                 let choice = request.record_token(id, now);
                 request.send(Event::Token { choice, token });

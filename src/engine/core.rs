@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::engine::grammars::Grammars;
 use crate::grammar::Grammar;
@@ -58,6 +59,11 @@ impl<R: Runner> EngineCore<R> {
     /// To look at.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler
+    }
+
+    /// Says how long the engine has been running: pins live by this clock.
+    pub fn advance_to(&mut self, since_start: Duration) {
+        self.scheduler.advance_to(since_start);
     }
 
     /// Decides the next step.
@@ -142,6 +148,9 @@ fn run<R: Runner>(
     for (scheduled, output) in step.scheduled.iter().zip(&outputs) {
         if scheduled.sample.is_some() != output.sampled.is_some() {
             return Err(StepError::Protocol("exactly the sampled sequences yield a token"));
+        }
+        if scheduled.pool.is_some() != output.pooled.is_some() {
+            return Err(StepError::Protocol("exactly the pooled sequences yield a sum"));
         }
         let num_targets = scheduled.prompt_logprobs.as_ref().map_or(0, |asked| asked.targets.len());
         let is_failed = matches!(output.sampled, Some(Err(_)));

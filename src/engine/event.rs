@@ -26,6 +26,14 @@ pub enum Event {
     },
     /// Log-probabilities of the next prompt tokens (choice 0 only), in order.
     PromptLogprobs(Vec<TokenLogprobs>),
+    /// So many prompt tokens that were not cached before are kept in the cache for a while. Sent
+    /// once, before the first choice's first token, to a request with pins.
+    Pinned {
+        /// How many.
+        num_tokens: usize,
+    },
+    /// The embedding of the prompt, of any length.
+    Pooled(Vec<f32>),
     /// A token was generated. A stop token is reported too, just before `Finished`.
     Token {
         /// Which of the `n` choices.

@@ -75,7 +75,7 @@ pub(super) struct Submission {
 
 impl Submission {
     /// The choices. They share their prompt through the prefix cache; only the first one reports
-    /// the log-probabilities of the prompt.
+    /// the log-probabilities of the prompt and sets its pins.
     pub(super) fn sequences(&self) -> impl Iterator<Item = SequenceSpec> {
         let request = &self.request;
         (0..request.n).map(move |choice| SequenceSpec {
@@ -87,6 +87,9 @@ impl Submission {
             stop_token_ids: Arc::clone(&request.stop.stop_token_ids),
             prompt_logprobs: request.params.prompt_logprobs.filter(|_| choice == 0),
             cache_salt: request.cache_salt.clone(),
+            priority: request.priority,
+            pins: if choice == 0 { Arc::clone(&request.pins) } else { Arc::new([]) },
+            pooling: request.pooling,
         })
     }
 }

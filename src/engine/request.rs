@@ -3,9 +3,12 @@
 use std::sync::Arc;
 
 use crate::grammar::Grammar;
+pub use crate::kv::Pin;
 pub use crate::sampling::params::{
     GenerationDefaults, InvalidParam, SamplingOptions, SamplingParams,
 };
+pub use crate::scheduler::Priority;
+pub use crate::scheduler::step::Pooling;
 use crate::text::TokenId;
 
 /// When a sequence ends, apart from stop strings, which are matched on text by `chat`.
@@ -36,4 +39,10 @@ pub struct Request {
     pub grammar: Option<Arc<Grammar>>,
     /// Prefix-cache hits happen only between requests with the same salt.
     pub cache_salt: Option<Arc<str>>,
+    /// How urgent it is.
+    pub priority: Priority,
+    /// Beginnings of the prompt to keep in the cache for a while.
+    pub pins: Arc<[Pin]>,
+    /// Present when the prompt's embedding is wanted; then nothing is generated.
+    pub pooling: Option<Pooling>,
 }

@@ -44,6 +44,8 @@ pub struct EngineConfig {
     pub max_prefill_tokens_while_decoding: usize,
     /// The shortest prompt goes first; one that arrives a step later counts as this much longer.
     pub prefill_ageing_tokens_per_step: usize,
+    /// How many steps earlier a sequence counts as having arrived for each unit of priority.
+    pub steps_per_priority: u64,
     /// Tokens per block of the KV cache.
     pub block_size: usize,
     /// Blocks of the KV cache; the runner must have as many.
@@ -71,6 +73,7 @@ impl Default for EngineConfig {
             max_num_batched_tokens: 256,
             max_prefill_tokens_while_decoding: 128,
             prefill_ageing_tokens_per_step: 64,
+            steps_per_priority: 100,
             block_size: 16,
             num_blocks: 2048,
             max_model_len: 32_768,
@@ -104,6 +107,7 @@ impl EngineConfig {
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_prefill_tokens_while_decoding: self.max_prefill_tokens_while_decoding,
             prefill_ageing_tokens_per_step: self.prefill_ageing_tokens_per_step,
+            steps_per_priority: self.steps_per_priority,
             max_model_len: self.limits().max_model_len,
         };
         let kv = KvCacheManager::new(self.num_blocks, self.block_size, self.hash_key);
@@ -354,6 +358,7 @@ impl<R: Runner> EngineThread<'_, R> {
     }
 
     fn step(&mut self) -> Result<(), String> {
+        self.core.advance_to(self.outbox.heartbeat.origin.elapsed());
         let step = self.core.schedule();
         let num_tokens = num_tokens(&step);
         let began_at = now();

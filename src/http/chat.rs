@@ -19,13 +19,15 @@ use crate::chat::prompt::{Prepared, PromptContext, PromptError, prepare_chat};
 use crate::openai::chat::{
     AssistantMessage, ChatChoice, ChatCompletion, ChatCompletionRequest, ChatLogprobs,
 };
-use crate::openai::generation::Usage;
+use crate::openai::generation::{GenerationFields, Usage};
 use crate::openai::stream::{ChatChunkChoice, ChatCompletionChunk, ChatDelta, ChunkUsage};
 use crate::text::TokenId;
 
 const OBJECT: &str = "chat.completion";
 const CHUNK_OBJECT: &str = "chat.completion.chunk";
 const ASSISTANT: &str = "assistant";
+/// All tiers cost the same here, and this is what clients expect of those.
+const SERVICE_TIER: &str = "default";
 
 type Body = GenerationBody<ChatCompletionRequest>;
 
@@ -59,14 +61,14 @@ async fn prepare(
     run_sized(preparation_bytes(&body.fields, body.num_bytes), state, move || {
         let context = PromptContext { model: &model, limits, id: &head.id, random_seed };
         let prepared = prepare_chat(&body.request, &body.fields, &context)?;
-        let renderer = ChatRenderer::new(head, model, &body, &prepared);
+        let renderer = ChatRenderer::new(head, model, &body.fields, &prepared);
         Ok((prepared, renderer))
     })
     .await
 }
 
 /// Turns updates into pieces of choices, from which chunks and whole answers are made.
-struct ChatRenderer {
+pub(super) struct ChatRenderer {
     head: ResponseHead,
     model: Arc<ServedModel>,
     n: u32,
@@ -76,10 +78,16 @@ struct ChatRenderer {
     has_logprobs: bool,
     has_token_ids: bool,
     num_prompt_logprobs: Option<usize>,
+    service_tier: Option<&'static str>,
 }
 
 impl ChatRenderer {
-    fn new(head: ResponseHead, model: Arc<ServedModel>, body: &Body, prepared: &Prepared) -> Self {
+    pub(super) fn new(
+        head: ResponseHead,
+        model: Arc<ServedModel>,
+        fields: &GenerationFields,
+        prepared: &Prepared,
+    ) -> Self {
         let params = &prepared.request.params;
         Self {
             head,
@@ -87,10 +95,11 @@ impl ChatRenderer {
             n: prepared.request.n,
             prompt: Arc::clone(&prepared.request.prompt),
             echo: prepared.echo.clone().filter(|text| !text.is_empty()),
-            usage: UsageMode::of(&body.fields),
+            usage: UsageMode::of(fields),
             has_logprobs: params.logprobs.is_some(),
-            has_token_ids: body.fields.return_token_ids == Some(true),
+            has_token_ids: fields.return_token_ids == Some(true),
             num_prompt_logprobs: params.prompt_logprobs.map(|count| count as usize),
+            service_tier: fields.service_tier.as_ref().map(|_| SERVICE_TIER),
         }
     }
 
@@ -136,6 +145,7 @@ impl ChatRenderer {
             model: self.head.model.clone(),
             choices,
             usage,
+            service_tier: self.service_tier,
             prompt_token_ids: None,
         }
     }
@@ -187,7 +197,7 @@ impl RenderChunks for ChatRenderer {
 }
 
 /// The whole answer: all pieces, joined.
-async fn fold(
+pub(super) async fn fold(
     mut generation: Generation,
     renderer: ChatRenderer,
 ) -> Result<ChatCompletion, ApiError> {
@@ -219,6 +229,7 @@ async fn fold(
         model: renderer.head.model,
         choices,
         usage: generation.usage(),
+        service_tier: renderer.service_tier,
         prompt_logprobs,
         prompt_token_ids: renderer.has_token_ids.then(|| renderer.prompt.to_vec()),
     })

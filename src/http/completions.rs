@@ -13,6 +13,7 @@ use super::models::check_model;
 use super::request_id::RequestId;
 use super::sse::{self, RenderChunks, UsageMode};
 use super::state::AppState;
+use crate::chat::best_of::Scores;
 use crate::chat::logprobs::{CompletionLogprobsWriter, append_completion_logprobs};
 use crate::chat::model::ServedModel;
 use crate::chat::output::{Delta, Update};
@@ -75,6 +76,8 @@ struct CompletionRenderer {
     has_logprobs: bool,
     has_token_ids: bool,
     num_prompt_logprobs: Option<usize>,
+    /// How many choices of each prompt the answer keeps.
+    num_kept: u32,
 }
 
 struct PromptFacts {
@@ -127,6 +130,7 @@ impl CompletionRenderer {
             has_logprobs: num_logprobs.is_some(),
             has_token_ids,
             num_prompt_logprobs: body.fields.prompt_logprobs.map(|count| count as usize),
+            num_kept: body.fields.n.unwrap_or(1) as u32,
         }
     }
 
@@ -189,6 +193,22 @@ impl CompletionRenderer {
         }
     }
 
+    /// The best candidates of each prompt, if there are more than the client wants to see.
+    fn keep_best(&self, all: Vec<CompletionChoice>, scores: &Scores) -> Vec<CompletionChoice> {
+        if self.prompts.iter().all(|facts| facts.n == self.num_kept) {
+            return all;
+        }
+        let best = |facts: &PromptFacts| {
+            let first = facts.first_index as usize;
+            scores.best(first..first + facts.n as usize, self.num_kept as usize)
+        };
+        let kept = self.prompts.iter().flat_map(best);
+        (0..)
+            .zip(kept)
+            .map(|(index, kept)| CompletionChoice { index, ..all[kept].clone() })
+            .collect()
+    }
+
     fn chunk(&self, choices: Vec<CompletionChoice>, usage: ChunkUsage) -> CompletionChunk {
         CompletionChunk {
             id: self.head.id.clone(),
@@ -231,12 +251,18 @@ async fn fold(
 ) -> Result<Completion, ApiError> {
     let mut choices: Vec<CompletionChoice> =
         (0..renderer.choices.len() as u32).map(empty_choice).collect();
+    let mut scores = Scores::new(choices.len());
     while let Some(item) = generation.next().await {
         let (prompt, update) = item?;
+        if let Update::Delta(delta) = &update {
+            let index = renderer.prompts[prompt].first_index + delta.choice;
+            scores.add(index as usize, &delta.tokens);
+        }
         for piece in renderer.pieces(prompt, update) {
             append(&mut choices[piece.index as usize], piece);
         }
     }
+    let choices = renderer.keep_best(choices, &scores);
     Ok(Completion {
         id: renderer.head.id,
         object: OBJECT,

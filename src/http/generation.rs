@@ -91,8 +91,11 @@ impl Generation {
             }
         };
         match &update {
-            Update::Started { num_cached_tokens, .. } => {
-                self.usage.prompt_tokens_details.cached_tokens += num_cached_tokens;
+            Update::Started { num_cached_tokens, num_pinned_tokens, .. } => {
+                let details = &mut self.usage.prompt_tokens_details;
+                details.cached_tokens += num_cached_tokens;
+                details.cache_write_tokens = *num_pinned_tokens;
+                details.cache_creation_input_tokens = *num_pinned_tokens;
             }
             Update::Delta(delta) => {
                 self.usage.completion_tokens += delta.tokens.len();
@@ -147,7 +150,7 @@ impl Stream for PromptUpdates {
 }
 
 /// Writes one line when the request is over, however it ended. Never what was said.
-struct RequestLog {
+pub(super) struct RequestLog {
     request_id: Arc<str>,
     started: Instant,
     first_delta: Option<Instant>,
@@ -156,7 +159,7 @@ struct RequestLog {
 }
 
 impl RequestLog {
-    fn new(request_id: &RequestId) -> Self {
+    pub(super) fn new(request_id: &RequestId) -> Self {
         Self {
             request_id: Arc::clone(&request_id.0),
             started: Instant::now(),
@@ -166,7 +169,11 @@ impl RequestLog {
         }
     }
 
-    fn begin(mut self, usage: Usage) -> Self {
+    pub(super) fn end(&mut self, outcome: &'static str) {
+        self.outcome = outcome;
+    }
+
+    pub(super) fn begin(mut self, usage: Usage) -> Self {
         self.usage = usage;
         self.outcome = "cancelled";
         self

@@ -6,6 +6,7 @@ use axum::extract::{Path, State};
 
 use super::error::ApiError;
 use super::state::AppState;
+use crate::engine::request::Pooling;
 use crate::openai::model::{Model, ModelList};
 
 pub(super) async fn list(State(state): State<AppState>) -> Json<ModelList> {
@@ -30,6 +31,14 @@ pub(super) fn check_model(name: &str, state: &AppState) -> Result<(), ApiError> 
     Err(ApiError::ModelNotFound(name.to_owned()))
 }
 
+/// What embeddings are made of, as model cards and headers say it.
+pub(super) fn pooling_name(pooling: Pooling) -> &'static str {
+    match pooling {
+        Pooling::Mean => "mean",
+        Pooling::Last => "last",
+    }
+}
+
 fn model(name: &str, state: &AppState) -> Model {
     Model {
         id: name.to_owned(),
@@ -39,5 +48,6 @@ fn model(name: &str, state: &AppState) -> Model {
         root: state.model.root.clone(),
         parent: None,
         max_model_len: state.engine.limits().max_model_len,
+        embedding_pooling: pooling_name(state.model.pooling),
     }
 }

@@ -12,14 +12,18 @@ use tower_http::catch_panic::CatchPanicLayer;
 use super::error::ApiError;
 use super::request_id::with_request_id;
 use super::state::AppState;
-use super::{chat, completions, health, models, tokenize};
+use super::{chat, completions, embeddings, fim, health, models, render, tokenize};
 
 /// The whole server as one service.
 pub fn router(state: AppState) -> Router {
     let max_body_bytes = state.limits.max_body_bytes;
     let routes = Router::new()
         .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/chat/completions/render", post(render::chat))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/completions/render", post(render::completion))
+        .route("/v1/fim/completions", post(fim::create))
+        .route("/v1/embeddings", post(embeddings::create))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/tokenize", post(tokenize::tokenize))

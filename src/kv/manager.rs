@@ -1,5 +1,7 @@
 //! The cache as the scheduler sees it.
 
+use std::time::Duration;
+
 use crate::kv::hash::{HashChain, HashKey};
 use crate::kv::pool::BlockPool;
 use crate::kv::table::SequenceBlocks;
@@ -17,6 +19,15 @@ pub struct CachedPrefix {
     pub num_blocks: usize,
     /// How many of them nobody holds: taking them makes as many free blocks disappear.
     pub num_free_blocks: usize,
+}
+
+/// A beginning to keep for a while after everyone who uses it is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pin {
+    /// How many tokens; only full blocks are kept.
+    pub num_tokens: usize,
+    /// How long after the last use.
+    pub ttl: Duration,
 }
 
 /// Hands out blocks, shares full ones by content, takes them back.
@@ -155,6 +166,26 @@ impl KvCacheManager {
             self.pool.publish(blocks.table.0[index], blocks.chain.hashes()[index]);
         }
         blocks.num_published = num_full;
+    }
+
+    /// Tells the time, from which pins are counted. It never runs backwards.
+    pub fn advance_to(&mut self, now: Duration) {
+        self.pool.advance_to(now);
+    }
+
+    /// Blocks that are kept because someone asked for it.
+    pub fn num_pinned_blocks(&self) -> usize {
+        self.pool.num_pinned()
+    }
+
+    /// Keeps the published blocks of a beginning, as many as there is room for: a share of the
+    /// cache is for others. Returns how many tokens they hold.
+    pub fn pin_prefix(&mut self, blocks: &SequenceBlocks, pin: Pin) -> usize {
+        let num_blocks = (pin.num_tokens / self.block_size).min(blocks.num_published);
+        let hashes = blocks.chain.hashes().iter().take(num_blocks);
+        let ids = hashes.map_while(|&hash| self.pool.find(hash)).collect::<Vec<_>>();
+        let pinned = ids.into_iter().take_while(|&id| self.pool.pin(id, pin.ttl));
+        pinned.count() * self.block_size
     }
 
     /// Gives all blocks back, last block first: the tail of a prefix is the least likely to be

@@ -29,6 +29,16 @@ pub enum Prompt {
     TokenLists(Vec<Vec<u32>>),
 }
 
+/// `/v1/fim/completions`, as Mistral has it. Answers have the shape of chats.
+#[derive(Clone, Debug, Deserialize)]
+pub struct FimRequest {
+    pub model: String,
+    pub prompt: String,
+    pub suffix: Option<String>,
+    pub max_tokens: Option<u64>,
+    pub random_seed: Option<i64>,
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub struct Completion {
     pub id: String,

@@ -39,6 +39,8 @@ pub struct GenerationFields {
     pub guided_regex: Option<Value>,
     pub guided_choice: Option<Value>,
     pub guided_grammar: Option<Value>,
+    pub priority: Option<i64>,
+    pub service_tier: Option<String>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
     /// Refuse fields that would have no effect, instead of naming them in a header.
@@ -63,6 +65,12 @@ pub struct Usage {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PromptTokensDetails {
     pub cached_tokens: usize,
+    /// Present when the request asked to keep a prefix.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_write_tokens: Option<usize>,
+    /// The same by DashScope's name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_creation_input_tokens: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

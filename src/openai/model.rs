@@ -18,4 +18,6 @@ pub struct Model {
     pub root: String,
     pub parent: Option<String>,
     pub max_model_len: usize,
+    /// Ours: what `/v1/embeddings` makes a vector of, `mean` or `last`.
+    pub embedding_pooling: &'static str,
 }

@@ -23,6 +23,8 @@ pub struct ChatCompletionChunk {
     #[serde(skip_serializing_if = "ChunkUsage::is_not_asked")]
     pub usage: ChunkUsage,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub service_tier: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_token_ids: Option<Vec<u32>>,
 }
 

@@ -7,7 +7,7 @@ use crate::scheduler::step::{ScheduledSeq, SchedulerOutput};
 /// Lays the scheduled tokens of all sequences one after another.
 ///
 /// Logits are wanted for every token of a sequence that scores its prompt, and for the last token
-/// of a sequence that samples.
+/// of a sequence that samples. Behind those rows come the ones that are pooled.
 pub fn forward_batch(step: &SchedulerOutput, block_size: usize) -> ForwardBatch {
     let scheduled = &step.scheduled;
     let max_blocks = scheduled.iter().map(|seq| seq.blocks.blocks().len()).max().unwrap_or(0);
@@ -20,12 +20,16 @@ pub fn forward_batch(step: &SchedulerOutput, block_size: usize) -> ForwardBatch 
             ..AttentionMetadata::default()
         },
     };
+    let mut pooled_rows = Vec::new();
     for seq in scheduled {
         let first_row = batch.input_ids.len();
+        let pooled = seq.pool.iter().flat_map(|pool| pool.rows.clone());
+        pooled_rows.extend(pooled.map(|row| (first_row + row) as u32));
         batch.input_ids.extend(&seq.tokens);
         batch.logits_indices.extend(logits_rows(seq).map(|row| (first_row + row) as u32));
         push_attention(&mut batch.attention, seq, block_size);
     }
+    batch.logits_indices.extend(pooled_rows);
     batch
 }
 

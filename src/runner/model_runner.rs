@@ -72,6 +72,7 @@ impl ModelRunner {
                 }
             }
         }
+        pool(step, hidden, wanted.len(), &mut outputs)?;
         Ok(outputs)
     }
 }
@@ -83,6 +84,32 @@ fn score_row(seq: &ScheduledSeq, row: usize, logits: &[f32], output: &mut SeqOut
     {
         output.prompt_logprobs.push(token_logprobs(logits, target, wanted.num_top));
     }
+}
+
+/// Adds up the hidden states of pooled rows, which begin at `first_row`: in double precision and
+/// token by token, so that pieces of a prompt add up to what the whole does.
+fn pool(
+    step: &SchedulerOutput,
+    hidden: &Tensor,
+    mut first_row: usize,
+    outputs: &mut [SeqOutput],
+) -> candle_core::Result<()> {
+    for (seq, output) in step.scheduled.iter().zip(outputs) {
+        let Some(pool) = &seq.pool else { continue };
+        let rows = hidden.narrow(0, first_row, pool.rows.len())?;
+        first_row += pool.rows.len();
+        let hidden_size = rows.dim(1)?;
+        let rows = rows.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
+        let mut sum = pool.sum.clone();
+        sum.resize(hidden_size, 0.0);
+        for row in rows.chunks_exact(hidden_size) {
+            for (sum, value) in sum.iter_mut().zip(row) {
+                *sum += f64::from(*value);
+            }
+        }
+        output.pooled = Some(sum);
+    }
+    Ok(())
 }
 
 impl Runner for ModelRunner {

@@ -1,13 +1,16 @@
 //! The decisions: who leaves the queue, who gets how many tokens, who gives blocks back.
 
+use std::time::Duration;
+
 use crate::kv::manager::{CachedPrefix, OutOfBlocks};
 use crate::kv::{BlockId, KvCacheManager};
 use crate::scheduler::SeqId;
+use crate::scheduler::priority::Rank;
 use crate::scheduler::queue::WaitingQueue;
 use crate::scheduler::sequence::{Sequence, SequenceSpec};
 use crate::scheduler::step::{
-    Continuation, SampleError, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput,
-    TokenLogprobs,
+    Continuation, NonFiniteLogits, SampleError, SampledToken, ScheduledSeq, SchedulerOutput,
+    SeqOutput, TokenLogprobs,
 };
 
 /// The bounds of a step.
@@ -23,6 +26,8 @@ pub struct SchedulerConfig {
     /// Among prompts the shortest rest goes first; a prompt that arrives a step later is treated
     /// as this many tokens longer.
     pub prefill_ageing_tokens_per_step: usize,
+    /// How many steps earlier a sequence counts as having arrived for each unit of priority.
+    pub steps_per_priority: u64,
     /// No sequence grows beyond this many tokens.
     pub max_model_len: usize,
 }
@@ -39,6 +44,11 @@ pub enum SeqEvent {
     },
     /// Log-probabilities of its next prompt tokens.
     PromptLogprobs(SeqId, Vec<TokenLogprobs>),
+    /// So many tokens that were not cached before are kept in the cache for a while, as it asked.
+    /// Told once, before its first token, if it asked.
+    Pinned(SeqId, usize),
+    /// The embedding of its prompt.
+    Pooled(SeqId, Vec<f32>),
     /// It got a token.
     Token(SeqId, SampledToken),
     /// It is complete and forgotten.
@@ -94,7 +104,7 @@ pub struct Scheduler {
     config: SchedulerConfig,
     kv: KvCacheManager,
     waiting: WaitingQueue,
-    /// In order of arrival. **Invariant:** the first one progresses in every step, because it always
+    /// In order of their ranks. **Invariant:** the first one progresses in every step, because it always
     /// gets a token, and the last one gives its blocks back first.
     running: Vec<Sequence>,
     started: Vec<SeqEvent>,
@@ -152,8 +162,8 @@ impl Scheduler {
         if self.kv.num_blocks() < self.kv.blocks_for(seq.max_computed_tokens()) {
             return Err(DoesNotFit);
         }
-        seq.arrival = self.num_arrivals;
-        seq.arrival_step = self.num_steps;
+        let arrival = (self.num_steps, self.num_arrivals);
+        seq.rank = Rank::new(seq.priority(), arrival, self.config.steps_per_priority);
         self.num_arrivals += 1;
         self.waiting.insert(seq);
         Ok(())
@@ -181,6 +191,11 @@ impl Scheduler {
         self.kv.clear();
     }
 
+    /// Tells the time, which pins need; measured from anywhere, and never earlier than before.
+    pub fn advance_to(&mut self, now: Duration) {
+        self.kv.advance_to(now);
+    }
+
     /// Decides the next step.
     pub fn schedule(&mut self) -> SchedulerOutput {
         self.num_steps += 1;
@@ -189,13 +204,14 @@ impl Scheduler {
         self.allocate_planned(&planned)
     }
 
-    /// Moves sequences from the queue to the running ones, in order of arrival. Nobody overtakes a
+    /// Moves sequences from the queue to the running ones, in order of their ranks. Nobody overtakes a
     /// sequence that lacks room; anybody may overtake one that waits for a prefix.
     fn admit_waiting(&mut self) {
-        let mut arrival = 0;
+        let mut last = None;
         while self.running.len() < self.config.max_num_seqs {
-            let Some(seq) = self.waiting.next_from(arrival) else { break };
-            arrival = seq.arrival + 1;
+            let Some(seq) = self.waiting.next_after(last) else { break };
+            let rank = seq.rank;
+            last = Some(rank);
             let max_cached = seq.max_cached_tokens();
             let prefix = self.kv.find_cached_prefix(&mut seq.blocks, &seq.tokens, max_cached);
             if is_being_computed(&self.running, seq, prefix, self.kv.block_size()) {
@@ -204,7 +220,7 @@ impl Scheduler {
             if !has_room(&self.kv, &self.running, seq, prefix) {
                 break;
             }
-            let seq = self.waiting.remove(arrival - 1).expect("it was just seen");
+            let seq = self.waiting.remove(rank).expect("it was just seen");
             self.admit(seq, prefix);
         }
     }
@@ -214,13 +230,14 @@ impl Scheduler {
         seq.num_computed_tokens = num_cached_tokens;
         if !seq.was_started {
             seq.was_started = true;
+            seq.num_cached_tokens = num_cached_tokens;
             if 0 < seq.max_cached_tokens() {
                 self.stats.num_prefix_queries += seq.num_prompt_tokens() as u64;
                 self.stats.num_prefix_hits += num_cached_tokens as u64;
             }
             self.started.push(SeqEvent::Started { id: seq.id(), num_cached_tokens });
         }
-        let index = self.running.partition_point(|other| other.arrival < seq.arrival);
+        let index = self.running.partition_point(|other| other.rank < seq.rank);
         self.running.insert(index, seq);
         assert!(
             promised_blocks(&self.kv, &self.running) <= self.kv.num_free_blocks(),
@@ -297,7 +314,7 @@ impl Scheduler {
         let mut seq = self.running.pop()?;
         let id = seq.id();
         self.kv.free(&mut seq.blocks);
-        seq.num_computed_tokens = 0;
+        seq.start_anew();
         self.stats.num_preemptions += 1;
         self.waiting.insert(seq);
         Some(id)
@@ -331,7 +348,10 @@ impl Scheduler {
         let seq = &mut self.running[index];
         let id = seq.id();
         assert_eq!(output.sampled.is_some(), scheduled.sample.is_some(), "sampled when asked");
-        if let Some(Err(error)) = output.sampled {
+        assert_eq!(output.pooled.is_some(), scheduled.pool.is_some(), "pooled when asked");
+        let is_broken = output.pooled.iter().flatten().any(|sum| !sum.is_finite());
+        let failure = is_broken.then_some(NonFiniteLogits.into());
+        if let Some(error) = failure.or_else(|| output.sampled.as_ref()?.as_ref().err().cloned()) {
             // Whatever made the logits infinite may sit in any of its blocks.
             let mut seq = self.running.remove(index);
             self.kv.discard(&mut seq.blocks);
@@ -346,6 +366,15 @@ impl Scheduler {
             let fresh: Vec<_> = output.prompt_logprobs.into_iter().skip(num_known).collect();
             seq.num_prompt_logprobs += fresh.len();
             events.push(SeqEvent::PromptLogprobs(id, fresh));
+        }
+        if let Some(sum) = output.pooled {
+            seq.set_pool_sum(sum);
+            events.extend(seq.embedding().map(|embedding| SeqEvent::Pooled(id, embedding)));
+        }
+        if let Some(pins) = seq.take_due_pins() {
+            let pinned = pins.iter().map(|&pin| self.kv.pin_prefix(&seq.blocks, pin)).max();
+            let num_written = pinned.unwrap_or(0).saturating_sub(seq.num_cached_tokens);
+            events.push(SeqEvent::Pinned(id, num_written));
         }
         let mut finish = None;
         if let Some(Ok(token)) = output.sampled {
@@ -372,7 +401,7 @@ impl Scheduler {
             assert_eq!(num_owners, self.kv.ref_count(id));
         }
         assert!(self.running.len() <= self.config.max_num_seqs);
-        assert!(self.running.is_sorted_by_key(|seq| seq.arrival));
+        assert!(self.running.is_sorted_by_key(|seq| seq.rank));
         for seq in &self.running {
             let needed = self.kv.blocks_for(seq.num_computed_tokens);
             assert_eq!(seq.blocks.table().blocks().len(), needed);

@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::kv::SequenceBlocks;
+use crate::kv::{Pin, SequenceBlocks};
 use crate::sampling::params::SamplingParams;
 use crate::scheduler::SeqId;
-use crate::scheduler::step::{PromptLogprobsRequest, SampleRequest, ScheduledSeq, TokenHistory};
+use crate::scheduler::priority::{Priority, Rank};
+use crate::scheduler::step::{
+    PoolRequest, Pooling, PromptLogprobsRequest, SampleRequest, ScheduledSeq, TokenHistory,
+};
 use crate::text::TokenId;
 
 /// What a sequence is to become: one choice of a request.
@@ -27,6 +30,12 @@ pub struct SequenceSpec {
     pub prompt_logprobs: Option<u32>,
     /// Prefixes are shared only between sequences with the same salt.
     pub cache_salt: Option<Arc<str>>,
+    /// How urgent it is.
+    pub priority: Priority,
+    /// Beginnings of the prompt to keep in the cache for a while.
+    pub pins: Arc<[Pin]>,
+    /// Present when the prompt's embedding is wanted; then nothing is generated.
+    pub pooling: Option<Pooling>,
 }
 
 /// A sequence the scheduler knows.
@@ -35,10 +44,9 @@ pub(super) struct Sequence {
     spec: SequenceSpec,
     pub(super) tokens: Vec<TokenId>,
     max_len: usize,
-    /// Order of arrival: decides who is preempted and who is admitted. Kept for life.
-    pub(super) arrival: u64,
-    /// The step of arrival; long prompts age from here.
-    pub(super) arrival_step: u64,
+    /// Decides who is admitted, who is served first and who is preempted; long prompts age from
+    /// its step. Kept for life.
+    pub(super) rank: Rank,
     /// The last step that computed something.
     pub(super) last_scheduled_step: u64,
     /// Whether it ever left the queue.
@@ -47,6 +55,12 @@ pub(super) struct Sequence {
     pub(super) num_computed_tokens: usize,
     /// Prompt tokens whose log-probability was reported. Survives preemption.
     pub(super) num_prompt_logprobs: usize,
+    /// Prompt tokens found in the cache when it first left the queue.
+    pub(super) num_cached_tokens: usize,
+    /// Whether its pins were set.
+    pub(super) is_pinned: bool,
+    /// Sum of the hidden states of the computed tokens.
+    pool_sum: Vec<f64>,
     pub(super) blocks: SequenceBlocks,
 }
 
@@ -59,18 +73,24 @@ impl Sequence {
             spec,
             tokens,
             max_len,
-            arrival: 0,
-            arrival_step: 0,
+            rank: Rank::default(),
             last_scheduled_step: 0,
             was_started: false,
             num_computed_tokens: 0,
             num_prompt_logprobs: 0,
+            num_cached_tokens: 0,
+            is_pinned: false,
+            pool_sum: Vec::new(),
             blocks,
         }
     }
 
     pub(super) fn id(&self) -> SeqId {
         self.spec.id
+    }
+
+    pub(super) fn priority(&self) -> Priority {
+        self.spec.priority
     }
 
     pub(super) fn num_prompt_tokens(&self) -> usize {
@@ -92,8 +112,12 @@ impl Sequence {
     }
 
     /// How much of its beginning may come from the cache: never all of it, because the last token
-    /// must yield logits, and nothing whose logits are still owed.
+    /// must yield logits, and nothing whose logits are still owed. The cache holds no hidden
+    /// states, so a mean over all of them uses none of it.
     pub(super) fn max_cached_tokens(&self) -> usize {
+        if self.spec.pooling == Some(Pooling::Mean) {
+            return 0;
+        }
         let max_hit = self.tokens.len() - 1;
         if self.owes_prompt_logprobs() { max_hit.min(self.num_prompt_logprobs) } else { max_hit }
     }
@@ -101,6 +125,36 @@ impl Sequence {
     fn owes_prompt_logprobs(&self) -> bool {
         self.spec.prompt_logprobs.is_some()
             && self.num_prompt_logprobs + 1 < self.num_prompt_tokens()
+    }
+
+    /// Nothing of it is in the cache any more.
+    pub(super) fn start_anew(&mut self) {
+        self.num_computed_tokens = 0;
+        self.pool_sum.clear();
+    }
+
+    /// The pins to set now that its tokens up to the last of them are computed.
+    pub(super) fn take_due_pins(&mut self) -> Option<Arc<[Pin]>> {
+        let end = self.spec.pins.iter().map(|pin| pin.num_tokens).max()?;
+        let is_due =
+            !self.is_pinned && end.min(self.num_prompt_tokens()) <= self.num_computed_tokens;
+        self.is_pinned |= is_due;
+        is_due.then(|| Arc::clone(&self.spec.pins))
+    }
+
+    /// Takes in the sum over the tokens computed so far.
+    pub(super) fn set_pool_sum(&mut self, sum: Vec<f64>) {
+        self.pool_sum = sum;
+    }
+
+    /// The embedding, once every token is computed.
+    pub(super) fn embedding(&self) -> Option<Vec<f32>> {
+        let count = match self.spec.pooling? {
+            Pooling::Mean => self.num_prompt_tokens() as f64,
+            Pooling::Last => 1.0,
+        };
+        let is_complete = self.num_prompt_tokens() <= self.num_computed_tokens;
+        is_complete.then(|| self.pool_sum.iter().map(|sum| (sum / count) as f32).collect())
     }
 
     pub(super) fn push(&mut self, token: TokenId) {
@@ -119,7 +173,7 @@ impl Sequence {
     /// The order of prefills: fewer tokens first, but everyone who arrives a step later starts
     /// `ageing_tokens_per_step` tokens behind. So only finitely many can overtake a long prompt.
     pub(super) fn prefill_deadline(&self, ageing_tokens_per_step: usize) -> u64 {
-        let waited = self.arrival_step.saturating_mul(ageing_tokens_per_step as u64);
+        let waited = self.rank.step.saturating_mul(ageing_tokens_per_step as u64);
         waited.saturating_add(self.num_uncomputed_tokens() as u64)
     }
 
@@ -136,7 +190,18 @@ impl Sequence {
             blocks: self.blocks.table().clone(),
             sample: is_sampled.then(|| self.sample_request()),
             prompt_logprobs: self.prompt_logprobs_request(start, end),
+            pool: self.pool_request(start, end),
         }
+    }
+
+    fn pool_request(&self, start: usize, end: usize) -> Option<PoolRequest> {
+        let num_tokens = end - start;
+        let rows = match self.spec.pooling? {
+            Pooling::Mean => 0..num_tokens,
+            Pooling::Last if end == self.num_prompt_tokens() => num_tokens - 1..num_tokens,
+            Pooling::Last => return None,
+        };
+        Some(PoolRequest { rows, sum: self.pool_sum.clone() })
     }
 
     fn sample_request(&self) -> SampleRequest {

@@ -1,6 +1,7 @@
 //! What the scheduler asks of a device and what it gets back: plain data both ways.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::kv::BlockTable;
@@ -32,6 +33,8 @@ pub struct ScheduledSeq {
     pub sample: Option<SampleRequest>,
     /// Present when log-probabilities of prompt tokens are wanted.
     pub prompt_logprobs: Option<PromptLogprobsRequest>,
+    /// Present when hidden states are wanted instead of logits.
+    pub pool: Option<PoolRequest>,
 }
 
 impl ScheduledSeq {
@@ -73,6 +76,25 @@ pub struct PromptLogprobsRequest {
     /// The prompt tokens at positions `start + 1 ..= end()`, as far as they belong to the prompt:
     /// entry `i` is scored by the logits of scheduled token `i`.
     pub targets: Vec<TokenId>,
+}
+
+/// Which final hidden states an embedding is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// The mean over all tokens.
+    Mean,
+    /// The last token's.
+    Last,
+}
+
+/// Hidden states to add up. The sum so far travels with the request, so that a runner keeps
+/// nothing between steps, and a prompt in pieces is added up in the same order as a whole one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoolRequest {
+    /// Which of the scheduled tokens count, from the first; never empty.
+    pub rows: Range<usize>,
+    /// The sum over earlier tokens; empty when there are none.
+    pub sum: Vec<f64>,
 }
 
 /// A token's log-probability and the most likely tokens at its position.
@@ -129,6 +151,8 @@ pub struct SeqOutput {
     pub prompt_logprobs: Vec<TokenLogprobs>,
     /// What the sequence's grammar adds to the drawn token. The runner leaves it empty.
     pub continuation: Continuation,
+    /// The sum of [`ScheduledSeq::pool`] and the rows it names; present exactly when that was.
+    pub pooled: Option<Vec<f64>>,
 }
 
 /// The tokens that each sequence may draw; one that is absent may draw any.

@@ -1,10 +1,12 @@
 //! `/v1/completions`: every form of prompt, echo, the legacy log-probabilities, and streams.
 
+use std::sync::Arc;
+
 use qwen_server::engine::EngineConfig;
 use qwen_server::http::HttpLimits;
 use serde_json::{Value, json};
 
-use crate::api_fake::{FakeServer, IM_END, MODEL, config, with};
+use crate::api_fake::{FIM_PREFIX, FakeServer, IM_END, MODEL, config, with};
 
 const PATH: &str = "/v1/completions";
 
@@ -180,11 +182,87 @@ async fn special_tokens_can_be_kept() {
 }
 
 #[tokio::test]
+async fn the_best_of_several_are_kept() {
+    let server = FakeServer::start();
+    let more = json!({"n": 2, "best_of": 5, "max_tokens": 3});
+    let body = server.post(PATH, with(completion(json!(["go", "on"])), more)).await.ok();
+    let choices = body["choices"].as_array().unwrap();
+    // Equally likely candidates keep their order.
+    let texts: Vec<_> = choices.iter().map(|choice| choice["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, ["abc", "bcd", "abc", "bcd"]);
+    let indices: Vec<_> = choices.iter().map(|choice| choice["index"].as_u64().unwrap()).collect();
+    assert_eq!(indices, [0, 1, 2, 3]);
+    assert!(choices.iter().all(|choice| choice["logprobs"].is_null()), "nobody asked for them");
+    assert_eq!(body["usage"]["completion_tokens"], 2 * 5 * 3);
+    for more in [json!({"best_of": 2, "stream": true}), json!({"n": 3, "best_of": 2})] {
+        let answer = server.post(PATH, with(completion("go"), more)).await;
+        assert_eq!(answer.error(400)["param"], "best_of");
+    }
+}
+
+#[tokio::test]
+async fn a_suffix_asks_for_the_middle() {
+    let server = FakeServer::start();
+    let more = json!({"suffix": "}<|im_end|>", "return_token_ids": true, "max_tokens": 4});
+    let body = server.post(PATH, with(completion("{<|im_start|>"), more.clone())).await.ok();
+    let ids: Vec<u32> =
+        serde_json::from_value(body["choices"][0]["prompt_token_ids"].clone()).unwrap();
+    let text = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
+    // What looks like a special token is the client's text.
+    let expected = [
+        vec![FIM_PREFIX],
+        text("{<|im_start|>"),
+        vec![FIM_PREFIX + 1],
+        text("}<|im_end|>"),
+        vec![FIM_PREFIX + 2],
+    ];
+    assert_eq!(ids, expected.concat());
+    let body = server.post(PATH, with(completion(json!([123])), more.clone())).await.ok();
+    assert_eq!(body["choices"][0]["prompt_token_ids"][1], 123);
+    let body = server.post(PATH, with(completion(""), more)).await.ok();
+    assert_eq!(body["choices"][0]["finish_reason"], "length", "a file's first line can be missing");
+    let answer =
+        server.post(PATH, with(completion("a"), json!({"suffix": "b", "echo": true}))).await;
+    assert_eq!(answer.error(400)["param"], "echo");
+    let mut server = FakeServer::start();
+    Arc::get_mut(&mut server.state.model).unwrap().fim = None;
+    let answer = server.post(PATH, with(completion("a"), json!({"suffix": "b"}))).await;
+    assert_eq!(answer.error(400)["param"], "suffix");
+}
+
+#[tokio::test]
+async fn fim_completions_answer_like_chats() {
+    let server = FakeServer::start();
+    let ask = json!({"model": MODEL, "prompt": "say:mid;", "suffix": "end", "max_tokens": 20});
+    let body = server.post("/v1/fim/completions", ask.clone()).await.ok();
+    assert_eq!(body["object"], "chat.completion");
+    assert_eq!(body["choices"][0]["message"]["content"], "mid");
+    assert_eq!(body["choices"][0]["finish_reason"], "stop");
+    let chunks = server
+        .post("/v1/fim/completions", with(ask.clone(), json!({"stream": true})))
+        .await
+        .chunks();
+    let text: String = chunks
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str())
+        .collect();
+    assert_eq!(text, "mid");
+    let seeded = json!({"prompt": "show the seed", "random_seed": 3, "max_tokens": 1});
+    let body = server.post("/v1/fim/completions", with(ask.clone(), seeded)).await.ok();
+    assert_eq!(body["choices"][0]["message"]["content"], "d");
+    let plain = json!({"suffix": null, "return_token_ids": true});
+    let body = server.post("/v1/fim/completions", with(ask.clone(), plain)).await.ok();
+    assert_eq!(body["prompt_token_ids"].as_array().unwrap().len(), 8, "a plain completion");
+    let answer = server.post("/v1/fim/completions", with(ask, json!({"prompt": [1]}))).await;
+    assert_eq!(answer.error(400)["param"], "prompt");
+}
+
+#[tokio::test]
 async fn what_is_not_supported_is_refused_by_name() {
     let server = FakeServer::start();
     let cases = [
-        ("suffix", json!("x")),
-        ("best_of", json!(3)),
+        ("best_of", json!(0)),
+        ("best_of", json!(21)),
         ("logprobs", json!(21)),
         ("logprobs", json!(-1)),
         ("guided_json", json!(3)),
@@ -196,7 +274,7 @@ async fn what_is_not_supported_is_refused_by_name() {
     }
     let answer = server.post(PATH, completion(json!([]))).await;
     assert_eq!(answer.error(400)["param"], "prompt");
-    let answer = server.post(PATH, completion(json!([[97], [97, 258]]))).await;
+    let answer = server.post(PATH, completion(json!([[97], [97, 300]]))).await;
     assert_eq!(answer.error(400)["param"], "prompt[1][1]");
     let answer = server.post(PATH, completion(json!([[97], []]))).await;
     assert_eq!(answer.error(400)["param"], "prompt[1]");

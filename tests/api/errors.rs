@@ -49,7 +49,7 @@ async fn a_number_or_list_out_of_range_is_named() {
         (json!({"stop": "x".repeat(5000)}), "stop"),
         (json!({"stop": vec!["x".repeat(200); 100]}), "stop"),
         (json!({"stop_token_ids": vec![1; 129]}), "stop_token_ids"),
-        (json!({"stop_token_ids": [1, 258]}), "stop_token_ids[1]"),
+        (json!({"stop_token_ids": [1, 300]}), "stop_token_ids[1]"),
         (json!({"stop_token_ids": [-1]}), "stop_token_ids[0]"),
         (json!({"max_tokens": 0}), "max_tokens"),
         (json!({"max_tokens": -1}), "max_tokens"),

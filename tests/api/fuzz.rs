@@ -6,9 +6,24 @@ use serde_json::{Map, Value, json};
 
 use crate::api_fake::{FakeServer, MODEL, chat};
 
-const PATHS: [&str; 4] = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"];
+const PATHS: [&str; 8] = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/fim/completions",
+    "/v1/embeddings",
+    "/v1/chat/completions/render",
+    "/v1/completions/render",
+    "/tokenize",
+    "/detokenize",
+];
 
-const FIELDS: [&str; 34] = [
+const FIELDS: [&str; 40] = [
+    "input",
+    "encoding_format",
+    "dimensions",
+    "priority",
+    "service_tier",
+    "prompt_cache_options",
     "model",
     "messages",
     "prompt",
@@ -78,6 +93,10 @@ fn value() -> impl Strategy<Value = Value> {
             "name",
             "arguments",
             "tool_calls",
+            "cache_control",
+            "prompt_cache_breakpoint",
+            "ttl",
+            "mode",
             "id",
             "include_usage",
             "42",

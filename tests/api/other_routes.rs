@@ -17,7 +17,8 @@ async fn models_are_listed_with_their_context() {
     assert_eq!(
         model,
         json!({"id": "org/alias", "object": "model", "created": null, "owned_by": "qwen-server",
-               "root": "/models/fake", "parent": null, "max_model_len": 512})
+               "root": "/models/fake", "parent": null, "max_model_len": 512,
+               "embedding_pooling": "mean"})
     );
 }
 

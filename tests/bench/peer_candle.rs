@@ -104,6 +104,7 @@ fn step_ours(runner: &mut ModelRunner, start: usize, tokens: Vec<u32>) -> anyhow
                 history: None,
             }),
             prompt_logprobs: None,
+            pool: None,
         }],
         preempted: Vec::new(),
     };

@@ -11,9 +11,10 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
+use qwen_server::chat::fim::FimTokens;
 use qwen_server::chat::model::ServedModel;
 use qwen_server::chat::template::{ChatTemplate, TemplateTokens};
-use qwen_server::engine::request::GenerationDefaults;
+use qwen_server::engine::request::{GenerationDefaults, Pooling};
 use qwen_server::engine::{EngineConfig, spawn};
 use qwen_server::grammar::GrammarCompiler;
 use qwen_server::http::{AppState, HttpLimits, router};
@@ -32,8 +33,10 @@ pub(crate) const MODEL: &str = "fake-model";
 pub(crate) const IM_START: TokenId = 256;
 /// `<|im_end|>`, which ends a sequence.
 pub(crate) const IM_END: TokenId = 257;
-/// Bytes and the two special tokens; ids from here on are out of the vocabulary.
-pub(crate) const VOCAB_SIZE: usize = 258;
+/// `<|fim_prefix|>`, which like the others ends a middle.
+pub(crate) const FIM_PREFIX: TokenId = 258;
+/// Bytes and the five special tokens; ids from here on are out of the vocabulary.
+pub(crate) const VOCAB_SIZE: usize = 261;
 
 const TEMPLATE: &str = "\
 {%- if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}\
@@ -121,7 +124,10 @@ fn model() -> ServedModel {
         aliases: vec!["org/alias".into()],
         root: "/models/fake".into(),
         grammars: GrammarCompiler::new(Arc::clone(&tokenizer), &[IM_END]),
+        fim: FimTokens::find(&tokenizer),
         tokenizer,
+        pooling: Pooling::Mean,
+        embedding_size: 2,
         template: Some(ChatTemplate::new(TEMPLATE, special).unwrap()),
         eos_token_ids: vec![IM_END],
         sampling_defaults: GenerationDefaults::default(),
@@ -139,7 +145,9 @@ pub(crate) fn tokenizer() -> Tokenizer {
             char::from_u32(code).unwrap().to_string()
         })
         .collect();
-    tokens.extend(["<|im_start|>".into(), "<|im_end|>".into()]);
+    let special =
+        ["<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"];
+    tokens.extend(special.map(String::from));
     let token_types = (0..VOCAB_SIZE).map(|id| if id < 256 { 1 } else { 3 }).collect();
     let spec = TokenizerSpec { tokens, merges: Vec::new(), token_types, pre: "qwen2".into() };
     Tokenizer::from_spec(spec).unwrap()
@@ -288,6 +296,14 @@ impl Runner for FakeRunner {
                     wanted.targets.iter().map(|target| logprobs(*target, wanted.num_top))
                 })
                 .collect(),
+            pooled: seq.pool.as_ref().map(|pool| {
+                let mut sum = pool.sum.clone();
+                sum.resize(2, 0.0);
+                sum[0] +=
+                    seq.tokens[pool.rows.clone()].iter().map(|&id| f64::from(id)).sum::<f64>();
+                sum[1] += pool.rows.len() as f64;
+                sum
+            }),
             ..SeqOutput::default()
         });
         Ok(outputs.collect())

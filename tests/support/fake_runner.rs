@@ -109,6 +109,14 @@ impl FakeRunner {
     }
 }
 
+/// The sum of the token ids, and a constant.
+pub(crate) fn pooled(scheduled: &ScheduledSeq) -> Option<Vec<f64>> {
+    let pool = scheduled.pool.as_ref()?;
+    let sum = pool.sum.first().copied().unwrap_or(0.0);
+    let ids = scheduled.tokens[pool.rows.clone()].iter().map(|&id| f64::from(id));
+    Some(vec![sum + ids.sum::<f64>(), 1.0])
+}
+
 impl Runner for FakeRunner {
     type Error = String;
 
@@ -143,7 +151,8 @@ impl Runner for FakeRunner {
                     wanted.targets.iter().map(|&token| self.logprobs(token, wanted.num_top))
                 })
                 .collect();
-            SeqOutput { sampled, prompt_logprobs, ..SeqOutput::default() }
+            let pooled = pooled(scheduled);
+            SeqOutput { sampled, prompt_logprobs, pooled, ..SeqOutput::default() }
         };
         Ok(step.scheduled.iter().map(output).collect())
     }

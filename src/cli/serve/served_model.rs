@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use crate::chat::fim::FimTokens;
 use crate::chat::model::ServedModel;
 use crate::chat::template::{ChatTemplate, TemplateTokens};
-use crate::config::ModelConfig;
+use crate::config::{EmbeddingPooling, ModelConfig};
+use crate::engine::request::Pooling;
 use crate::grammar::GrammarCompiler;
 use crate::sampling::params::GenerationDefaults;
 use crate::text::{TokenId, Tokenizer, TokenizerSpec};
@@ -40,6 +42,7 @@ pub(super) fn build(
         .map(|source| ChatTemplate::new(source, tokens))
         .transpose()
         .context("the chat template in the model file is unusable")?;
+    let fim = FimTokens::find(&tokenizer).filter(|_| is_coder(metadata, resolved));
     let tokenizer = Arc::new(tokenizer);
     let mut names = config.names(&resolved.name).into_iter();
     Ok(ServedModel {
@@ -50,8 +53,28 @@ pub(super) fn build(
         tokenizer,
         template,
         eos_token_ids,
+        fim,
+        pooling: match config.embedding_pooling {
+            EmbeddingPooling::Mean => Pooling::Mean,
+            EmbeddingPooling::Last => Pooling::Last,
+        },
+        embedding_size: embedding_size(metadata)?,
         sampling_defaults: sampling_defaults(resolved),
     })
+}
+
+/// Every Qwen2.5 has the tokens to fill in the middle in its vocabulary; only Coders learned them.
+fn is_coder(metadata: &Metadata, resolved: &ResolvedModel) -> bool {
+    let stated = ["general.name", "general.basename"];
+    let stated = stated.iter().filter_map(|key| metadata.str(key).ok());
+    let known = resolved.entry.iter().map(|entry| entry.model.name.as_str());
+    let mut names = stated.chain(known).chain([resolved.name.as_str()]);
+    names.any(|name| name.to_ascii_lowercase().contains("coder"))
+}
+
+fn embedding_size(metadata: &Metadata) -> Result<usize, GgufError> {
+    let architecture = metadata.str("general.architecture")?;
+    Ok(metadata.u32(&format!("{architecture}.embedding_length"))? as usize)
 }
 
 fn tokenizer_spec(metadata: &Metadata) -> Result<TokenizerSpec, GgufError> {

@@ -1,0 +1,86 @@
+//! `POST /v1/embeddings`.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{HeaderName, HeaderValue};
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use futures_util::{StreamExt, TryStreamExt, stream};
+
+use super::error::ApiError;
+use super::extract::{ApiJson, ignored_header};
+use super::generation::{RequestLog, run_sized};
+use super::models::{check_model, pooling_name};
+use super::request_id::RequestId;
+use super::state::AppState;
+use crate::chat::embedding::{embedding_values, prepare_embeddings};
+use crate::chat::prompt::PromptContext;
+use crate::engine::request::Request;
+use crate::engine::{Event, FinishReason};
+use crate::openai::embedding::{Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage};
+use crate::openai::generation::Usage;
+
+/// Inputs of one request that are computed at once, so that a long list leaves seats to others.
+const MAX_AT_ONCE: usize = 16;
+
+pub(super) async fn create(
+    State(state): State<AppState>,
+    Extension(request_id): Extension<RequestId>,
+    body: ApiJson<EmbeddingRequest>,
+) -> Result<Response, ApiError> {
+    check_model(&body.value.model, &state)?;
+    let log = RequestLog::new(&request_id);
+    if state.engine.is_loading() {
+        return Err(ApiError::Loading);
+    }
+    let ignored = ignored_header(&body.ignored);
+    let format = body.value.encoding_format.unwrap_or_default();
+    let name = body.value.model.clone();
+    let (model, limits) = (Arc::clone(&state.model), state.prompt_limits());
+    let id = Arc::clone(&request_id.0);
+    let requests = run_sized(body.num_bytes, &state, move || {
+        let context = PromptContext { model: &model, limits, id: &id, random_seed: 0 };
+        prepare_embeddings(&body.value, &context)
+    });
+    let requests = requests.await??;
+    let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
+    let usage = Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() };
+    let mut log = log.begin(usage);
+    let pooled = stream::iter(requests).map(|request| pooled(&state, request));
+    let vectors: Result<Vec<Vec<f32>>, ApiError> = pooled.buffered(MAX_AT_ONCE).try_collect().await;
+    log.end(if vectors.is_ok() { "finished" } else { "failed" });
+    let embedding = |(index, vector)| Embedding {
+        object: "embedding",
+        index,
+        embedding: embedding_values(vector, format),
+    };
+    let mut response = Json(EmbeddingList {
+        object: "list",
+        data: vectors?.into_iter().enumerate().map(embedding).collect(),
+        model: name,
+        usage: EmbeddingUsage { prompt_tokens, total_tokens: prompt_tokens },
+    })
+    .into_response();
+    response.headers_mut().extend(ignored);
+    let pooling = HeaderValue::from_static(pooling_name(state.model.pooling));
+    response.headers_mut().insert(HeaderName::from_static("x-embedding-pooling"), pooling);
+    Ok(response)
+}
+
+/// The vector of one input. Dropping this future takes the input back from the engine.
+async fn pooled(state: &AppState, request: Request) -> Result<Vec<f32>, ApiError> {
+    let mut events = state.engine.generate(request)?;
+    let mut vector = None;
+    while let Some(event) = events.next().await {
+        match event {
+            Event::Pooled(pooled) => vector = Some(pooled),
+            Event::Finished { reason: FinishReason::Abort, .. } => {
+                return Err(ApiError::ShuttingDown);
+            }
+            Event::Failed(_) => return Err(ApiError::EngineFailed),
+            _ => {}
+        }
+    }
+    vector.ok_or(ApiError::EngineFailed)
+}

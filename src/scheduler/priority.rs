@@ -1,0 +1,61 @@
+//! Who goes first. Pure.
+
+/// How urgent a sequence is; lower is earlier, as in vLLM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Priority(i32);
+
+impl Priority {
+    /// OpenAI's `flex`: cheap, and late when there is much to do.
+    pub const FLEX: Self = Self(10);
+    /// OpenAI's `priority`.
+    pub const URGENT: Self = Self(-10);
+
+    const LIMIT: i32 = 100;
+
+    /// A number beyond 100 on either side counts as 100.
+    pub fn new(number: i64) -> Self {
+        let limit = i64::from(Self::LIMIT);
+        Self(number.clamp(-limit, limit) as i32)
+    }
+}
+
+/// A sequence's place in the queue and among the running, for life: by `step`, then `arrival`.
+///
+/// Priority is an advantage in steps: a sequence counts as if it had arrived earlier or later.
+/// That is ageing too, because whoever comes much later comes behind, however urgent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    /// The step it counts as having arrived in, moved so that it is never negative.
+    pub(super) step: u64,
+    /// Order of arrival; unique.
+    pub(super) arrival: u64,
+}
+
+impl Rank {
+    pub(super) fn new(
+        priority: Priority,
+        (step, arrival): (u64, u64),
+        steps_per_priority: u64,
+    ) -> Self {
+        let delay = (priority.0 + Priority::LIMIT).unsigned_abs();
+        Self { step: step + u64::from(delay) * steps_per_priority, arrival }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urgent_ones_overtake_for_a_while() {
+        let usual = Rank::new(Priority::default(), (1000, 1), 100);
+        assert!(usual < Rank::new(Priority::default(), (1000, 2), 100));
+        assert!(Rank::new(Priority::URGENT, (1999, 2), 100) < usual);
+        assert!(usual < Rank::new(Priority::URGENT, (2000, 2), 100));
+        assert!(usual < Rank::new(Priority::FLEX, (1, 0), 100));
+        assert!(
+            Rank::new(Priority::FLEX, (1, 0), 100) < Rank::new(Priority::default(), (1002, 2), 100)
+        );
+        assert_eq!(Priority::new(i64::MIN), Priority::new(-100));
+    }
+}
