@@ -13,3 +13,4 @@ pub mod message;
 pub mod model;
 pub mod stream;
 pub mod tokenize;
+pub mod tool;

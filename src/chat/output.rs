@@ -53,12 +53,32 @@ pub enum Update {
 pub struct Delta {
     /// Which of the `n` choices.
     pub choice: u32,
-    /// Text to append; empty only when the choice ends.
+    /// Text to append to the content.
     pub text: String,
+    /// Text to append to the reasoning, which comes before the content.
+    pub reasoning: String,
+    /// Parts of tool calls, in order.
+    pub tool_calls: Vec<ToolCallDelta>,
+    /// How many of `tokens` belong to the reasoning.
+    pub num_reasoning_tokens: usize,
     /// The tokens since the last delta.
     pub tokens: Vec<SampledToken>,
     /// Present on the choice's last delta.
     pub finish: Option<Finish>,
+}
+
+/// A part of a tool call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ToolCallDelta {
+    /// Which of the choice's calls.
+    pub index: u32,
+    /// Present on the first part of an index only, where `arguments` is empty.
+    pub id: Option<String>,
+    /// The function, beside the id.
+    pub name: Option<String>,
+    /// Source text to append to the arguments. They are JSON only when the call is whole: no
+    /// beginning of them parses.
+    pub arguments: String,
 }
 
 /// How a choice ended.
@@ -272,6 +292,9 @@ impl Choice {
         Delta {
             choice: self.index,
             text: std::mem::take(&mut self.text),
+            reasoning: String::new(),
+            tool_calls: Vec::new(),
+            num_reasoning_tokens: 0,
             tokens: std::mem::take(&mut self.tokens),
             finish,
         }

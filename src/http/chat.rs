@@ -14,18 +14,20 @@ use super::request_id::RequestId;
 use super::sse::{self, RenderChunks, UsageMode};
 use super::state::AppState;
 use crate::chat::model::ServedModel;
-use crate::chat::output::{Delta, Update};
+use crate::chat::output::{Delta, ToolCallDelta, Update};
 use crate::chat::prompt::{Prepared, PromptContext, PromptError, prepare_chat};
 use crate::openai::chat::{
     AssistantMessage, ChatChoice, ChatCompletion, ChatCompletionRequest, ChatLogprobs,
 };
-use crate::openai::generation::Usage;
+use crate::openai::generation::{FinishReason, Usage};
 use crate::openai::stream::{ChatChunkChoice, ChatCompletionChunk, ChatDelta, ChunkUsage};
+use crate::openai::tool::{CalledFunction, FunctionChunk, MessageToolCall, ToolCallChunk};
 use crate::text::TokenId;
 
 const OBJECT: &str = "chat.completion";
 const CHUNK_OBJECT: &str = "chat.completion.chunk";
 const ASSISTANT: &str = "assistant";
+const FUNCTION: &str = "function";
 
 type Body = GenerationBody<ChatCompletionRequest>;
 
@@ -76,6 +78,16 @@ struct ChatRenderer {
     has_logprobs: bool,
     has_token_ids: bool,
     num_prompt_logprobs: Option<usize>,
+    call_shape: CallShape,
+}
+
+/// How calls look in the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CallShape {
+    /// `tool_calls`, for requests with `tools`.
+    Tool,
+    /// The older `function_call`, for requests with `functions`.
+    Function,
 }
 
 impl ChatRenderer {
@@ -91,30 +103,68 @@ impl ChatRenderer {
             has_logprobs: params.logprobs.is_some(),
             has_token_ids: body.fields.return_token_ids == Some(true),
             num_prompt_logprobs: params.prompt_logprobs.map(|count| count as usize),
+            call_shape: match (&body.request.tools, &body.request.functions) {
+                (None, Some(_)) => CallShape::Function,
+                _ => CallShape::Tool,
+            },
         }
     }
 
     /// The pieces a choice begins with: its role, and what it echoes.
     fn first_pieces(&self, index: u32) -> Vec<ChatChunkChoice> {
-        let role = ChatDelta { role: Some(ASSISTANT), content: Some(String::new()) };
-        let echo = self.echo.clone().map(|text| ChatDelta { role: None, content: Some(text) });
+        let role = ChatDelta {
+            role: Some(ASSISTANT),
+            content: Some(String::new()),
+            ..ChatDelta::default()
+        };
+        let echo = self.echo.clone().map(content_delta);
         std::iter::once(role).chain(echo).map(|delta| bare_piece(index, delta)).collect()
     }
 
-    /// A piece with the text and, by itself as clients expect it, one with the end.
+    /// A piece with the reasoning, one with the text, one with each part of a call and, by itself
+    /// as clients expect it, one with the end.
     fn pieces(&self, mut delta: Delta) -> Vec<ChatChunkChoice> {
-        let mut pieces = Vec::new();
-        if !delta.text.is_empty() {
-            let content = ChatDelta { role: None, content: Some(std::mem::take(&mut delta.text)) };
-            pieces.push(self.token_piece(&mut delta, content));
+        let mut parts = Vec::new();
+        if !delta.reasoning.is_empty() {
+            let reasoning_content = Some(std::mem::take(&mut delta.reasoning));
+            parts.push(ChatDelta { reasoning_content, ..ChatDelta::default() });
         }
+        if !delta.text.is_empty() {
+            parts.push(content_delta(std::mem::take(&mut delta.text)));
+        }
+        let calls = std::mem::take(&mut delta.tool_calls);
+        parts.extend(calls.into_iter().map(|call| self.call_delta(call)));
+        let mut pieces: Vec<_> =
+            parts.into_iter().map(|part| self.token_piece(&mut delta, part)).collect();
         if let Some(finish) = delta.finish.take() {
             let mut piece = self.token_piece(&mut delta, ChatDelta::default());
-            piece.finish_reason = Some(finish.reason);
+            piece.finish_reason = Some(self.finish_reason(finish.reason));
             piece.stop_reason = finish.stop_reason;
             pieces.push(piece);
         }
         pieces
+    }
+
+    fn call_delta(&self, call: ToolCallDelta) -> ChatDelta {
+        let ToolCallDelta { index, id, name, arguments } = call;
+        let function = FunctionChunk { name, arguments };
+        match self.call_shape {
+            CallShape::Tool => {
+                let kind = id.is_some().then_some(FUNCTION);
+                let chunk = ToolCallChunk { index, id, kind, function };
+                ChatDelta { tool_calls: Some(vec![chunk]), ..ChatDelta::default() }
+            }
+            CallShape::Function => {
+                ChatDelta { function_call: Some(function), ..ChatDelta::default() }
+            }
+        }
+    }
+
+    fn finish_reason(&self, reason: FinishReason) -> FinishReason {
+        match (reason, self.call_shape) {
+            (FinishReason::ToolCalls, CallShape::Function) => FinishReason::FunctionCall,
+            (reason, _) => reason,
+        }
     }
 
     /// A piece that accounts for the delta's tokens, if no earlier piece did.
@@ -144,6 +194,10 @@ impl ChatRenderer {
         let prompt_tokens = self.prompt.len();
         Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() }
     }
+}
+
+fn content_delta(text: String) -> ChatDelta {
+    ChatDelta { content: Some(text), ..ChatDelta::default() }
 }
 
 fn bare_piece(index: u32, delta: ChatDelta) -> ChatChunkChoice {
@@ -212,6 +266,9 @@ async fn fold(
             }
         }
     }
+    for choice in &mut choices {
+        drop_empty_content(&mut choice.message);
+    }
     Ok(ChatCompletion {
         id: renderer.head.id,
         object: OBJECT,
@@ -227,7 +284,14 @@ async fn fold(
 fn empty_choice(index: u32) -> ChatChoice {
     ChatChoice {
         index,
-        message: AssistantMessage { role: ASSISTANT, content: String::new(), refusal: None },
+        message: AssistantMessage {
+            role: ASSISTANT,
+            content: None,
+            refusal: None,
+            reasoning_content: None,
+            tool_calls: None,
+            function_call: None,
+        },
         logprobs: None,
         finish_reason: None,
         stop_reason: None,
@@ -235,8 +299,42 @@ fn empty_choice(index: u32) -> ChatChoice {
     }
 }
 
+fn append_message(message: &mut AssistantMessage, delta: ChatDelta) {
+    if let Some(text) = delta.content {
+        message.content.get_or_insert_default().push_str(&text);
+    }
+    if let Some(text) = delta.reasoning_content {
+        message.reasoning_content.get_or_insert_default().push_str(&text);
+    }
+    for chunk in delta.tool_calls.into_iter().flatten() {
+        let calls = message.tool_calls.get_or_insert_default();
+        if let Some(id) = chunk.id {
+            calls.push(MessageToolCall { id, kind: FUNCTION, function: CalledFunction::default() });
+        }
+        if let Some(call) = calls.get_mut(chunk.index as usize) {
+            append_function(&mut call.function, chunk.function);
+        }
+    }
+    if let Some(chunk) = delta.function_call {
+        append_function(message.function_call.get_or_insert_default(), chunk);
+    }
+}
+
+fn append_function(function: &mut CalledFunction, chunk: FunctionChunk) {
+    function.name.push_str(chunk.name.as_deref().unwrap_or_default());
+    function.arguments.push_str(&chunk.arguments);
+}
+
+/// Clients expect null, not an empty text, beside calls.
+fn drop_empty_content(message: &mut AssistantMessage) {
+    let has_call = message.tool_calls.is_some() || message.function_call.is_some();
+    if has_call && message.content.as_deref() == Some("") {
+        message.content = None;
+    }
+}
+
 fn append(choice: &mut ChatChoice, piece: ChatChunkChoice) {
-    choice.message.content.push_str(piece.delta.content.as_deref().unwrap_or_default());
+    append_message(&mut choice.message, piece.delta);
     if let Some(logprobs) = piece.logprobs {
         let all = choice.logprobs.get_or_insert_with(ChatLogprobs::default);
         all.content.extend(logprobs.content);

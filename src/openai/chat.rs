@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use super::generation::{FinishReason, PromptLogprobs, StopReason, Usage};
 use super::message::ChatMessage;
+use super::tool::{CalledFunction, MessageToolCall};
 
 /// The fields only this endpoint has; the rest is in
 /// [`GenerationFields`](super::generation::GenerationFields).
@@ -54,8 +55,16 @@ pub struct ChatChoice {
 #[derive(Clone, Debug, Serialize)]
 pub struct AssistantMessage {
     pub role: &'static str,
-    pub content: String,
+    /// Null when the answer consists of calls only.
+    pub content: Option<String>,
     pub refusal: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    /// Absent, never empty, when there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<Vec<MessageToolCall>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub function_call: Option<CalledFunction>,
 }
 
 #[derive(Clone, Debug, Default, Serialize)]
