@@ -3,11 +3,15 @@
 //! [`prompt`] is the way in: it checks a request and builds what the engine runs. [`output`] is
 //! the way out: events become deltas of text. Both know OpenAI's wire types, and nothing of HTTP.
 
+pub mod answer;
 pub mod logprobs;
 pub mod messages;
 pub mod model;
 pub mod options;
 pub mod output;
 pub mod prompt;
+pub mod reasoning;
 pub mod template;
 pub mod tokenize;
+pub mod tool_call;
+pub mod tools;

@@ -54,6 +54,8 @@ pub struct ModelConfig {
     pub model_aliases: Vec<String>,
     /// The longest sequence, if shorter than the model allows.
     pub max_model_len: Option<NonZeroUsize>,
+    /// What an answer is that consists of a tool call without its tags.
+    pub bare_tool_calls: BareCalls,
 }
 
 impl ModelConfig {
@@ -140,6 +142,15 @@ pub enum PrefixCaching {
     Enabled,
     /// Every request computes its whole prompt.
     Disabled,
+}
+
+/// What an answer is that consists of a tool call without its tags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BareCalls {
+    /// The call.
+    Accepted,
+    /// Text.
+    Text,
 }
 
 /// The least important log lines still written.

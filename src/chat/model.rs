@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::chat::template::ChatTemplate;
+use crate::chat::tool_call::{BareToolCalls, ToolCallFormat};
 use crate::engine::request::GenerationDefaults;
 use crate::text::{TokenId, Tokenizer};
 
@@ -22,6 +23,29 @@ pub struct ServedModel {
     pub eos_token_ids: Vec<TokenId>,
     /// Sampling defaults of the model's `generation_config`, used where a request is silent.
     pub sampling_defaults: GenerationDefaults,
+    /// How it writes its answers.
+    pub conventions: Conventions,
+}
+
+/// How a model writes its answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Conventions {
+    /// How it calls tools.
+    pub tool_calls: ToolCallFormat,
+    /// What a call without tags is.
+    pub bare_tool_calls: BareToolCalls,
+    /// Whether it reasons before it answers.
+    pub reasoning: Reasoning,
+}
+
+/// Whether a model reasons before it answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reasoning {
+    /// It does not: `<think>` is text like any other.
+    #[default]
+    No,
+    /// In `<think>` tags.
+    InTags,
 }
 
 impl ServedModel {

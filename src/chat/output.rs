@@ -1,4 +1,4 @@
-//! Turns what the engine reports about a request into deltas of text.
+//! Turns what the engine reports about a request into deltas of text, reasoning and calls.
 //!
 //! Pure: events in, updates out. Streams and whole answers are built from the same updates, so
 //! they cannot disagree. **Invariant:** text that could be the beginning of a stop string, and
@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use crate::chat::answer::{AnswerFormat, AnswerReader, Pieces};
 use crate::engine::event::{Event, FinishReason as EngineFinish, SampledToken, TokenLogprobs};
 use crate::openai::generation::{FinishReason, StopReason};
 use crate::text::{
@@ -32,6 +33,8 @@ pub struct OutputOptions {
     pub min_tokens: usize,
     /// How many log-probabilities of prompt tokens will come.
     pub num_prompt_logprobs: usize,
+    /// What the text is read as.
+    pub answer: AnswerFormat,
 }
 
 /// What a reader of the output learns, in order. `Started` comes first, once.
@@ -215,9 +218,11 @@ struct Choice {
     index: u32,
     detokenizer: IncrementalDetokenizer,
     matcher: StopMatcher,
-    text: String,
+    reader: AnswerReader,
+    pieces: Pieces,
     tokens: Vec<SampledToken>,
     num_tokens: usize,
+    num_reasoning_tokens: usize,
     stop_reason: Option<StopReason>,
     is_finished: bool,
 }
@@ -228,9 +233,11 @@ impl Choice {
             index,
             detokenizer: IncrementalDetokenizer::new(Arc::clone(tokenizer), options.special_tokens),
             matcher: StopMatcher::new(Arc::clone(&options.stop)),
-            text: String::new(),
+            reader: AnswerReader::new(&options.answer, index),
+            pieces: Pieces::default(),
             tokens: Vec::new(),
             num_tokens: 0,
+            num_reasoning_tokens: 0,
             stop_reason: None,
             is_finished: false,
         }
@@ -240,6 +247,7 @@ impl Choice {
         let id = token.id;
         self.tokens.push(token);
         self.num_tokens += 1;
+        self.num_reasoning_tokens += usize::from(self.reader.is_reasoning());
         if let Some(index) = options.stop_token_ids.iter().position(|stop| *stop == id) {
             if index < options.num_own_stop_tokens {
                 self.stop_reason = Some(StopReason::TokenId(id));
@@ -252,7 +260,10 @@ impl Choice {
         if self.take_text(&piece, options) {
             return Some(self.end(FinishReason::Stop));
         }
-        if self.text.is_empty() { None } else { Some(self.take_delta(None)) }
+        if self.reader.is_complete() {
+            return Some(self.end(FinishReason::Stop));
+        }
+        if self.pieces.is_empty() { None } else { Some(self.take_delta(None)) }
     }
 
     fn finish(&mut self, reason: FinishReason, options: &OutputOptions) -> Delta {
@@ -261,7 +272,7 @@ impl Choice {
             return self.end(FinishReason::Stop);
         }
         let held = self.matcher.finish();
-        self.text.push_str(&held);
+        self.reader.push(&held, &mut self.pieces);
         self.end(reason)
     }
 
@@ -271,11 +282,11 @@ impl Choice {
             return false;
         }
         if self.num_tokens <= options.min_tokens {
-            self.text.push_str(piece);
+            self.reader.push(piece, &mut self.pieces);
             return false;
         }
         let outcome = self.matcher.push(piece);
-        self.text.push_str(&outcome.text);
+        self.reader.push(&outcome.text, &mut self.pieces);
         if let Some(index) = outcome.stopped {
             self.stop_reason = Some(StopReason::String(options.stop.get(index).to_owned()));
         }
@@ -284,17 +295,23 @@ impl Choice {
 
     fn end(&mut self, reason: FinishReason) -> Delta {
         self.is_finished = true;
+        self.reader.finish(&mut self.pieces);
         let stop_reason = self.stop_reason.take().filter(|_| reason == FinishReason::Stop);
+        let reason = match reason {
+            FinishReason::Stop if self.reader.has_calls() => FinishReason::ToolCalls,
+            reason => reason,
+        };
         self.take_delta(Some(Finish { reason, stop_reason }))
     }
 
     fn take_delta(&mut self, finish: Option<Finish>) -> Delta {
+        let Pieces { reasoning, content, tool_calls } = std::mem::take(&mut self.pieces);
         Delta {
             choice: self.index,
-            text: std::mem::take(&mut self.text),
-            reasoning: String::new(),
-            tool_calls: Vec::new(),
-            num_reasoning_tokens: 0,
+            text: content,
+            reasoning,
+            tool_calls,
+            num_reasoning_tokens: std::mem::take(&mut self.num_reasoning_tokens),
             tokens: std::mem::take(&mut self.tokens),
             finish,
         }
@@ -324,6 +341,7 @@ mod tests {
             num_own_stop_tokens: 0,
             min_tokens: 0,
             num_prompt_logprobs,
+            answer: AnswerFormat::default(),
         };
         RequestOutput::new(&Arc::new(Tokenizer::from_spec(spec).unwrap()), options)
     }

@@ -8,14 +8,18 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::chat::messages::{template_messages, template_tools};
-use crate::chat::model::ServedModel;
+use crate::chat::answer::AnswerFormat;
+use crate::chat::messages::template_messages;
+use crate::chat::model::{Reasoning, ServedModel};
 use crate::chat::options::{
     check_refused, check_token_ids, num_choices, sampling_options, stop_strings, stop_token_ids,
     top_count,
 };
 use crate::chat::output::{OutputOptions, RequestOutput};
+use crate::chat::reasoning::ReasoningStart;
 use crate::chat::template::RenderOptions;
+use crate::chat::tool_call::{BareToolCalls, ToolReading};
+use crate::chat::tools::ToolUse;
 use crate::engine::request::{
     InvalidParam, Request, SamplingOptions, SamplingParams, StopConditions,
 };
@@ -135,9 +139,11 @@ pub fn prepare_chat(
         request.continue_final_message,
         request.chat_template_kwargs.as_ref(),
     )?;
-    let settings = Settings::new(fields, logprobs, context)?;
-    let text =
-        render(&request.messages, template_tools(request)?.as_ref(), &options, context.model)?;
+    let mut settings = Settings::new(fields, logprobs, context)?;
+    let tools = ToolUse::read(request)?;
+    let definitions = tools.as_ref().map(|tools| &tools.definitions);
+    let text = render(&request.messages, definitions, &options, context.model)?;
+    settings.answer = answer_format(&text, tools.as_ref(), fields, context);
     let prompt = encode(&text, "messages", context)?;
     let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
     let mut prepared = settings.prepare(prompt, &demand, ("messages", 0), context)?;
@@ -146,6 +152,32 @@ pub fn prepare_chat(
         prepared.echo = last_assistant_text(&request.messages);
     }
     Ok(prepared)
+}
+
+/// How the answer to a rendered conversation is read.
+fn answer_format(
+    prompt: &str,
+    tools: Option<&ToolUse>,
+    fields: &GenerationFields,
+    context: &PromptContext<'_>,
+) -> AnswerFormat {
+    let conventions = context.model.conventions;
+    // An answer that was asked to be JSON is not a call because it looks like one.
+    let is_free = fields.response_format.as_ref().is_none_or(|format| format.kind == "text");
+    let tools = tools.map(|tools| {
+        Arc::new(ToolReading {
+            format: conventions.tool_calls,
+            tools: Arc::clone(&tools.callable),
+            bare: if is_free { conventions.bare_tool_calls } else { BareToolCalls::Text },
+            max_calls: tools.max_calls,
+            id_seed: context.id.into(),
+        })
+    });
+    let reasoning = match conventions.reasoning {
+        Reasoning::No => None,
+        Reasoning::InTags => Some(ReasoningStart::after_prompt(prompt)),
+    };
+    AnswerFormat { reasoning, tools }
 }
 
 /// Prepares a completion: one engine request per prompt.
@@ -368,6 +400,7 @@ struct Settings {
     include_stop: bool,
     special_tokens: SpecialTokens,
     cache_salt: Option<Arc<str>>,
+    answer: AnswerFormat,
 }
 
 impl Settings {
@@ -414,6 +447,7 @@ impl Settings {
                 _ => SpecialTokens::Skip,
             },
             cache_salt: fields.cache_salt.as_deref().map(Arc::from),
+            answer: AnswerFormat::default(),
         })
     }
 
@@ -485,6 +519,7 @@ impl Settings {
             num_own_stop_tokens: self.num_own_stop_tokens,
             min_tokens: self.params.min_tokens,
             num_prompt_logprobs,
+            answer: self.answer.clone(),
         };
         let request = Request {
             id: format!("{}-{index}", context.id).into(),

@@ -19,12 +19,23 @@ pub struct ChatCompletionRequest {
     pub top_logprobs: Option<i64>,
     pub tools: Option<Vec<Value>>,
     pub tool_choice: Option<Value>,
+    pub parallel_tool_calls: Option<bool>,
     pub functions: Option<Vec<Value>>,
     pub function_call: Option<Value>,
     pub modalities: Option<Vec<String>>,
     pub chat_template_kwargs: Option<Map<String, Value>>,
+    pub enable_thinking: Option<bool>,
+    pub thinking_budget: Option<i64>,
+    pub reasoning_effort: Option<String>,
+    pub reasoning: Option<ReasoningOptions>,
     pub add_generation_prompt: Option<bool>,
     pub continue_final_message: Option<bool>,
+}
+
+/// `reasoning_effort` as some clients write it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ReasoningOptions {
+    pub effort: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]

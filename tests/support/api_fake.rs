@@ -11,7 +11,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
-use qwen_server::chat::model::ServedModel;
+use qwen_server::chat::model::{Conventions, ServedModel};
 use qwen_server::chat::template::{ChatTemplate, TemplateTokens};
 use qwen_server::engine::request::GenerationDefaults;
 use qwen_server::engine::{EngineConfig, spawn};
@@ -121,6 +121,7 @@ fn model() -> ServedModel {
         template: Some(ChatTemplate::new(TEMPLATE, special).unwrap()),
         eos_token_ids: vec![IM_END],
         sampling_defaults: GenerationDefaults::default(),
+        conventions: Conventions::default(),
     }
 }
 
