@@ -243,7 +243,7 @@ fn qwen_coder_text_stays_text_and_cut_calls_stay_cut() {
     assert_eq!(cut("ci"), "");
     assert_eq!(cut("city>\nPar</para"), "{\"city\": \"Par</para");
     assert_eq!(cut("days>\n12"), "{\"days\": 12");
-    assert_eq!(cut("days>None</parameter> what"), "{\"days\": \"None\"}");
+    assert_eq!(cut("days>soon</parameter> what"), "{\"days\": \"soon\"}");
     assert_eq!(cut("tags>None</parameter></tool_call>"), "{\"tags\": null}");
 }
 
