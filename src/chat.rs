@@ -12,6 +12,7 @@ pub mod output;
 pub mod prompt;
 pub mod reasoning;
 pub mod template;
+mod thinking;
 pub mod tokenize;
 pub mod tool_call;
 pub mod tools;

@@ -16,8 +16,9 @@ use crate::chat::options::{
     top_count,
 };
 use crate::chat::output::{OutputOptions, RequestOutput};
-use crate::chat::reasoning::ReasoningStart;
+use crate::chat::reasoning::{self, ReasoningStart};
 use crate::chat::template::RenderOptions;
+use crate::chat::thinking::Thinking;
 use crate::chat::tool_call::{BareToolCalls, ToolReading};
 use crate::chat::tools::ToolUse;
 use crate::engine::request::{
@@ -75,6 +76,8 @@ pub struct Prepared {
     pub output: RequestOutput,
     /// Text that every choice begins with, when `echo` was asked for.
     pub echo: Option<String>,
+    /// Known fields that have no effect on this model.
+    pub ignored: Vec<&'static str>,
 }
 
 /// Why a request is refused.
@@ -134,20 +137,27 @@ pub fn prepare_chat(
     if max_tokens == Some(0) {
         return Err(PromptError::invalid(max_tokens_param, "must be at least 1, got 0"));
     }
-    let options = render_options(
+    let mut options = render_options(
         request.add_generation_prompt,
         request.continue_final_message,
         request.chat_template_kwargs.as_ref(),
     )?;
+    let thinking = Thinking::read(request, context.model.conventions.reasoning)?;
+    thinking.add_to(&mut options.extra);
     let mut settings = Settings::new(fields, logprobs, context)?;
     let tools = ToolUse::read(request)?;
     let definitions = tools.as_ref().map(|tools| &tools.definitions);
-    let text = render(&request.messages, definitions, &options, context.model)?;
+    let mut text = render(&request.messages, definitions, &options, context.model)?;
+    if thinking.is_off() && ReasoningStart::after_prompt(&text) == ReasoningStart::Inside {
+        // The template opens a thought whatever it is told.
+        text.push_str(reasoning::EMPTY_REST);
+    }
     settings.answer = answer_format(&text, tools.as_ref(), fields, context);
     let prompt = encode(&text, "messages", context)?;
     let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
     let mut prepared = settings.prepare(prompt, &demand, ("messages", 0), context)?;
     settings.check_logprobs(std::slice::from_ref(&prepared), fields, 1)?;
+    prepared.ignored = thinking.ignored;
     if fields.echo == Some(true) {
         prepared.echo = last_assistant_text(&request.messages);
     }
@@ -530,6 +540,6 @@ impl Settings {
             cache_salt: self.cache_salt.clone(),
         };
         let output = RequestOutput::new(&context.model.tokenizer, output);
-        Ok(Prepared { request, output, echo: None })
+        Ok(Prepared { request, output, echo: None, ignored: Vec::new() })
     }
 }

@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 
 use super::error::ApiError;
-use super::extract::{GenerationBody, ignored_header};
+use super::extract::{GenerationBody, ignored_header, refuse_ignored};
 use super::generation::{Generation, ResponseHead, run_sized};
 use super::models::check_model;
 use super::request_id::RequestId;
@@ -38,9 +38,13 @@ pub(super) async fn create(
 ) -> Result<Response, ApiError> {
     check_model(&body.request.model, &state)?;
     let head = ResponseHead::new("chatcmpl", &body.request.model);
-    let ignored = ignored_header(&body.ignored);
+    let mut ignored = body.ignored.clone();
+    let is_strict = body.fields.strict_params;
     let is_stream = body.fields.stream == Some(true);
     let (prepared, renderer) = prepare(&state, head, body).await??;
+    ignored.extend(prepared.ignored.iter().map(ToString::to_string));
+    refuse_ignored(&ignored, is_strict)?;
+    let ignored = ignored_header(&ignored);
     let generation = Generation::submit(&state, &request_id, vec![prepared])?;
     let mut response = if is_stream {
         sse::response(generation, renderer, &state.limits).await?
