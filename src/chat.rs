@@ -4,6 +4,7 @@
 //! the way out: events become deltas of text. Both know OpenAI's wire types, and nothing of HTTP.
 
 pub mod answer;
+pub mod constraint;
 pub mod logprobs;
 pub mod messages;
 pub mod model;
@@ -15,4 +16,5 @@ pub mod template;
 mod thinking;
 pub mod tokenize;
 pub mod tool_call;
+mod tool_grammar;
 pub mod tools;

@@ -12,6 +12,7 @@
 mod active;
 pub mod core;
 pub mod event;
+mod grammars;
 pub mod handle;
 pub mod request;
 pub mod stats;

@@ -5,6 +5,7 @@ pub mod cli;
 pub mod config;
 pub mod device;
 pub mod engine;
+pub mod grammar;
 pub mod http;
 pub mod kv;
 pub mod layers;

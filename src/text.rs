@@ -5,6 +5,7 @@
 //! threads; every type is plain data that can be shared behind an `Arc`.
 
 mod added_tokens;
+pub mod bitmask;
 mod byte_level;
 pub mod detokenizer;
 mod pre_tokenizer;
@@ -13,6 +14,7 @@ pub mod token;
 pub mod tokenizer;
 mod vocabulary;
 
+pub use bitmask::TokenBitmask;
 pub use detokenizer::IncrementalDetokenizer;
 pub use stop::{StopMatcher, StopOutcome, StopStrings};
 pub use token::TokenId;

@@ -10,6 +10,8 @@ mod chat;
 mod completions;
 #[path = "api/connections.rs"]
 mod connections;
+#[path = "api/constraints.rs"]
+mod constraints;
 #[path = "api/errors.rs"]
 mod errors;
 #[path = "api/fuzz.rs"]

@@ -42,6 +42,7 @@ fn request(prompt: &[TokenId], max_tokens: usize) -> Request {
         params: Arc::new(SamplingParams::default()),
         stop: StopConditions { max_tokens, stop_token_ids: Arc::new([]) },
         n: 1,
+        grammar: None,
         cache_salt: None,
     }
 }

@@ -71,6 +71,7 @@ fn request(prompt: &[u32], max_tokens: usize, params: SamplingParams) -> Request
         params: Arc::new(params),
         stop: StopConditions { max_tokens, stop_token_ids: Arc::new([]) },
         n: 1,
+        grammar: None,
         cache_salt: None,
     }
 }

@@ -15,8 +15,8 @@ use qwen_server::engine::core::{EngineCore, StepError};
 use qwen_server::kv::{HashKey, KvCacheManager};
 use qwen_server::sampling::SamplingParams;
 use qwen_server::scheduler::step::{
-    NonFiniteLogits, Runner, SampleRequest, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput,
-    TokenLogprobs,
+    Continuation, NonFiniteLogits, Runner, SampleError, SampleRequest, SampledToken, ScheduledSeq,
+    SchedulerOutput, SeqOutput, TokenLogprobs, TokenMasks,
 };
 use qwen_server::scheduler::{
     Scheduler, SchedulerConfig, SeqEvent, SeqFinish, SeqId, SequenceSpec,
@@ -52,6 +52,14 @@ fn draw(context: u32, choice: u32, num_output_tokens: usize, forbidden: &[TokenI
     candidates.find(|token| !forbidden.contains(token)).expect("not everything is forbidden")
 }
 
+/// What a grammar would add to a token: often nothing, sometimes several tokens, rarely the end.
+fn continuation(context: u32, token: TokenId) -> Continuation {
+    let hash = mix(mix(context, token), 99);
+    let num_forced = if hash.is_multiple_of(4) { 1 + hash / 4 % 9 } else { 0 };
+    let forced = (0..num_forced).map(|i| mix(hash, i) % VOCAB_SIZE).collect();
+    Continuation { forced, is_complete: (hash / 64).is_multiple_of(23) }
+}
+
 fn logprob(context: u32, target: TokenId) -> f32 {
     (mix(context, target) % 1000) as f32
 }
@@ -64,6 +72,8 @@ struct Arrival {
     max_tokens: usize,
     min_tokens: usize,
     stops: bool,
+    /// Its drawn tokens have continuations.
+    forces: bool,
     penalised: bool,
     prompt_logprobs: bool,
     salt: Salt,
@@ -81,6 +91,7 @@ impl Arrival {
             max_tokens,
             min_tokens: 0,
             stops: false,
+            forces: false,
             penalised: false,
             prompt_logprobs: false,
             salt: None,
@@ -125,10 +136,22 @@ impl Arrival {
             }
             let is_forbidden = self.stops && told.tokens.len() < self.min_tokens;
             let forbidden: &[_] = if is_forbidden { &STOP_TOKENS } else { &[] };
-            let token = draw(fold(values(&tokens)), choice, told.tokens.len(), forbidden);
-            tokens.push(token);
-            told.tokens.push(token);
-            if self.stops && STOP_TOKENS.contains(&token) {
+            let context = fold(values(&tokens));
+            let token = draw(context, choice, told.tokens.len(), forbidden);
+            let next =
+                if self.forces { continuation(context, token) } else { Continuation::default() };
+            let mut is_cut = false;
+            let mut is_stopped = false;
+            for token in std::iter::once(token).chain(next.forced) {
+                is_cut = told.tokens.len() == self.max_tokens || tokens.len() == max_model_len;
+                if is_cut || is_stopped {
+                    break;
+                }
+                tokens.push(token);
+                told.tokens.push(token);
+                is_stopped = self.stops && STOP_TOKENS.contains(&token);
+            }
+            if is_stopped || (next.is_complete && !is_cut) {
                 break End::Stop;
             }
         });
@@ -167,6 +190,7 @@ struct ShadowRunner {
     owners: Vec<Salt>,
     salts: BTreeMap<SeqId, Salt>,
     broken_after: BTreeMap<SeqId, usize>,
+    forcing: BTreeSet<SeqId>,
     block_size: usize,
     /// Steps that fail and leave garbage everywhere.
     failing_steps: BTreeSet<usize>,
@@ -201,9 +225,9 @@ impl ShadowRunner {
         &self,
         seq: &ScheduledSeq,
         request: &SampleRequest,
-    ) -> Result<SampledToken, NonFiniteLogits> {
-        if self.broken_after.get(&seq.id) == Some(&request.num_output_tokens) {
-            return Err(NonFiniteLogits);
+    ) -> Result<(SampledToken, Continuation), SampleError> {
+        if self.broken_after.get(&seq.id).is_some_and(|&n| n == request.num_output_tokens) {
+            return Err(NonFiniteLogits.into());
         }
         assert_eq!(request.history.is_some(), request.params.needs_history());
         if let Some(history) = &request.history {
@@ -214,7 +238,9 @@ impl ShadowRunner {
         }
         let context = fold((0..seq.end()).map(|i| self.read(seq, i)));
         let id = draw(context, request.choice, request.num_output_tokens, &request.forbidden);
-        Ok(SampledToken { id, logprobs: None })
+        let is_forcing = self.forcing.contains(&seq.id);
+        let next = if is_forcing { continuation(context, id) } else { Continuation::default() };
+        Ok((SampledToken { id, logprobs: None }, next))
     }
 
     fn prompt_logprobs(&self, seq: &ScheduledSeq) -> Vec<TokenLogprobs> {
@@ -249,10 +275,23 @@ impl Runner for ShadowRunner {
         Ok(())
     }
 
-    fn sample(&mut self, output: &SchedulerOutput) -> Result<Vec<SeqOutput>, &'static str> {
-        let outputs = output.scheduled.iter().map(|seq| SeqOutput {
-            sampled: seq.sample.as_ref().map(|request| self.sampled(seq, request)),
-            prompt_logprobs: self.prompt_logprobs(seq),
+    fn sample(
+        &mut self,
+        output: &SchedulerOutput,
+        masks: &TokenMasks,
+    ) -> Result<Vec<SeqOutput>, &'static str> {
+        assert!(masks.is_empty(), "nobody has a grammar");
+        let outputs = output.scheduled.iter().map(|seq| {
+            let drawn = seq.sample.as_ref().map(|request| self.sampled(seq, request)).transpose();
+            let (drawn, continuation) = match drawn {
+                Ok(drawn) => (drawn.map(|(token, next)| (Ok(token), next))).unzip(),
+                Err(error) => (Some(Err(error)), None),
+            };
+            SeqOutput {
+                sampled: drawn,
+                prompt_logprobs: self.prompt_logprobs(seq),
+                continuation: continuation.unwrap_or_default(),
+            }
         });
         Ok(outputs.collect())
     }
@@ -307,6 +346,9 @@ impl<'a> World<'a> {
             for choice in 0..arrival.n {
                 let id = seq_id(index, choice);
                 runner.salts.insert(id, arrival.salt);
+                if arrival.forces {
+                    runner.forcing.insert(id);
+                }
                 runner.broken_after.extend(arrival.broken_after.map(|after| (id, after)));
             }
         }
@@ -319,14 +361,14 @@ impl<'a> World<'a> {
             for choice in 0..arrival.n {
                 let id = seq_id(index, choice);
                 let is_accepted = arrival.step == self.step
-                    && self.engine.scheduler_mut().add(arrival.spec(index, choice)).is_ok();
+                    && self.engine.add(arrival.spec(index, choice), None).is_ok();
                 if is_accepted {
                     self.live.insert(id, self.told.len());
                     self.told.insert(id, Told::default());
                 }
                 let is_aborted = arrival.abort_after.map(|after| arrival.step + after);
                 if is_aborted == Some(self.step) && self.live.remove(&id).is_some() {
-                    assert!(self.engine.scheduler_mut().abort(id).is_some());
+                    assert!(self.engine.abort(id).is_some());
                     self.told.get_mut(&id).expect("known").end = Some(End::Aborted);
                 }
             }
@@ -337,7 +379,7 @@ impl<'a> World<'a> {
     fn tick(&mut self) -> SchedulerOutput {
         self.arrive_and_abort();
         self.engine.scheduler().check_invariants();
-        let output = self.engine.scheduler_mut().schedule();
+        let output = self.engine.schedule();
         let order = |id: &SeqId| self.live[id];
         let oldest = output.scheduled.iter().map(|seq| order(&seq.id)).min();
         if !self.engine.scheduler().is_idle() {
@@ -376,7 +418,7 @@ impl<'a> World<'a> {
             }
             SeqEvent::Finished(id, SeqFinish::Stop) => self.end(id, End::Stop),
             SeqEvent::Finished(id, SeqFinish::Length) => self.end(id, End::Length),
-            SeqEvent::Failed(id, NonFiniteLogits) => self.end(id, End::Failed),
+            SeqEvent::Failed(id, _) => self.end(id, End::Failed),
         }
     }
 
@@ -414,13 +456,13 @@ fn arrival() -> impl Strategy<Value = Arrival> {
     let rare = || prop::bool::weighted(0.2);
     (
         (0..20_usize, prompt, 1..4_u32, 0..12_usize),
-        (0..6_usize, any::<bool>(), rare(), rare(), salt),
+        (0..6_usize, any::<bool>(), any::<bool>(), rare(), rare(), salt),
         prop::option::weighted(0.1, 0..6_usize),
         prop::option::weighted(0.2, 0..10_usize),
     )
         .prop_map(|(what, how, broken_after, abort_after)| {
             let (step, prompt, n, max_tokens) = what;
-            let (min_tokens, stops, penalised, prompt_logprobs, salt) = how;
+            let (min_tokens, stops, forces, penalised, prompt_logprobs, salt) = how;
             Arrival {
                 step,
                 prompt,
@@ -428,6 +470,7 @@ fn arrival() -> impl Strategy<Value = Arrival> {
                 max_tokens,
                 min_tokens,
                 stops,
+                forces,
                 penalised,
                 prompt_logprobs,
                 salt,

@@ -13,8 +13,9 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("main", &["*"]),
     ("cli", &["*"]),
     ("http", &["openai", "chat", "engine"]),
-    ("chat", &["openai", "text", "engine::request", "engine::event"]),
-    ("engine", &["scheduler", "kv", "sampling::params", "sampling::SamplingParams"]),
+    ("chat", &["openai", "text", "grammar", "engine::request", "engine::event"]),
+    ("grammar", &["text"]),
+    ("engine", &["scheduler", "grammar", "kv", "sampling::params", "sampling::SamplingParams"]),
     (
         "runner",
         &[
@@ -45,7 +46,8 @@ const LAYERS: &[(&str, &[&str])] = &[
 ];
 
 /// Plain data and names that any module may use.
-const FOR_EVERYONE: &[&str] = &["text::TokenId", "text::token", "telemetry", "config"];
+const FOR_EVERYONE: &[&str] =
+    &["text::TokenId", "text::token", "text::TokenBitmask", "text::bitmask", "telemetry", "config"];
 
 /// One rule about words in code.
 struct Ban {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::chat::template::ChatTemplate;
 use crate::chat::tool_call::{BareToolCalls, ToolCallFormat};
 use crate::engine::request::GenerationDefaults;
+use crate::grammar::GrammarCompiler;
 use crate::text::{TokenId, Tokenizer};
 
 /// The text side of the served model.
@@ -17,6 +18,8 @@ pub struct ServedModel {
     pub root: String,
     /// Its tokenizer.
     pub tokenizer: Arc<Tokenizer>,
+    /// Compiles what outputs must look like.
+    pub grammars: GrammarCompiler,
     /// Its chat template; a base model may have none.
     pub template: Option<ChatTemplate>,
     /// Tokens that end a sequence unless `ignore_eos` is set.

@@ -18,7 +18,7 @@ const MAX_STOP_TOKEN_IDS: usize = 128;
 
 /// Fields that constrain or change the output in ways this version cannot honour. Ignoring them
 /// would hand out something else than was asked for.
-const REFUSED: [&str; 21] = [
+const REFUSED: [&str; 17] = [
     "allowed_token_ids",
     "truncate_prompt_tokens",
     "chat_template",
@@ -28,12 +28,8 @@ const REFUSED: [&str; 21] = [
     "length_penalty",
     "stop_regex",
     "audio",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
+    "guided_whitespace_pattern",
     "structural_tag",
-    "structured_outputs",
     "grammar",
     "json_schema",
     "use_beam_search",
@@ -69,12 +65,6 @@ pub fn is_ignored(name: &str, is_null: bool, is_neutral: bool) -> Result<bool, P
 
 /// Refuses what cannot be honoured of the fields that are known.
 pub(super) fn check_refused(fields: &GenerationFields) -> Result<(), PromptError> {
-    if let Some(format) = fields.response_format.as_ref().filter(|format| format.kind != "text") {
-        return Err(PromptError::invalid(
-            "response_format",
-            format!("type `{}` is not supported by this version: use `text`", format.kind),
-        ));
-    }
     if fields.stream_options.is_some() && fields.stream != Some(true) {
         return Err(PromptError::invalid("stream_options", "needs `stream` to be true"));
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use crate::chat::answer::AnswerFormat;
+use crate::chat::constraint;
 use crate::chat::messages::template_messages;
 use crate::chat::model::{Reasoning, ServedModel};
 use crate::chat::options::{
@@ -20,10 +21,12 @@ use crate::chat::reasoning::{self, ReasoningStart};
 use crate::chat::template::RenderOptions;
 use crate::chat::thinking::Thinking;
 use crate::chat::tool_call::{BareToolCalls, ToolReading};
-use crate::chat::tools::ToolUse;
+use crate::chat::tool_grammar;
+use crate::chat::tools::{self, ToolUse};
 use crate::engine::request::{
     InvalidParam, Request, SamplingOptions, SamplingParams, StopConditions,
 };
+use crate::grammar::Grammar;
 use crate::openai::chat::ChatCompletionRequest;
 use crate::openai::completion::{CompletionRequest, Prompt};
 use crate::openai::generation::GenerationFields;
@@ -99,6 +102,9 @@ pub enum PromptError {
         /// The numbers.
         message: String,
     },
+    /// Too many grammars are being compiled.
+    #[error("the server is busy compiling grammars")]
+    Busy,
     /// The prompt could not be encoded.
     #[error("cannot encode the prompt: {0}")]
     Encode(String),
@@ -153,6 +159,7 @@ pub fn prepare_chat(
         text.push_str(reasoning::EMPTY_REST);
     }
     settings.answer = answer_format(&text, tools.as_ref(), fields, context);
+    settings.constrain_calls(tools.as_ref(), context)?;
     let prompt = encode(&text, "messages", context)?;
     let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
     let mut prepared = settings.prepare(prompt, &demand, ("messages", 0), context)?;
@@ -173,7 +180,7 @@ fn answer_format(
 ) -> AnswerFormat {
     let conventions = context.model.conventions;
     // An answer that was asked to be JSON is not a call because it looks like one.
-    let is_free = fields.response_format.as_ref().is_none_or(|format| format.kind == "text");
+    let is_free = !constraint::is_asked_for(fields);
     let tools = tools.map(|tools| {
         Arc::new(ToolReading {
             format: conventions.tool_calls,
@@ -411,6 +418,7 @@ struct Settings {
     special_tokens: SpecialTokens,
     cache_salt: Option<Arc<str>>,
     answer: AnswerFormat,
+    grammar: Option<Arc<Grammar>>,
 }
 
 impl Settings {
@@ -442,6 +450,9 @@ impl Settings {
             prompt_logprobs: prompt_logprobs.map(i64::from),
             ..sampling_options(fields, context.random_seed)
         };
+        let grammar = constraint::constraint(fields)?
+            .map(|asked| constraint::compile(&asked.constraint, &asked.param, model))
+            .transpose()?;
         let params =
             SamplingParams::validate(options, &model.sampling_defaults, context.limits.vocab_size)?;
         Ok(Self {
@@ -458,7 +469,29 @@ impl Settings {
             },
             cache_salt: fields.cache_salt.as_deref().map(Arc::from),
             answer: AnswerFormat::default(),
+            grammar,
         })
+    }
+
+    /// Adds what the tools ask of the output. A format for the answer wins over calls that may
+    /// come, and loses to those that must.
+    fn constrain_calls(
+        &mut self,
+        tools: Option<&ToolUse>,
+        context: &PromptContext<'_>,
+    ) -> Result<(), PromptError> {
+        let reasoning = self.answer.reasoning;
+        if let Some(grammar) = self.grammar.take_if(|_| reasoning.is_some()) {
+            let trigger = tool_grammar::behind_thought(reasoning, context.model);
+            self.grammar = Some(
+                trigger.map_or(Arc::clone(&grammar), |trigger| Arc::new(grammar.after(trigger))),
+            );
+        }
+        let Some(tools) = tools else { return Ok(()) };
+        if self.grammar.is_none() || tools.demand == tools::Demand::MustCall {
+            self.grammar = tool_grammar::grammar(tools, reasoning, context.model)?;
+        }
+        Ok(())
     }
 
     /// Prompts of a request without a seed draw differently, even if they are the same.
@@ -537,6 +570,7 @@ impl Settings {
             params: Arc::new(self.params_of(index)),
             stop: StopConditions { max_tokens, stop_token_ids: Arc::clone(&self.stop_tokens) },
             n: self.n,
+            grammar: self.grammar.clone(),
             cache_salt: self.cache_salt.clone(),
         };
         let output = RequestOutput::new(&context.model.tokenizer, output);

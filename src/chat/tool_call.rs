@@ -20,9 +20,9 @@ use hermes::HermesParser;
 use qwen_coder::QwenCoderParser;
 
 /// Opens a call in both formats.
-const OPEN_TAG: &str = "<tool_call>";
+pub(super) const OPEN_TAG: &str = "<tool_call>";
 /// Ends a call in both formats.
-const CLOSE_TAG: &str = "</tool_call>";
+pub(super) const CLOSE_TAG: &str = "</tool_call>";
 /// Most text that is held back until it is known to be a call or not.
 const MAX_HELD_BYTES: usize = 16 << 10;
 /// Letters and digits behind `call_`.

@@ -23,6 +23,8 @@ pub struct Tool {
     pub name: String,
     /// The schema of its arguments, an object.
     pub parameters: Value,
+    /// The field of the request that holds this schema.
+    pub param: String,
     /// Whether arguments must keep to the schema.
     pub is_strict: bool,
 }
@@ -73,12 +75,6 @@ impl ToolUse {
         if choice.demand == Some(Demand::MustCall) && tools.is_empty() {
             return Err(PromptError::invalid(choice.param, "needs `tools`"));
         }
-        if choice.demand == Some(Demand::MustCall) {
-            return Err(PromptError::invalid(
-                choice.param,
-                "only `none` and `auto` are supported by this version",
-            ));
-        }
         let Some(demand) = choice.demand.filter(|_| !tools.is_empty()) else { return Ok(None) };
         let is_single = is_legacy || request.parallel_tool_calls == Some(false);
         Ok(Some(Self {
@@ -126,13 +122,14 @@ fn read_all(
     }
     let mut tools: Vec<Tool> = Vec::new();
     for (index, definition) in definitions.iter().enumerate() {
-        let tool = read(definition).map_err(|flaw| {
+        let mut tool = read(definition).map_err(|flaw| {
             PromptError::invalid(format!("{param}[{index}]{}", flaw.path), flaw.message)
         })?;
+        let path = if param == "tools" { ".function" } else { "" };
+        tool.param = format!("{param}[{index}]{path}.parameters");
         if tools.iter().any(|other| other.name == tool.name) {
-            let path = if param == "tools" { ".function.name" } else { ".name" };
             return Err(PromptError::invalid(
-                format!("{param}[{index}]{path}"),
+                format!("{param}[{index}]{path}.name"),
                 format!("`{}` is defined twice", tool.name),
             ));
         }
@@ -169,7 +166,7 @@ fn read_function(function: &Value) -> Result<Tool, Flaw> {
         }
         Some(_) => return Err(flaw(".parameters", "expected a JSON schema, which is an object")),
     };
-    Ok(Tool { name: name.to_owned(), parameters, is_strict })
+    Ok(Tool { name: name.to_owned(), parameters, param: String::new(), is_strict })
 }
 
 fn check_parameters(schema: &Map<String, Value>) -> Result<(), Flaw> {

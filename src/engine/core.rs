@@ -2,9 +2,12 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
+use crate::engine::grammars::Grammars;
+use crate::grammar::Grammar;
 use crate::scheduler::step::{Runner, SchedulerOutput, SeqOutput};
-use crate::scheduler::{Scheduler, SeqEvent, SeqId};
+use crate::scheduler::{DoesNotFit, Scheduler, SeqEvent, SeqId, SeqPhase, SequenceSpec};
 
 /// Why nothing came of a step.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -43,12 +46,13 @@ pub struct StepOutcome {
 pub struct EngineCore<R> {
     scheduler: Scheduler,
     runner: R,
+    grammars: Grammars,
 }
 
 impl<R: Runner> EngineCore<R> {
     /// Joins the two; the scheduler's cache must be the runner's.
     pub fn new(scheduler: Scheduler, runner: R) -> Self {
-        Self { scheduler, runner }
+        Self { scheduler, runner, grammars: Grammars::default() }
     }
 
     /// To look at.
@@ -56,9 +60,29 @@ impl<R: Runner> EngineCore<R> {
         &self.scheduler
     }
 
-    /// To add and abort sequences between steps.
-    pub fn scheduler_mut(&mut self) -> &mut Scheduler {
-        &mut self.scheduler
+    /// Decides the next step.
+    pub fn schedule(&mut self) -> SchedulerOutput {
+        self.scheduler.schedule()
+    }
+
+    /// Puts a sequence into the queue, which must keep to `grammar` if there is one.
+    pub fn add(
+        &mut self,
+        spec: SequenceSpec,
+        grammar: Option<&Arc<Grammar>>,
+    ) -> Result<(), DoesNotFit> {
+        let id = spec.id;
+        self.scheduler.add(spec)?;
+        if let Some(grammar) = grammar {
+            self.grammars.add(id, grammar);
+        }
+        Ok(())
+    }
+
+    /// Forgets a sequence. `None` when it is not known any more.
+    pub fn abort(&mut self, id: SeqId) -> Option<SeqPhase> {
+        self.grammars.remove(id);
+        self.scheduler.abort(id)
     }
 
     /// The runner.
@@ -74,12 +98,19 @@ impl<R: Runner> EngineCore<R> {
         if step.scheduled.is_empty() {
             return StepOutcome { events: self.scheduler.take_started(), failed: None };
         }
-        let runner = &mut self.runner;
-        let outputs = catch_unwind(AssertUnwindSafe(|| run(runner, step)))
+        let (runner, grammars) = (&mut self.runner, &mut self.grammars);
+        let outputs = catch_unwind(AssertUnwindSafe(|| run(runner, grammars, step)))
             .unwrap_or_else(|panic| Err(StepError::Panicked(panic_message(panic.as_ref()))));
         match outputs {
-            Ok(outputs) => {
-                StepOutcome { events: self.scheduler.update(step, outputs), failed: None }
+            Ok(mut outputs) => {
+                self.grammars.advance(step, &mut outputs);
+                let events = self.scheduler.update(step, outputs);
+                for event in &events {
+                    if let SeqEvent::Finished(id, _) | SeqEvent::Failed(id, _) = event {
+                        self.grammars.remove(*id);
+                    }
+                }
+                StepOutcome { events, failed: None }
             }
             Err(error) => self.recover(step, error),
         }
@@ -89,16 +120,22 @@ impl<R: Runner> EngineCore<R> {
         let events = self.scheduler.take_started();
         let lost: Vec<_> = step.scheduled.iter().map(|scheduled| scheduled.id).collect();
         for &id in &lost {
-            self.scheduler.abort(id);
+            self.abort(id);
         }
         self.scheduler.reset();
         StepOutcome { events, failed: Some(FailedStep { error, lost }) }
     }
 }
 
-fn run<R: Runner>(runner: &mut R, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, StepError> {
+fn run<R: Runner>(
+    runner: &mut R,
+    grammars: &mut Grammars,
+    step: &SchedulerOutput,
+) -> Result<Vec<SeqOutput>, StepError> {
     runner.launch(step).map_err(|err| StepError::Runner(err.to_string()))?;
-    let outputs = runner.sample(step).map_err(|err| StepError::Runner(err.to_string()))?;
+    // A device computes meanwhile.
+    let masks = grammars.masks(step);
+    let outputs = runner.sample(step, &masks).map_err(|err| StepError::Runner(err.to_string()))?;
     if outputs.len() != step.scheduled.len() {
         return Err(StepError::Protocol("one output per scheduled sequence is required"));
     }

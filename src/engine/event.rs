@@ -5,7 +5,7 @@ pub use crate::scheduler::step::{SampledToken, TokenLogprobs};
 /// Why a choice ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// A stop token was drawn.
+    /// A stop token was drawn, or the grammar is complete.
     Stop,
     /// `max_tokens` or the model's context was reached.
     Length,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::grammar::Grammar;
 pub use crate::sampling::params::{
     GenerationDefaults, InvalidParam, SamplingOptions, SamplingParams,
 };
@@ -30,6 +31,9 @@ pub struct Request {
     pub stop: StopConditions,
     /// How many choices to generate; at least one.
     pub n: u32,
+    /// What every choice must look like. A choice whose grammar is complete ends, whatever
+    /// `ignore_eos` and `min_tokens` say.
+    pub grammar: Option<Arc<Grammar>>,
     /// Prefix-cache hits happen only between requests with the same salt.
     pub cache_salt: Option<Arc<str>>,
 }

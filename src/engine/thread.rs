@@ -26,6 +26,10 @@ use crate::telemetry::metrics;
 /// 100 billion a second.
 const STALL_TIMEOUT_PER_TOKEN: Duration = Duration::from_secs(2);
 
+/// Grammars are followed by recursion, as deep as clients nest them. Only what is used becomes
+/// memory.
+const STACK_BYTES: usize = 64 << 20;
+
 /// Histograms collect samples until someone sorts them into buckets.
 const STEPS_PER_METRICS_UPKEEP: u64 = 256;
 
@@ -216,7 +220,8 @@ where
             outbox.fail_everything(&reason);
         }
     };
-    let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(start);
+    let builder = std::thread::Builder::new().name("engine".to_owned());
+    let thread = builder.stack_size(STACK_BYTES).spawn(start);
     (handle, thread.expect("the operating system can start one thread"))
 }
 
@@ -323,7 +328,7 @@ impl<R: Runner> EngineThread<'_, R> {
     fn add(&mut self, submission: &Submission) {
         self.outbox.active.add(submission);
         for spec in submission.sequences() {
-            if self.core.scheduler_mut().add(spec).is_err() {
+            if self.core.add(spec, submission.request.grammar.as_ref()).is_err() {
                 // The handle refuses such requests; it and the scheduler must agree.
                 let reason = "the request does not fit into the cache";
                 let sequences = self.outbox.active.fail(submission.key, reason, now());
@@ -335,8 +340,8 @@ impl<R: Runner> EngineThread<'_, R> {
 
     fn abort_request(&mut self, key: RequestKey) {
         let sequences = self.outbox.active.forget(key);
-        let scheduler = self.core.scheduler_mut();
-        let phases = sequences.into_iter().filter_map(|id| scheduler.abort(id));
+        let core = &mut self.core;
+        let phases = sequences.into_iter().filter_map(|id| core.abort(id));
         if let Some(phase) = phases.max() {
             metrics::request_cancelled(phase_label(phase));
         }
@@ -344,12 +349,12 @@ impl<R: Runner> EngineThread<'_, R> {
 
     fn abort_sequences(&mut self, ids: impl IntoIterator<Item = SeqId>) {
         for id in ids {
-            self.core.scheduler_mut().abort(id);
+            self.core.abort(id);
         }
     }
 
     fn step(&mut self) -> Result<(), String> {
-        let step = self.core.scheduler_mut().schedule();
+        let step = self.core.schedule();
         let num_tokens = num_tokens(&step);
         let began_at = now();
         self.outbox.heartbeat.begin(self.stall_timeout + STALL_TIMEOUT_PER_TOKEN * num_tokens);

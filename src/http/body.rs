@@ -19,8 +19,20 @@ const MAX_JSON_VALUES: usize = 200_000;
 /// Most strings, tokens or lists in a field that holds text or tokens.
 const MAX_LIST_VALUES: usize = 2_000_000;
 /// Fields that are kept as JSON, all or in part.
-const JSON_FIELDS: [&str; 6] =
-    ["messages", "tools", "tool_choice", "functions", "function_call", "chat_template_kwargs"];
+const JSON_FIELDS: [&str; 12] = [
+    "messages",
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "chat_template_kwargs",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+];
 
 /// The top level of a body that is a JSON object.
 pub(super) struct Body<'a> {

@@ -8,7 +8,7 @@ use axum::{Extension, Json};
 
 use super::error::ApiError;
 use super::extract::{GenerationBody, ignored_header, refuse_ignored};
-use super::generation::{Generation, ResponseHead, run_sized};
+use super::generation::{Generation, ResponseHead, preparation_bytes, run_sized};
 use super::models::check_model;
 use super::request_id::RequestId;
 use super::sse::{self, RenderChunks, UsageMode};
@@ -42,7 +42,7 @@ pub(super) async fn create(
     let is_strict = body.fields.strict_params;
     let is_stream = body.fields.stream == Some(true);
     let (prepared, renderer) = prepare(&state, head, body).await??;
-    ignored.extend(prepared.ignored.iter().map(ToString::to_string));
+    ignored.splice(0..0, prepared.ignored.iter().map(ToString::to_string));
     refuse_ignored(&ignored, is_strict)?;
     let ignored = ignored_header(&ignored);
     let generation = Generation::submit(&state, &request_id, vec![prepared])?;
@@ -62,7 +62,11 @@ async fn prepare(
 ) -> Result<Result<(Prepared, ChatRenderer), PromptError>, ApiError> {
     let (model, limits, random_seed) =
         (Arc::clone(&state.model), state.prompt_limits(), state.seed());
-    run_sized(body.num_bytes, state, move || {
+    // Tools come with a grammar, and compiling it may block.
+    let has_tools = body.request.tools.is_some() || body.request.functions.is_some();
+    let num_bytes =
+        if has_tools { usize::MAX } else { preparation_bytes(&body.fields, body.num_bytes) };
+    run_sized(num_bytes, state, move || {
         let context = PromptContext { model: &model, limits, id: &head.id, random_seed };
         let prepared = prepare_chat(&body.request, &body.fields, &context)?;
         let renderer = ChatRenderer::new(head, model, &body, &prepared);

@@ -8,7 +8,7 @@ use axum::{Extension, Json};
 
 use super::error::ApiError;
 use super::extract::{GenerationBody, ignored_header};
-use super::generation::{Generation, ResponseHead, run_sized};
+use super::generation::{Generation, ResponseHead, preparation_bytes, run_sized};
 use super::models::check_model;
 use super::request_id::RequestId;
 use super::sse::{self, RenderChunks, UsageMode};
@@ -56,7 +56,7 @@ async fn prepare(
 ) -> Result<Result<(Vec<Prepared>, CompletionRenderer), PromptError>, ApiError> {
     let (model, limits, random_seed) =
         (Arc::clone(&state.model), state.prompt_limits(), state.seed());
-    run_sized(body.num_bytes, state, move || {
+    run_sized(preparation_bytes(&body.fields, body.num_bytes), state, move || {
         let context = PromptContext { model: &model, limits, id: &head.id, random_seed };
         let prepared = prepare_completion(&body.request, &body.fields, &context)?;
         let renderer = CompletionRenderer::new(head, model, &body, &prepared);

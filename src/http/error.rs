@@ -42,6 +42,8 @@ pub(super) enum ApiError {
     UnsupportedMediaType,
     #[error("the server is busy: {num_waiting} requests are waiting")]
     Overloaded { num_waiting: usize },
+    #[error("the server is busy compiling grammars")]
+    Compiling,
     #[error("the server is shutting down")]
     ShuttingDown,
     #[error("the model is still loading")]
@@ -79,7 +81,7 @@ impl ApiError {
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::Overloaded { .. } | Self::Compiling => StatusCode::TOO_MANY_REQUESTS,
             Self::ShuttingDown | Self::Loading | Self::EngineDead => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
@@ -97,7 +99,9 @@ impl ApiError {
             Self::BodyTooLarge(_) => ("invalid_request_error", Some("body_too_large")),
             Self::BodyTimeout => ("invalid_request_error", Some("body_timeout")),
             Self::UnsupportedMediaType => ("invalid_request_error", Some("unsupported_media_type")),
-            Self::Overloaded { .. } => ("rate_limit_error", Some("engine_overloaded")),
+            Self::Overloaded { .. } | Self::Compiling => {
+                ("rate_limit_error", Some("engine_overloaded"))
+            }
             Self::ShuttingDown => ("server_error", Some("shutting_down")),
             Self::Loading => ("server_error", Some("loading")),
             Self::EngineDead => ("server_error", Some("engine_dead")),
@@ -111,7 +115,9 @@ impl ApiError {
             Self::Overloaded { num_waiting } => {
                 Some((num_waiting / REQUESTS_PER_SECOND).clamp(1, MAX_RETRY_AFTER_SECONDS))
             }
-            Self::ShuttingDown | Self::Loading | Self::EngineDead => Some(RESTART_SECONDS),
+            Self::ShuttingDown | Self::Loading | Self::EngineDead | Self::Compiling => {
+                Some(RESTART_SECONDS)
+            }
             _ => None,
         }
     }
@@ -139,6 +145,7 @@ impl From<PromptError> for ApiError {
                 Self::Invalid { message, param: Some(param) }
             }
             PromptError::TooLong { param, message } => Self::TooLong { message, param },
+            PromptError::Busy => Self::Compiling,
             PromptError::Encode(reason) => {
                 tracing::error!(%reason, "cannot encode a prompt");
                 Self::Internal

@@ -15,10 +15,11 @@ use uuid::Uuid;
 use super::error::ApiError;
 use super::request_id::RequestId;
 use super::state::{AppState, unix_seconds};
+use crate::chat::constraint;
 use crate::chat::output::{OutputError, RequestOutput, Update};
 use crate::chat::prompt::Prepared;
 use crate::engine::EventStream;
-use crate::openai::generation::Usage;
+use crate::openai::generation::{GenerationFields, Usage};
 
 /// What every response to one request, whole or in chunks, begins with.
 #[derive(Clone, Debug)]
@@ -187,6 +188,12 @@ impl Drop for RequestLog {
             "request finished"
         );
     }
+}
+
+/// The size of the body as far as preparing it goes: a grammar always counts as large, because
+/// compiling it may block.
+pub(super) fn preparation_bytes(fields: &GenerationFields, num_bytes: usize) -> usize {
+    if constraint::is_asked_for(fields) { usize::MAX } else { num_bytes }
 }
 
 /// Runs `work` here when the body it reads is small, else where it may block.

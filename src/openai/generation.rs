@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::stream::StreamOptions;
 
@@ -32,7 +33,12 @@ pub struct GenerationFields {
     pub echo: Option<bool>,
     pub return_token_ids: Option<bool>,
     pub cache_salt: Option<String>,
-    pub response_format: Option<ResponseFormat>,
+    pub response_format: Option<Value>,
+    pub structured_outputs: Option<Value>,
+    pub guided_json: Option<Value>,
+    pub guided_regex: Option<Value>,
+    pub guided_choice: Option<Value>,
+    pub guided_grammar: Option<Value>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
     /// Refuse fields that would have no effect, instead of naming them in a header.
@@ -44,12 +50,6 @@ pub struct GenerationFields {
 pub enum Stop {
     One(String),
     Many(Vec<String>),
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub struct ResponseFormat {
-    #[serde(rename = "type")]
-    pub kind: String,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

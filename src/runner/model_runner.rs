@@ -10,7 +10,7 @@ use crate::models::Model;
 use crate::ops::paged_attention::KvCache;
 use crate::sampling::logprobs::token_logprobs;
 use crate::sampling::sampler::Sampler;
-use crate::scheduler::step::{Runner, ScheduledSeq, SchedulerOutput, SeqOutput};
+use crate::scheduler::step::{Runner, ScheduledSeq, SchedulerOutput, SeqOutput, TokenMasks};
 
 /// Rows of logits in memory at once. A row of Qwen2's vocabulary takes 608 KB.
 pub(super) const LOGITS_ROWS_MAX: usize = 32;
@@ -47,6 +47,7 @@ impl ModelRunner {
         &mut self,
         step: &SchedulerOutput,
         hidden: &Tensor,
+        masks: &TokenMasks,
     ) -> candle_core::Result<Vec<SeqOutput>> {
         let wanted: Vec<(usize, usize)> = step
             .scheduled
@@ -61,30 +62,26 @@ impl ModelRunner {
             let vocab_size = logits.dim(1)?;
             let mut logits = logits.flatten_all()?.to_vec1::<f32>()?;
             for (&(index, row), logits) in chunk.iter().zip(logits.chunks_exact_mut(vocab_size)) {
-                self.finish_row(&step.scheduled[index], row, logits, &mut outputs[index]);
+                let (seq, output) = (&step.scheduled[index], &mut outputs[index]);
+                score_row(seq, row, logits, output);
+                if let Some(request) = &seq.sample
+                    && row + 1 == seq.tokens.len()
+                {
+                    let drawn = self.sampler.sample(logits, request, masks.get(&seq.id));
+                    output.sampled = Some(drawn.map_err(Into::into));
+                }
             }
         }
         Ok(outputs)
     }
+}
 
-    /// Scores the prompt token that follows `row`, and draws if `row` is the sequence's last.
-    fn finish_row(
-        &mut self,
-        seq: &ScheduledSeq,
-        row: usize,
-        logits: &mut [f32],
-        output: &mut SeqOutput,
-    ) {
-        if let Some(wanted) = &seq.prompt_logprobs
-            && let Some(&target) = wanted.targets.get(row)
-        {
-            output.prompt_logprobs.push(token_logprobs(logits, target, wanted.num_top));
-        }
-        if let Some(request) = &seq.sample
-            && row + 1 == seq.tokens.len()
-        {
-            output.sampled = Some(self.sampler.sample(logits, request));
-        }
+/// Scores the prompt token that follows `row`.
+fn score_row(seq: &ScheduledSeq, row: usize, logits: &[f32], output: &mut SeqOutput) {
+    if let Some(wanted) = &seq.prompt_logprobs
+        && let Some(&target) = wanted.targets.get(row)
+    {
+        output.prompt_logprobs.push(token_logprobs(logits, target, wanted.num_top));
     }
 }
 
@@ -97,8 +94,12 @@ impl Runner for ModelRunner {
         Ok(())
     }
 
-    fn sample(&mut self, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, Self::Error> {
+    fn sample(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+    ) -> Result<Vec<SeqOutput>, Self::Error> {
         let hidden = self.hidden.take().expect("a step is launched before it is sampled");
-        self.sample_all(step, &hidden)
+        self.sample_all(step, &hidden, masks)
     }
 }

@@ -1,7 +1,7 @@
 //! Draws one token from one row of logits.
 //!
-//! The order is vLLM's: forbidden tokens and biases, penalties, temperature, min-p, top-k, top-p,
-//! draw. Every filter is a `Cutoff`, and the draw walks what it keeps in order of token ids, so
+//! The order is vLLM's: forbidden tokens and biases, penalties, the mask of a grammar, temperature,
+//! min-p, top-k, top-p, draw. Every filter is a `Cutoff`, and the draw walks what it keeps in order of token ids, so
 //! that a tiny change of the logits moves few draws.
 
 use crate::sampling::logprobs::token_logprobs;
@@ -10,7 +10,7 @@ use crate::sampling::penalties::Penalties;
 use crate::sampling::rng;
 use crate::sampling::row::{Candidate, Cutoff, Row, exp};
 use crate::scheduler::step::{NonFiniteLogits, SampleRequest, SampledToken};
-use crate::text::TokenId;
+use crate::text::{TokenBitmask, TokenId};
 
 /// Buffers for drawing tokens; holds nothing of a request between calls.
 #[derive(Debug, Default)]
@@ -29,7 +29,8 @@ impl Sampler {
         Self::default()
     }
 
-    /// Draws a token. The logits are changed in place and mean nothing afterwards.
+    /// Draws a token, out of `mask` if there is one. The logits are changed in place and mean
+    /// nothing afterwards.
     ///
     /// # Errors
     /// If the row holds NaN or infinity, or no token that may be drawn.
@@ -37,13 +38,14 @@ impl Sampler {
         &mut self,
         logits: &mut [f32],
         request: &SampleRequest,
+        mask: Option<&TokenBitmask>,
     ) -> Result<SampledToken, NonFiniteLogits> {
         let params = &*request.params;
         if params.logprobs.is_some() {
             self.raw.clear();
             self.raw.extend_from_slice(logits);
         }
-        self.edit(logits, request)?;
+        self.edit(logits, request, mask)?;
         let row = Row::scan(logits, &mut self.chunk_max)?;
         let id = if params.temperature == 0.0 {
             row.argmax()
@@ -56,8 +58,18 @@ impl Sampler {
     }
 
     /// Changes the logits of single tokens.
-    fn edit(&mut self, logits: &mut [f32], request: &SampleRequest) -> Result<(), NonFiniteLogits> {
-        for &token in &request.forbidden {
+    fn edit(
+        &mut self,
+        logits: &mut [f32],
+        request: &SampleRequest,
+        mask: Option<&TokenBitmask>,
+    ) -> Result<(), NonFiniteLogits> {
+        // Where a grammar leaves nothing else, its end comes before `min_tokens`.
+        let forbidden = match mask {
+            Some(mask) if !mask.allows_beside(&request.forbidden) => &[],
+            _ => request.forbidden.as_slice(),
+        };
+        for &token in forbidden {
             let Some(logit) = logits.get_mut(token as usize) else { continue };
             // Overwriting it must not hide that the row is broken.
             if logit.is_nan() || *logit == f32::INFINITY {
@@ -73,8 +85,24 @@ impl Sampler {
         if let Some(history) = &request.history {
             self.penalties.apply(logits, &request.params, history);
         }
-        Ok(())
+        mask.map_or(Ok(()), |mask| apply_mask(logits, mask))
     }
+}
+
+/// Makes the tokens outside of `mask` impossible, unless one of them shows that the row is broken.
+fn apply_mask(logits: &mut [f32], mask: &TokenBitmask) -> Result<(), NonFiniteLogits> {
+    let mut is_broken = false;
+    for (index, chunk) in logits.chunks_mut(32).enumerate() {
+        let word = mask.word(index);
+        if word == u32::MAX {
+            continue;
+        }
+        for (bit, logit) in chunk.iter_mut().enumerate() {
+            is_broken |= logit.is_nan() | (*logit == f32::INFINITY);
+            *logit = if word >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+        }
+    }
+    if is_broken { Err(NonFiniteLogits) } else { Ok(()) }
 }
 
 /// Draws the token at `share` of the filtered distribution.
@@ -161,7 +189,7 @@ mod tests {
     }
 
     fn sample(logits: &[f32], request: &SampleRequest) -> Result<TokenId, NonFiniteLogits> {
-        Sampler::new().sample(&mut logits.to_vec(), request).map(|token| token.id)
+        Sampler::new().sample(&mut logits.to_vec(), request, None).map(|token| token.id)
     }
 
     /// Logits like a model's: a few large ones, a long tail, ties.
@@ -300,7 +328,7 @@ mod tests {
             let mut row = logits.clone();
             for position in 0..100_000 {
                 request.num_output_tokens = position;
-                counts[sampler.sample(&mut row, &request).unwrap().id as usize] += 1.0;
+                counts[sampler.sample(&mut row, &request, None).unwrap().id as usize] += 1.0;
             }
             let (mut chi2, mut cells, mut total) = (0.0, 0.0, 0.0);
             for &(id, p) in &distribution {
@@ -340,8 +368,8 @@ mod tests {
         let history = TokenHistory { tokens: vec![1, 2, 3], num_prompt_tokens: 1 };
         penalised.history = Some(history);
         for (i, expected) in text(3, 0).into_iter().enumerate() {
-            busy.sample(&mut model_like(900, 2), &penalised).unwrap();
-            let drawn = busy.sample(&mut logits.clone(), &request_at(3, 0, i)).unwrap();
+            busy.sample(&mut model_like(900, 2), &penalised, None).unwrap();
+            let drawn = busy.sample(&mut logits.clone(), &request_at(3, 0, i), None).unwrap();
             assert_eq!(drawn.id, expected);
         }
     }
@@ -399,7 +427,7 @@ mod tests {
             ..SamplingParams::default()
         };
         let logits = [0.0, 1.0, 2.0];
-        let token = Sampler::new().sample(&mut logits.clone(), &request(params)).unwrap();
+        let token = Sampler::new().sample(&mut logits.clone(), &request(params), None).unwrap();
         assert_eq!(token.id, 0);
         assert_eq!(token.logprobs, Some(token_logprobs(&logits, 0, 2)));
         assert_eq!(token.logprobs.unwrap().top[0].0, 2);

@@ -6,7 +6,8 @@ use crate::scheduler::SeqId;
 use crate::scheduler::queue::WaitingQueue;
 use crate::scheduler::sequence::{Sequence, SequenceSpec};
 use crate::scheduler::step::{
-    NonFiniteLogits, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput, TokenLogprobs,
+    Continuation, SampleError, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput,
+    TokenLogprobs,
 };
 
 /// The bounds of a step.
@@ -43,13 +44,13 @@ pub enum SeqEvent {
     /// It is complete and forgotten.
     Finished(SeqId, SeqFinish),
     /// It cannot be computed and is forgotten.
-    Failed(SeqId, NonFiniteLogits),
+    Failed(SeqId, SampleError),
 }
 
 /// Why a sequence is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SeqFinish {
-    /// A stop token was drawn.
+    /// A stop token was drawn, or its grammar is complete.
     Stop,
     /// It has as many tokens as it may have.
     Length,
@@ -348,13 +349,8 @@ impl Scheduler {
         }
         let mut finish = None;
         if let Some(Ok(token)) = output.sampled {
-            seq.push(token.id);
-            if seq.is_stop_token(token.id) {
-                finish = Some(SeqFinish::Stop);
-            }
-            events.push(SeqEvent::Token(id, token));
-        }
-        if finish.is_none() && seq.has_max_len() && seq.max_computed_tokens() <= scheduled.end() {
+            finish = append_tokens(seq, token, output.continuation, events);
+        } else if seq.has_max_len() && seq.max_computed_tokens() <= scheduled.end() {
             finish = Some(SeqFinish::Length);
         }
         if let Some(finish) = finish {
@@ -389,6 +385,30 @@ impl Scheduler {
             assert_eq!(seq.num_computed_tokens, 0);
         }
     }
+}
+
+/// Appends a drawn token and those that must follow it. Tells whether that ends the sequence.
+fn append_tokens(
+    seq: &mut Sequence,
+    drawn: SampledToken,
+    continuation: Continuation,
+    events: &mut Vec<SeqEvent>,
+) -> Option<SeqFinish> {
+    let forced = continuation.forced.into_iter().map(|id| SampledToken { id, logprobs: None });
+    let mut tokens = std::iter::once(drawn).chain(forced).peekable();
+    while let Some(token) = tokens.next() {
+        let id = token.id;
+        seq.push(id);
+        events.push(SeqEvent::Token(seq.id(), token));
+        if seq.is_stop_token(id) {
+            return Some(SeqFinish::Stop);
+        }
+        if seq.has_max_len() {
+            let is_complete = continuation.is_complete && tokens.peek().is_none();
+            return Some(if is_complete { SeqFinish::Stop } else { SeqFinish::Length });
+        }
+    }
+    continuation.is_complete.then_some(SeqFinish::Stop)
 }
 
 /// Whether a running sequence is about to publish the block that `seq` would have to compute next.

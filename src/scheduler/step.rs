@@ -1,11 +1,12 @@
 //! What the scheduler asks of a device and what it gets back: plain data both ways.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::kv::BlockTable;
 use crate::sampling::params::SamplingParams;
 use crate::scheduler::SeqId;
-use crate::text::TokenId;
+use crate::text::{TokenBitmask, TokenId};
 
 /// What the runner must compute in one step. Plain data; cheap to log and to compare in tests.
 #[derive(Clone, Debug, Default)]
@@ -99,14 +100,39 @@ pub struct SampledToken {
 #[error("the model produced a logit that is not a finite number")]
 pub struct NonFiniteLogits;
 
+/// Why a sequence got no token; only its request fails.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SampleError {
+    /// There is nothing to draw from.
+    #[error(transparent)]
+    NonFiniteLogits(#[from] NonFiniteLogits),
+    /// Its grammar could not be followed.
+    #[error("the grammar failed: {0}")]
+    Grammar(String),
+}
+
+/// What follows a drawn token without any choice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Continuation {
+    /// The tokens that must come next.
+    pub forced: Vec<TokenId>,
+    /// Whether the sequence is complete after them.
+    pub is_complete: bool,
+}
+
 /// What one [`ScheduledSeq`] yielded.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SeqOutput {
     /// Present exactly when [`ScheduledSeq::sample`] was.
-    pub sampled: Option<Result<SampledToken, NonFiniteLogits>>,
+    pub sampled: Option<Result<SampledToken, SampleError>>,
     /// One entry per target of [`ScheduledSeq::prompt_logprobs`].
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// What the sequence's grammar adds to the drawn token. The runner leaves it empty.
+    pub continuation: Continuation,
 }
+
+/// The tokens that each sequence may draw; one that is absent may draw any.
+pub type TokenMasks = BTreeMap<SeqId, TokenBitmask>;
 
 /// All that the engine knows about tensors.
 ///
@@ -118,6 +144,11 @@ pub trait Runner {
     /// Starts computing keys, values and the wanted logits of a step.
     fn launch(&mut self, step: &SchedulerOutput) -> Result<(), Self::Error>;
 
-    /// Finishes the launched step: one entry per scheduled sequence, in order.
-    fn sample(&mut self, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, Self::Error>;
+    /// Finishes the launched step: one entry per scheduled sequence, in order. No sequence draws a
+    /// token outside of its mask.
+    fn sample(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+    ) -> Result<Vec<SeqOutput>, Self::Error>;
 }

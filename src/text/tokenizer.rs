@@ -151,7 +151,9 @@ impl Tokenizer {
         let mut ids = Vec::with_capacity(text.len() / 3);
         for segment in self.added_tokens.split(text) {
             match segment {
-                Segment::Text(text) => self.append_plain(text, &mut ids)?,
+                Segment::Text(text) => {
+                    self.append_exact(&pre_tokenizer::normalize(text), &mut ids)?;
+                }
                 Segment::Token(id) => ids.push(id),
             }
         }
@@ -160,14 +162,20 @@ impl Tokenizer {
 
     /// The ids of `text` taken literally: what looks like an added token is text like any other.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
+        self.encode_exact(&pre_tokenizer::normalize(text))
+    }
+
+    /// Like [`Self::encode_plain`], but without normalising: the tokens stand for exactly the
+    /// bytes of `text`.
+    pub fn encode_exact(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
         let mut ids = Vec::with_capacity(text.len() / 3);
-        self.append_plain(text, &mut ids)?;
+        self.append_exact(text, &mut ids)?;
         Ok(ids)
     }
 
-    fn append_plain(&self, text: &str, ids: &mut Vec<TokenId>) -> Result<(), TokenizerError> {
+    fn append_exact(&self, text: &str, ids: &mut Vec<TokenId>) -> Result<(), TokenizerError> {
         let mut spelled = String::new();
-        self.pieces.visit_pieces(&pre_tokenizer::normalize(text), |piece| {
+        self.pieces.visit_pieces(text, |piece| {
             byte_level::spell(piece, &mut spelled);
             let tokens = self.model.tokenize(&spelled).map_err(TokenizerError::Merge)?;
             ids.extend(tokens.into_iter().map(|token| token.id));
@@ -209,6 +217,12 @@ impl Tokenizer {
     /// Whether `id` is a special token such as `<|im_end|>`.
     pub fn is_special(&self, id: TokenId) -> bool {
         self.kinds.get(id as usize) == Some(&EntryKind::Special)
+    }
+
+    /// Whether `id` was added beside the merges, special or not: it is never part of plain text.
+    pub fn is_added(&self, id: TokenId) -> bool {
+        let kind = self.kinds.get(id as usize);
+        matches!(kind, Some(EntryKind::Special | EntryKind::Added))
     }
 
     /// The id of the token whose whole text is `token`, as in `<|im_end|>` or ` the`.

@@ -3,7 +3,10 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use crate::api_fake::{Answer, FakeServer, IM_END, IM_START, MODEL, chat, with};
+use qwen_server::engine::EngineConfig;
+use qwen_server::http::HttpLimits;
+
+use crate::api_fake::{Answer, FakeServer, IM_END, IM_START, MODEL, chat, config, with};
 
 const PATH: &str = "/v1/chat/completions";
 
@@ -29,6 +32,7 @@ async fn a_whole_answer_has_the_shape_clients_know() {
             "usage": {
                 "prompt_tokens": prompt_tokens, "completion_tokens": 6,
                 "total_tokens": prompt_tokens + 6, "prompt_tokens_details": {"cached_tokens": 0},
+                "completion_tokens_details": {"reasoning_tokens": 0},
             },
         })
     );
@@ -60,7 +64,7 @@ async fn a_stream_is_framed_byte_by_byte_as_clients_expect() {
     };
     let usage = concat!(
         r#"{"prompt_tokens":26,"completion_tokens":3,"total_tokens":29,"#,
-        r#""prompt_tokens_details":{"cached_tokens":0}}"#
+        r#""prompt_tokens_details":{"cached_tokens":0},"completion_tokens_details":{"reasoning_tokens":0}}"#
     );
     let expected = [
         chunk(r#"{"role":"assistant","content":""}"#, "null"),
@@ -260,7 +264,7 @@ async fn messages_of_every_kind_reach_the_template() {
 }
 
 #[tokio::test]
-async fn tools_are_accepted_and_forcing_them_is_refused() {
+async fn a_call_that_must_come_comes() {
     let server = FakeServer::start();
     let tools = json!([{"type": "function", "function": {"name": "f"}}]);
     for choice in [json!("auto"), json!("none"), Value::Null] {
@@ -269,9 +273,16 @@ async fn tools_are_accepted_and_forcing_them_is_refused() {
     }
     let body = with(chat("x"), json!({"functions": [{"name": "f"}], "function_call": "auto"}));
     server.post(PATH, body).await.ok();
-    for choice in [json!("required"), json!({"type": "function", "function": {"name": "f"}})] {
-        let body = with(chat("x"), json!({"tools": tools, "tool_choice": choice}));
-        assert_eq!(server.post(PATH, body).await.error(400)["param"], "tool_choice");
+    let named = json!({"type": "function", "function": {"name": "f"}});
+    let allowed = json!({"type": "allowed_tools",
+                         "allowed_tools": {"mode": "required", "tools": [named]}});
+    for choice in [json!("required"), named, allowed] {
+        let more = json!({"tools": tools, "tool_choice": choice, "parallel_tool_calls": false});
+        let whole = server.post(PATH, with(chat("say:no;"), more)).await.ok();
+        let choice = &whole["choices"][0];
+        assert_eq!(choice["finish_reason"], "tool_calls", "{whole}");
+        assert_eq!(choice["message"]["tool_calls"][0]["function"]["name"], "f");
+        assert_eq!(choice["message"]["tool_calls"][0]["function"]["arguments"], "{}");
     }
 }
 
@@ -400,6 +411,11 @@ proptest! {
 const WEATHER: &str = r#"{"name": "weather", "arguments": {"city": "Par\"is"}}"#;
 const ARGUMENTS: &str = r#"{"city": "Par\"is"}"#;
 
+fn long_server() -> FakeServer {
+    let config = EngineConfig { max_model_len: 2048, ..config() };
+    FakeServer::with(&config, HttpLimits::default())
+}
+
 fn with_tools(said: &str, more: Value) -> Value {
     let parameters = json!({
         "type": "object",
@@ -413,7 +429,7 @@ fn with_tools(said: &str, more: Value) -> Value {
 
 #[tokio::test]
 async fn a_call_is_answered_as_one_and_streams_to_the_same() {
-    let server = FakeServer::start();
+    let server = long_server();
     for said in [
         format!("Hm. \n<tool_call>\n{WEATHER}\n</tool_call>\n<tool_call>\n{WEATHER}\n</tool_call>"),
         format!("```json\n{WEATHER}\n```"),
@@ -456,7 +472,7 @@ async fn a_call_is_answered_as_one_and_streams_to_the_same() {
 
 #[tokio::test]
 async fn what_is_no_call_stays_text() {
-    let server = FakeServer::start();
+    let server = long_server();
     let said = format!("<tool_call>\n{WEATHER}\n</tool_call>");
     for (said, more) in [
         (said.clone(), json!({"tools": null})),
@@ -474,7 +490,7 @@ async fn what_is_no_call_stays_text() {
 
 #[tokio::test]
 async fn one_call_ends_the_answer_when_calls_may_not_be_parallel() {
-    let server = FakeServer::start();
+    let server = long_server();
     let said = format!("<tool_call>\n{WEATHER}\n</tool_call>").repeat(2);
     let body = with_tools(&said, json!({"parallel_tool_calls": false}));
     let whole = server.post(PATH, body).await.ok();
@@ -487,7 +503,7 @@ async fn one_call_ends_the_answer_when_calls_may_not_be_parallel() {
 
 #[tokio::test]
 async fn a_call_that_is_cut_keeps_what_was_said_and_its_length() {
-    let server = FakeServer::start();
+    let server = long_server();
     let said = format!("<tool_call>\n{WEATHER}\n</tool_call>");
     let body = with_tools(&said, json!({"max_tokens": 55}));
     let whole = server.post(PATH, body).await.ok();
@@ -499,7 +515,7 @@ async fn a_call_that_is_cut_keeps_what_was_said_and_its_length() {
 
 #[tokio::test]
 async fn functions_are_answered_as_functions() {
-    let server = FakeServer::start();
+    let server = long_server();
     let said = format!("say:<tool_call>\n{WEATHER}\n</tool_call>;");
     let body = with(chat(&said), json!({"functions": [{"name": "weather"}], "max_tokens": 300}));
     let whole = server.post(PATH, body.clone()).await.ok();
@@ -518,7 +534,7 @@ async fn functions_are_answered_as_functions() {
 
 #[tokio::test]
 async fn thinking_is_ignored_aloud_by_a_model_that_does_not_think() {
-    let server = FakeServer::start();
+    let server = long_server();
     let body =
         with(chat("say:<think>x</think>;"), json!({"enable_thinking": true, "max_tokens": 99}));
     let answer = server.post(PATH, body.clone()).await;

@@ -25,7 +25,8 @@ async fn a_whole_answer_has_the_shape_clients_know() {
             "id": null, "object": "text_completion", "created": null, "model": MODEL,
             "choices": [{"index": 0, "text": "hello", "logprobs": null, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 10, "completion_tokens": 6, "total_tokens": 16,
-                      "prompt_tokens_details": {"cached_tokens": 0}},
+                      "prompt_tokens_details": {"cached_tokens": 0},
+                      "completion_tokens_details": {"reasoning_tokens": 0}},
         })
     );
 }
@@ -187,8 +188,8 @@ async fn what_is_not_supported_is_refused_by_name() {
         ("best_of", json!(3)),
         ("logprobs", json!(21)),
         ("logprobs", json!(-1)),
-        ("guided_json", json!({"type": "string"})),
-        ("response_format", json!({"type": "json_object"})),
+        ("guided_json", json!(3)),
+        ("response_format", json!("json_object")),
     ];
     for (param, value) in cases {
         let answer = server.post(PATH, with(completion("a"), json!({param: value}))).await;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use qwen_server::engine::{EngineConfig, EngineHandle, spawn};
 use qwen_server::http::{AppState, HttpLimits, serve};
-use qwen_server::scheduler::step::{Runner, SchedulerOutput, SeqOutput};
+use qwen_server::scheduler::step::{Runner, SchedulerOutput, SeqOutput, TokenMasks};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -67,7 +67,7 @@ impl Runner for BrokenRunner {
         Err("out of order".to_owned())
     }
 
-    fn sample(&mut self, _: &SchedulerOutput) -> Result<Vec<SeqOutput>, String> {
+    fn sample(&mut self, _: &SchedulerOutput, _: &TokenMasks) -> Result<Vec<SeqOutput>, String> {
         unreachable!("nothing was launched")
     }
 }

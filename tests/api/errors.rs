@@ -73,9 +73,12 @@ async fn a_number_or_list_out_of_range_is_named() {
 #[tokio::test]
 async fn what_is_not_supported_or_malformed_is_named() {
     check_named(&[
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
-        (json!({"response_format": {"type": "json_schema", "json_schema": {}}}), "response_format"),
-        (json!({"guided_regex": "a+"}), "guided_regex"),
+        (json!({"response_format": {"type": "xml"}}), "response_format.type"),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {}}}),
+            "response_format.json_schema.name",
+        ),
+        (json!({"guided_regex": 3}), "guided_regex"),
         (json!({"allowed_token_ids": [1]}), "allowed_token_ids"),
         (json!({"truncate_prompt_tokens": 5}), "truncate_prompt_tokens"),
         (json!({"chat_template": "x"}), "chat_template"),

@@ -15,7 +15,9 @@ use qwen_server::runner::load::{LoadOptions, PlannedModel};
 use qwen_server::runner::model_runner::ModelRunner;
 use qwen_server::sampling::SamplingParams;
 use qwen_server::scheduler::SeqId;
-use qwen_server::scheduler::step::{Runner, SampleRequest, ScheduledSeq, SchedulerOutput};
+use qwen_server::scheduler::step::{
+    Runner, SampleRequest, ScheduledSeq, SchedulerOutput, TokenMasks,
+};
 
 const BLOCK_SIZE: usize = 16;
 const DECODE_TOKENS: usize = 64;
@@ -106,7 +108,7 @@ fn step_ours(runner: &mut ModelRunner, start: usize, tokens: Vec<u32>) -> anyhow
         preempted: Vec::new(),
     };
     runner.launch(&step)?;
-    let mut outputs = runner.sample(&step)?;
+    let mut outputs = runner.sample(&step, &TokenMasks::new())?;
     let sampled = outputs.remove(0).sampled.expect("a sample was asked for")?;
     Ok(sampled.id)
 }

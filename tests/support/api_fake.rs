@@ -15,9 +15,11 @@ use qwen_server::chat::model::{Conventions, ServedModel};
 use qwen_server::chat::template::{ChatTemplate, TemplateTokens};
 use qwen_server::engine::request::GenerationDefaults;
 use qwen_server::engine::{EngineConfig, spawn};
+use qwen_server::grammar::GrammarCompiler;
 use qwen_server::http::{AppState, HttpLimits, router};
 use qwen_server::scheduler::step::{
     Runner, SampleRequest, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput, TokenLogprobs,
+    TokenMasks,
 };
 use qwen_server::text::tokenizer::TokenizerSpec;
 use qwen_server::text::{TokenId, Tokenizer};
@@ -113,11 +115,13 @@ pub(crate) fn config() -> EngineConfig {
 
 fn model() -> ServedModel {
     let special = TemplateTokens { bos_token: None, eos_token: Some("<|im_end|>".into()) };
+    let tokenizer = Arc::new(tokenizer());
     ServedModel {
         name: MODEL.into(),
         aliases: vec!["org/alias".into()],
         root: "/models/fake".into(),
-        tokenizer: Arc::new(tokenizer()),
+        grammars: GrammarCompiler::new(Arc::clone(&tokenizer), &[IM_END]),
+        tokenizer,
         template: Some(ChatTemplate::new(TEMPLATE, special).unwrap()),
         eos_token_ids: vec![IM_END],
         sampling_defaults: GenerationDefaults::default(),
@@ -260,13 +264,21 @@ impl Runner for FakeRunner {
         Ok(())
     }
 
-    fn sample(&mut self, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, String> {
+    fn sample(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+    ) -> Result<Vec<SeqOutput>, String> {
         // A model takes its time; without it, long answers would end before a client can leave.
         #[allow(clippy::disallowed_methods, reason = "the engine thread is not a test")]
         std::thread::sleep(Duration::from_micros(200));
         let outputs = step.scheduled.iter().map(|seq| SeqOutput {
             sampled: seq.sample.as_ref().map(|sample| {
-                let id = self.next_token(seq, sample);
+                let wanted = self.next_token(seq, sample);
+                let mask = masks.get(&seq.id);
+                let ids = (wanted..VOCAB_SIZE as TokenId).chain(0..wanted);
+                let id = ids.into_iter().find(|&id| mask.is_none_or(|mask| mask.allows(id)));
+                let id = id.expect("something is allowed");
                 let logprobs = sample.params.logprobs.map(|num_top| logprobs(id, num_top));
                 Ok(SampledToken { id, logprobs })
             }),
@@ -277,6 +289,7 @@ impl Runner for FakeRunner {
                     wanted.targets.iter().map(|target| logprobs(*target, wanted.num_top))
                 })
                 .collect(),
+            ..SeqOutput::default()
         });
         Ok(outputs.collect())
     }

@@ -12,10 +12,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use qwen_server::scheduler::step::{
-    NonFiniteLogits, Runner, SampleRequest, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput,
-    TokenLogprobs,
+    NonFiniteLogits, Runner, SampleError, SampleRequest, SampledToken, ScheduledSeq,
+    SchedulerOutput, SeqOutput, TokenLogprobs, TokenMasks,
 };
-use qwen_server::text::TokenId;
+use qwen_server::text::{TokenBitmask, TokenId};
 
 /// A prompt with this token makes the runner return an error.
 pub(crate) const ERROR_TOKEN: TokenId = 900;
@@ -87,12 +87,16 @@ impl FakeRunner {
         &self,
         scheduled: &ScheduledSeq,
         request: &SampleRequest,
-    ) -> Result<SampledToken, NonFiniteLogits> {
+        mask: Option<&TokenBitmask>,
+    ) -> Result<SampledToken, SampleError> {
         let last = *scheduled.tokens.last().expect("a scheduled sequence has tokens");
         if last == NAN_TOKEN {
-            return Err(NonFiniteLogits);
+            return Err(NonFiniteLogits.into());
         }
-        let id = self.next_token(last, request);
+        let wanted = self.next_token(last, request);
+        let ids = (wanted..self.vocab_size).chain(0..wanted);
+        let id = ids.into_iter().find(|&id| mask.is_none_or(|mask| mask.allows(id)));
+        let id = id.expect("something is allowed");
         let logprobs = request.params.logprobs.map(|num_top| self.logprobs(id, num_top));
         Ok(SampledToken { id, logprobs })
     }
@@ -124,16 +128,22 @@ impl Runner for FakeRunner {
         if fault.is_some() { Err("the prompt asked for an error".to_owned()) } else { Ok(()) }
     }
 
-    fn sample(&mut self, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, String> {
+    fn sample(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+    ) -> Result<Vec<SeqOutput>, String> {
         let output = |scheduled: &ScheduledSeq| {
-            let sampled = scheduled.sample.as_ref().map(|request| self.sampled(scheduled, request));
+            let mask = masks.get(&scheduled.id);
+            let request = scheduled.sample.as_ref();
+            let sampled = request.map(|request| self.sampled(scheduled, request, mask));
             let wanted = scheduled.prompt_logprobs.iter();
             let prompt_logprobs = wanted
                 .flat_map(|wanted| {
                     wanted.targets.iter().map(|&token| self.logprobs(token, wanted.num_top))
                 })
                 .collect();
-            SeqOutput { sampled, prompt_logprobs }
+            SeqOutput { sampled, prompt_logprobs, ..SeqOutput::default() }
         };
         Ok(step.scheduled.iter().map(output).collect())
     }

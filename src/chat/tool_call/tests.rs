@@ -10,6 +10,7 @@ fn reading(format: ToolCallFormat, bare: BareToolCalls, max_calls: u32) -> Arc<T
     let tool = |name: &str, parameters: Value| Tool {
         name: name.to_owned(),
         parameters,
+        param: String::new(),
         is_strict: false,
     };
     let weather = json!({

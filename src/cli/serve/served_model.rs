@@ -9,6 +9,7 @@ use crate::chat::reasoning;
 use crate::chat::template::{ChatTemplate, TemplateTokens};
 use crate::chat::tool_call::{BareToolCalls, ToolCallFormat};
 use crate::config::{BareCalls, ModelConfig};
+use crate::grammar::GrammarCompiler;
 use crate::sampling::params::GenerationDefaults;
 use crate::text::{TokenId, Tokenizer, TokenizerSpec};
 use crate::weights::catalogue::ToolCallFormat as CatalogueFormat;
@@ -43,12 +44,14 @@ pub(super) fn build(
         .map(|source| ChatTemplate::new(source, tokens))
         .transpose()
         .context("the chat template in the model file is unusable")?;
+    let tokenizer = Arc::new(tokenizer);
     let mut names = config.names(&resolved.name).into_iter();
     Ok(ServedModel {
         name: names.next().unwrap_or_else(|| resolved.name.clone()),
         aliases: names.collect(),
         root: config.model.clone(),
-        tokenizer: Arc::new(tokenizer),
+        grammars: GrammarCompiler::new(Arc::clone(&tokenizer), &eos_token_ids),
+        tokenizer,
         template,
         eos_token_ids,
         sampling_defaults: sampling_defaults(resolved),
