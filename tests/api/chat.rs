@@ -278,11 +278,13 @@ async fn a_call_that_must_come_comes() {
                          "allowed_tools": {"mode": "required", "tools": [named]}});
     for choice in [json!("required"), named, allowed] {
         let more = json!({"tools": tools, "tool_choice": choice, "parallel_tool_calls": false});
-        let whole = server.post(PATH, with(chat("say:no;"), more)).await.ok();
+        let whole = server.post(PATH, with(chat("no"), more)).await.ok();
         let choice = &whole["choices"][0];
         assert_eq!(choice["finish_reason"], "tool_calls", "{whole}");
         assert_eq!(choice["message"]["tool_calls"][0]["function"]["name"], "f");
-        assert_eq!(choice["message"]["tool_calls"][0]["function"]["arguments"], "{}");
+        let arguments = &choice["message"]["tool_calls"][0]["function"]["arguments"];
+        let arguments: Value = serde_json::from_str(arguments.as_str().unwrap()).unwrap();
+        assert_eq!(arguments, json!({}));
     }
 }
 
@@ -424,7 +426,7 @@ fn with_tools(said: &str, more: Value) -> Value {
     });
     let tool =
         json!({"type": "function", "function": {"name": "weather", "parameters": parameters}});
-    with(with(chat(&format!("say:{said};")), json!({"tools": [tool], "max_tokens": 300})), more)
+    with(with(chat(said), json!({"tools": [tool], "max_tokens": 300})), more)
 }
 
 #[tokio::test]
@@ -516,7 +518,7 @@ async fn a_call_that_is_cut_keeps_what_was_said_and_its_length() {
 #[tokio::test]
 async fn functions_are_answered_as_functions() {
     let server = long_server();
-    let said = format!("say:<tool_call>\n{WEATHER}\n</tool_call>;");
+    let said = format!("<tool_call>\n{WEATHER}\n</tool_call>");
     let body = with(chat(&said), json!({"functions": [{"name": "weather"}], "max_tokens": 300}));
     let whole = server.post(PATH, body.clone()).await.ok();
     let choice = &whole["choices"][0];
@@ -535,8 +537,7 @@ async fn functions_are_answered_as_functions() {
 #[tokio::test]
 async fn thinking_is_ignored_aloud_by_a_model_that_does_not_think() {
     let server = long_server();
-    let body =
-        with(chat("say:<think>x</think>;"), json!({"enable_thinking": true, "max_tokens": 99}));
+    let body = with(chat("<think>x</think>"), json!({"enable_thinking": true, "max_tokens": 99}));
     let answer = server.post(PATH, body.clone()).await;
     assert_eq!(answer.header("x-ignored-params"), Some("enable_thinking"));
     let whole = answer.ok();
