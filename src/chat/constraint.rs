@@ -150,21 +150,20 @@ fn structured_outputs(value: &Value) -> Result<Option<Asked>, PromptError> {
     for (name, value) in object(value, PARAM)? {
         let param = format!("{PARAM}.{name}");
         match (name.as_str(), value) {
-            (_, Value::Null) => {}
-            ("json" | "regex" | "choice" | "grammar", value) => {
+            ("json" | "regex" | "choice" | "grammar", value) if !value.is_null() => {
                 asked.push(by_name(name, value, param)?);
             }
             ("json_object", Value::Bool(true)) => {
                 asked.push(Asked { param, constraint: Constraint::JsonObject });
             }
-            ("json_object", Value::Bool(false)) => {}
-            ("json_object", _) => return Err(PromptError::invalid(param, "must be a boolean")),
-            (
-                "disable_fallback" | "disable_any_whitespace" | "disable_additional_properties",
+            // Nothing is asked for. There is no other engine to fall back to, either.
+            (_, Value::Null)
+            | ("disable_fallback", Value::Bool(_))
+            | (
+                "json_object" | "disable_any_whitespace" | "disable_additional_properties",
                 Value::Bool(false),
             ) => {}
-            // There is no other engine to fall back to.
-            ("disable_fallback", Value::Bool(true)) => {}
+            ("json_object", _) => return Err(PromptError::invalid(param, "must be a boolean")),
             _ => return Err(PromptError::invalid(param, "is not supported by this version")),
         }
     }

@@ -103,7 +103,10 @@ enum Phase {
 
 impl std::fmt::Debug for GrammarMatcher {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.debug_struct("GrammarMatcher").field("grammar", &self.grammar).finish()
+        formatter
+            .debug_struct("GrammarMatcher")
+            .field("grammar", &self.grammar)
+            .finish_non_exhaustive()
     }
 }
 

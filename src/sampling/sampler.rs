@@ -98,7 +98,7 @@ fn apply_mask(logits: &mut [f32], mask: &TokenBitmask) -> Result<(), NonFiniteLo
             continue;
         }
         for (bit, logit) in chunk.iter_mut().enumerate() {
-            is_broken |= logit.is_nan() | (*logit == f32::INFINITY);
+            is_broken |= logit.is_nan() || *logit == f32::INFINITY;
             *logit = if word >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
         }
     }
