@@ -3,6 +3,7 @@
 //! [`prompt`] is the way in: it checks a request and builds what the engine runs. [`output`] is
 //! the way out: events become deltas of text. Both know OpenAI's wire types, and nothing of HTTP.
 
+pub mod answer;
 pub mod best_of;
 pub mod constraint;
 pub mod embedding;
@@ -14,6 +15,11 @@ pub mod options;
 pub mod output;
 mod pinning;
 pub mod prompt;
+pub mod reasoning;
 mod rendered;
 pub mod template;
+mod thinking;
 pub mod tokenize;
+pub mod tool_call;
+mod tool_grammar;
+pub mod tools;

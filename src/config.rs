@@ -56,6 +56,8 @@ pub struct ModelConfig {
     pub max_model_len: Option<NonZeroUsize>,
     /// What embeddings are made of.
     pub embedding_pooling: EmbeddingPooling,
+    /// What an answer is that consists of a tool call without its tags.
+    pub bare_tool_calls: BareCalls,
 }
 
 impl ModelConfig {
@@ -151,6 +153,15 @@ pub enum PrefixCaching {
     Enabled,
     /// Every request computes its whole prompt.
     Disabled,
+}
+
+/// What an answer is that consists of a tool call without its tags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BareCalls {
+    /// The call.
+    Accepted,
+    /// Text.
+    Text,
 }
 
 /// The least important log lines still written.

@@ -15,3 +15,4 @@ pub mod model;
 pub mod render;
 pub mod stream;
 pub mod tokenize;
+pub mod tool;

@@ -3,7 +3,6 @@
 use serde_json::{Map, Value, json};
 
 use crate::chat::prompt::PromptError;
-use crate::openai::chat::ChatCompletionRequest;
 use crate::openai::message::{ChatMessage, Content, FunctionCall, Role};
 
 /// Most values in the arguments of all tool calls that came as text: a tree of JSON takes up to a
@@ -144,77 +143,4 @@ fn template_call(call: &FunctionCall) -> Value {
         Some(other) => other.clone(),
     };
     json!({"name": call.name, "arguments": arguments})
-}
-
-/// The tools to render into the prompt, from `tools` or the older `functions`.
-///
-/// `tool_choice: none` renders none, which is what keeps the model from calling one.
-pub fn template_tools(request: &ChatCompletionRequest) -> Result<Option<Value>, PromptError> {
-    let tools = match (&request.tools, &request.functions) {
-        (Some(tools), _) => {
-            for (index, tool) in tools.iter().enumerate() {
-                check_tool(tool).map_err(|(key, message)| {
-                    PromptError::invalid(format!("tools[{index}]{key}"), message)
-                })?;
-            }
-            tools.clone()
-        }
-        (None, Some(functions)) => {
-            for (index, function) in functions.iter().enumerate() {
-                check_function(function).map_err(|(key, message)| {
-                    PromptError::invalid(format!("functions[{index}]{key}"), message)
-                })?;
-            }
-            functions.iter().map(|f| json!({"type": "function", "function": f})).collect()
-        }
-        (None, None) => Vec::new(),
-    };
-    let wanted = check_choice("tool_choice", request.tool_choice.as_ref())?
-        && check_choice("function_call", request.function_call.as_ref())?;
-    Ok((wanted && !tools.is_empty()).then_some(Value::Array(tools)))
-}
-
-/// The tools of a `/tokenize` request, checked.
-pub fn checked_tools(tools: Option<&[Value]>) -> Result<Option<Value>, PromptError> {
-    let Some(tools) = tools.filter(|tools| !tools.is_empty()) else { return Ok(None) };
-    for (index, tool) in tools.iter().enumerate() {
-        check_tool(tool).map_err(|(key, message)| {
-            PromptError::invalid(format!("tools[{index}]{key}"), message)
-        })?;
-    }
-    Ok(Some(tools.to_vec().into()))
-}
-
-type Flaw = (&'static str, &'static str);
-
-fn check_tool(tool: &Value) -> Result<(), Flaw> {
-    match tool.get("type").map(Value::as_str) {
-        None | Some(Some("function")) => {}
-        Some(_) => return Err((".type", "only tools of type `function` are supported")),
-    }
-    let function = tool.get("function").ok_or((".function", "is missing"))?;
-    check_function(function).map_err(|(key, message)| match key {
-        "" => (".function", message),
-        _ => (".function.name", message),
-    })
-}
-
-fn check_function(function: &Value) -> Result<(), Flaw> {
-    let object = function.as_object().ok_or(("", "expected an object"))?;
-    match object.get("name").and_then(Value::as_str) {
-        Some(name) if !name.is_empty() => Ok(()),
-        _ => Err((".name", "expected a string that is not empty")),
-    }
-}
-
-/// Whether the model may call tools. Forcing a call needs constrained decoding.
-fn check_choice(param: &'static str, choice: Option<&Value>) -> Result<bool, PromptError> {
-    match choice {
-        None | Some(Value::Null) => Ok(true),
-        Some(Value::String(choice)) if choice == "auto" => Ok(true),
-        Some(Value::String(choice)) if choice == "none" => Ok(false),
-        Some(_) => {
-            Err(PromptError::invalid(param, "only `none` and `auto` are supported by this version"))
-        }
-    }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::chat::fim::FimTokens;
 use crate::chat::template::ChatTemplate;
+use crate::chat::tool_call::{BareToolCalls, ToolCallFormat};
 use crate::engine::request::{GenerationDefaults, Pooling};
 use crate::grammar::GrammarCompiler;
 use crate::text::{TokenId, Tokenizer};
@@ -32,6 +33,29 @@ pub struct ServedModel {
     pub embedding_size: usize,
     /// Sampling defaults of the model's `generation_config`, used where a request is silent.
     pub sampling_defaults: GenerationDefaults,
+    /// How it writes its answers.
+    pub conventions: Conventions,
+}
+
+/// How a model writes its answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Conventions {
+    /// How it calls tools.
+    pub tool_calls: ToolCallFormat,
+    /// What a call without tags is.
+    pub bare_tool_calls: BareToolCalls,
+    /// Whether it reasons before it answers.
+    pub reasoning: Reasoning,
+}
+
+/// Whether a model reasons before it answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reasoning {
+    /// It does not: `<think>` is text like any other.
+    #[default]
+    No,
+    /// In `<think>` tags.
+    InTags,
 }
 
 impl ServedModel {

@@ -1,4 +1,4 @@
-//! Turns what the engine reports about a request into deltas of text.
+//! Turns what the engine reports about a request into deltas of text, reasoning and calls.
 //!
 //! Pure: events in, updates out. Streams and whole answers are built from the same updates, so
 //! they cannot disagree. **Invariant:** text that could be the beginning of a stop string, and
@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use crate::chat::answer::{AnswerFormat, AnswerReader, Pieces};
 use crate::engine::event::{Event, FinishReason as EngineFinish, SampledToken, TokenLogprobs};
 use crate::openai::generation::{FinishReason, StopReason};
 use crate::text::{
@@ -32,6 +33,8 @@ pub struct OutputOptions {
     pub min_tokens: usize,
     /// How many log-probabilities of prompt tokens will come.
     pub num_prompt_logprobs: usize,
+    /// What the text is read as.
+    pub answer: AnswerFormat,
 }
 
 /// What a reader of the output learns, in order. `Started` comes first, once.
@@ -55,12 +58,32 @@ pub enum Update {
 pub struct Delta {
     /// Which of the `n` choices.
     pub choice: u32,
-    /// Text to append; empty only when the choice ends.
+    /// Text to append to the content.
     pub text: String,
+    /// Text to append to the reasoning, which comes before the content.
+    pub reasoning: String,
+    /// Parts of tool calls, in order.
+    pub tool_calls: Vec<ToolCallDelta>,
+    /// How many of `tokens` belong to the reasoning.
+    pub num_reasoning_tokens: usize,
     /// The tokens since the last delta.
     pub tokens: Vec<SampledToken>,
     /// Present on the choice's last delta.
     pub finish: Option<Finish>,
+}
+
+/// A part of a tool call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ToolCallDelta {
+    /// Which of the choice's calls.
+    pub index: u32,
+    /// Present on the first part of an index only, where `arguments` is empty.
+    pub id: Option<String>,
+    /// The function, beside the id.
+    pub name: Option<String>,
+    /// Source text to append to the arguments. They are JSON only when the call is whole: no
+    /// beginning of them parses.
+    pub arguments: String,
 }
 
 /// How a choice ended.
@@ -213,9 +236,11 @@ struct Choice {
     index: u32,
     detokenizer: IncrementalDetokenizer,
     matcher: StopMatcher,
-    text: String,
+    reader: AnswerReader,
+    pieces: Pieces,
     tokens: Vec<SampledToken>,
     num_tokens: usize,
+    num_reasoning_tokens: usize,
     stop_reason: Option<StopReason>,
     is_finished: bool,
 }
@@ -226,9 +251,11 @@ impl Choice {
             index,
             detokenizer: IncrementalDetokenizer::new(Arc::clone(tokenizer), options.special_tokens),
             matcher: StopMatcher::new(Arc::clone(&options.stop)),
-            text: String::new(),
+            reader: AnswerReader::new(&options.answer, index),
+            pieces: Pieces::default(),
             tokens: Vec::new(),
             num_tokens: 0,
+            num_reasoning_tokens: 0,
             stop_reason: None,
             is_finished: false,
         }
@@ -238,6 +265,7 @@ impl Choice {
         let id = token.id;
         self.tokens.push(token);
         self.num_tokens += 1;
+        self.num_reasoning_tokens += usize::from(self.reader.is_reasoning());
         if let Some(index) = options.stop_token_ids.iter().position(|stop| *stop == id) {
             if index < options.num_own_stop_tokens {
                 self.stop_reason = Some(StopReason::TokenId(id));
@@ -250,7 +278,10 @@ impl Choice {
         if self.take_text(&piece, options) {
             return Some(self.end(FinishReason::Stop));
         }
-        if self.text.is_empty() { None } else { Some(self.take_delta(None)) }
+        if self.reader.is_complete() {
+            return Some(self.end(FinishReason::Stop));
+        }
+        if self.pieces.is_empty() { None } else { Some(self.take_delta(None)) }
     }
 
     fn finish(&mut self, reason: FinishReason, options: &OutputOptions) -> Delta {
@@ -259,7 +290,7 @@ impl Choice {
             return self.end(FinishReason::Stop);
         }
         let held = self.matcher.finish();
-        self.text.push_str(&held);
+        self.reader.push(&held, &mut self.pieces);
         self.end(reason)
     }
 
@@ -269,11 +300,11 @@ impl Choice {
             return false;
         }
         if self.num_tokens <= options.min_tokens {
-            self.text.push_str(piece);
+            self.reader.push(piece, &mut self.pieces);
             return false;
         }
         let outcome = self.matcher.push(piece);
-        self.text.push_str(&outcome.text);
+        self.reader.push(&outcome.text, &mut self.pieces);
         if let Some(index) = outcome.stopped {
             self.stop_reason = Some(StopReason::String(options.stop.get(index).to_owned()));
         }
@@ -282,14 +313,23 @@ impl Choice {
 
     fn end(&mut self, reason: FinishReason) -> Delta {
         self.is_finished = true;
+        self.reader.finish(&mut self.pieces);
         let stop_reason = self.stop_reason.take().filter(|_| reason == FinishReason::Stop);
+        let reason = match reason {
+            FinishReason::Stop if self.reader.has_calls() => FinishReason::ToolCalls,
+            reason => reason,
+        };
         self.take_delta(Some(Finish { reason, stop_reason }))
     }
 
     fn take_delta(&mut self, finish: Option<Finish>) -> Delta {
+        let Pieces { reasoning, content, tool_calls } = std::mem::take(&mut self.pieces);
         Delta {
             choice: self.index,
-            text: std::mem::take(&mut self.text),
+            text: content,
+            reasoning,
+            tool_calls,
+            num_reasoning_tokens: std::mem::take(&mut self.num_reasoning_tokens),
             tokens: std::mem::take(&mut self.tokens),
             finish,
         }
@@ -319,6 +359,7 @@ mod tests {
             num_own_stop_tokens: 0,
             min_tokens: 0,
             num_prompt_logprobs,
+            answer: AnswerFormat::default(),
         };
         RequestOutput::new(&Arc::new(Tokenizer::from_spec(spec).unwrap()), options)
     }

@@ -8,17 +8,23 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+use crate::chat::answer::AnswerFormat;
 use crate::chat::constraint;
 use crate::chat::fim::{FillIn, fill_in};
-use crate::chat::messages::{template_messages, template_tools};
-use crate::chat::model::ServedModel;
+use crate::chat::messages::template_messages;
+use crate::chat::model::{Reasoning, ServedModel};
 use crate::chat::options::{
     check_refused, check_token_ids, num_candidates, num_choices, priority, refuse_best_of,
     sampling_options, stop_strings, stop_token_ids, top_count,
 };
 use crate::chat::output::{OutputOptions, RequestOutput};
 use crate::chat::pinning;
+use crate::chat::reasoning::{self, ReasoningStart};
 use crate::chat::template::RenderOptions;
+use crate::chat::thinking::Thinking;
+use crate::chat::tool_call::{BareToolCalls, ToolReading};
+use crate::chat::tool_grammar;
+use crate::chat::tools::{self, ToolUse};
 use crate::engine::request::{
     InvalidParam, Pin, Priority, Request, SamplingOptions, SamplingParams, StopConditions,
 };
@@ -75,6 +81,8 @@ pub struct Prepared {
     pub output: RequestOutput,
     /// Text that every choice begins with, when `echo` was asked for.
     pub echo: Option<String>,
+    /// Known fields that have no effect on this model.
+    pub ignored: Vec<&'static str>,
 }
 
 impl Prepared {
@@ -148,26 +156,61 @@ pub fn prepare_chat(
     if max_tokens == Some(0) {
         return Err(PromptError::invalid(max_tokens_param, "must be at least 1, got 0"));
     }
-    let options = render_options(
+    let mut options = render_options(
         request.add_generation_prompt,
         request.continue_final_message,
         request.chat_template_kwargs.as_ref(),
     )?;
-    let settings = Settings::new(fields, logprobs, context)?;
-    let tools = template_tools(request)?;
-    let render =
-        |messages: &[ChatMessage]| render(messages, tools.as_ref(), &options, context.model);
-    let text = render(&request.messages)?;
+    let thinking = Thinking::read(request, context.model.conventions.reasoning)?;
+    thinking.add_to(&mut options.extra);
+    let mut settings = Settings::new(fields, logprobs, context)?;
+    let tools = ToolUse::read(request)?;
+    let definitions = tools.as_ref().map(|tools| &tools.definitions);
+    let render = |messages: &[ChatMessage]| render(messages, definitions, &options, context.model);
+    let mut text = render(&request.messages)?;
+    if thinking.is_off() && ReasoningStart::after_prompt(&text) == ReasoningStart::Inside {
+        // The template opens a thought whatever it is told.
+        text.push_str(reasoning::EMPTY_REST);
+    }
+    settings.answer = answer_format(&text, tools.as_ref(), fields, context);
+    settings.constrain_calls(tools.as_ref(), context)?;
     let prompt = encode(&text, "messages", context)?;
     let pins = pinning::pins(request, (&text, &prompt), context.model, render)?;
     let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
     let mut prepared = settings.prepare(prompt, &demand, ("messages", 0), context)?;
     settings.check_logprobs(std::slice::from_ref(&prepared), fields, 1)?;
     prepared.pin(pins);
+    prepared.ignored = thinking.ignored;
     if fields.echo == Some(true) {
         prepared.echo = last_assistant_text(&request.messages);
     }
     Ok(prepared)
+}
+
+/// How the answer to a rendered conversation is read.
+fn answer_format(
+    prompt: &str,
+    tools: Option<&ToolUse>,
+    fields: &GenerationFields,
+    context: &PromptContext<'_>,
+) -> AnswerFormat {
+    let conventions = context.model.conventions;
+    // An answer that was asked to be JSON is not a call because it looks like one.
+    let is_free = !constraint::is_asked_for(fields);
+    let tools = tools.map(|tools| {
+        Arc::new(ToolReading {
+            format: conventions.tool_calls,
+            tools: Arc::clone(&tools.callable),
+            bare: if is_free { conventions.bare_tool_calls } else { BareToolCalls::Text },
+            max_calls: tools.max_calls,
+            id_seed: context.id.into(),
+        })
+    });
+    let reasoning = match conventions.reasoning {
+        Reasoning::No => None,
+        Reasoning::InTags => Some(ReasoningStart::after_prompt(prompt)),
+    };
+    AnswerFormat { reasoning, tools }
 }
 
 /// Prepares a completion: one engine request per prompt.
@@ -418,6 +461,7 @@ pub(super) struct Settings {
     include_stop: bool,
     special_tokens: SpecialTokens,
     cache_salt: Option<Arc<str>>,
+    answer: AnswerFormat,
     grammar: Option<Arc<Grammar>>,
     priority: Priority,
 }
@@ -469,6 +513,7 @@ impl Settings {
                 _ => SpecialTokens::Skip,
             },
             cache_salt: fields.cache_salt.as_deref().map(Arc::from),
+            answer: AnswerFormat::default(),
             grammar,
             priority: priority(fields.priority, fields.service_tier.as_deref())?,
         })
@@ -482,6 +527,27 @@ impl Settings {
         let is_new = |id: &&TokenId| !self.stop_tokens.contains(*id);
         let new = tokens.iter().filter(is_new);
         self.stop_tokens = self.stop_tokens.iter().chain(new).copied().collect();
+    }
+
+    /// Adds what the tools ask of the output. A format for the answer wins over calls that may
+    /// come, and loses to those that must.
+    fn constrain_calls(
+        &mut self,
+        tools: Option<&ToolUse>,
+        context: &PromptContext<'_>,
+    ) -> Result<(), PromptError> {
+        let reasoning = self.answer.reasoning;
+        if let Some(grammar) = self.grammar.take_if(|_| reasoning.is_some()) {
+            let trigger = tool_grammar::behind_thought(reasoning, context.model);
+            self.grammar = Some(
+                trigger.map_or(Arc::clone(&grammar), |trigger| Arc::new(grammar.after(trigger))),
+            );
+        }
+        let Some(tools) = tools else { return Ok(()) };
+        if self.grammar.is_none() || tools.demand == tools::Demand::MustCall {
+            self.grammar = tool_grammar::grammar(tools, reasoning, context.model)?;
+        }
+        Ok(())
     }
 
     /// Prompts of a request without a seed draw differently, even if they are the same.
@@ -557,6 +623,7 @@ impl Settings {
             num_own_stop_tokens: self.num_own_stop_tokens,
             min_tokens: self.params.min_tokens,
             num_prompt_logprobs,
+            answer: self.answer.clone(),
         };
         let request = Request {
             id: format!("{}-{index}", context.id).into(),
@@ -571,6 +638,6 @@ impl Settings {
             pooling: None,
         };
         let output = RequestOutput::new(&context.model.tokenizer, output);
-        Ok(Prepared { request, output, echo: None })
+        Ok(Prepared { request, output, echo: None, ignored: Vec::new() })
     }
 }

@@ -1,8 +1,8 @@
 //! Tokens for a text or a conversation, and back, without generating anything.
 
-use crate::chat::messages::checked_tools;
 use crate::chat::options::check_token_ids;
 use crate::chat::prompt::{PromptContext, PromptError, encode, render, render_options};
+use crate::chat::tools::read_tools;
 use crate::openai::tokenize::{
     DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse,
 };
@@ -28,7 +28,9 @@ pub fn tokenize(
                 request.continue_final_message,
                 request.chat_template_kwargs.as_ref(),
             )?;
-            let tools = checked_tools(request.tools.as_deref())?;
+            let tools = request.tools.as_deref().unwrap_or_default();
+            read_tools(tools)?;
+            let tools = (!tools.is_empty()).then(|| tools.to_vec().into());
             let text = render(messages, tools.as_ref(), &options, context.model)?;
             encode(&text, "messages", context)?
         }

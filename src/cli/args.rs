@@ -9,7 +9,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{ArgAction, Args};
 
 use crate::config::{
-    self, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EmbeddingPooling,
+    self, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EmbeddingPooling,
     EngineOptions, HttpConfig, KvCacheDtype, LogConfig, LogFormat, LogLevel, ModelConfig,
     PrefixCaching, Settings, Source,
 };
@@ -86,6 +86,19 @@ struct ModelFlags {
     #[arg(long, env = "QWEN_SERVER_EMBEDDING_POOLING", value_name = "POOLING")]
     #[arg(value_enum, default_value_t = EmbeddingPooling::Mean)]
     embedding_pooling: EmbeddingPooling,
+
+    /// Take an answer that is nothing but the JSON of a valid tool call for that call
+    ///
+    /// Small models and those for code often leave out the tags that mark a call.
+    #[arg(long, env = "QWEN_SERVER_BARE_TOOL_CALLS", value_name = "BOOL")]
+    #[arg(default_value_t = true, default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(overrides_with = "no_bare_tool_calls")]
+    bare_tool_calls: bool,
+
+    /// Take for tool calls only what the model marks as such
+    #[arg(long, overrides_with = "bare_tool_calls")]
+    no_bare_tool_calls: bool,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -218,6 +231,11 @@ impl ServeArgs {
                 model_aliases: model.model_alias,
                 max_model_len: model.max_model_len.and_then(NonZeroUsize::new),
                 embedding_pooling: model.embedding_pooling,
+                bare_tool_calls: if model.bare_tool_calls && !model.no_bare_tool_calls {
+                    BareCalls::Accepted
+                } else {
+                    BareCalls::Text
+                },
             },
             http: HttpConfig {
                 host: http.host,

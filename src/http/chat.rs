@@ -7,20 +7,21 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 
 use super::error::ApiError;
-use super::extract::{GenerationBody, ignored_header};
+use super::extract::{GenerationBody, ignored_header, refuse_ignored};
 use super::generation::{Generation, ResponseHead, preparation_bytes, run_sized};
 use super::models::check_model;
 use super::request_id::RequestId;
 use super::sse::{self, RenderChunks, UsageMode};
 use super::state::AppState;
 use crate::chat::model::ServedModel;
-use crate::chat::output::{Delta, Update};
+use crate::chat::output::{Delta, ToolCallDelta, Update};
 use crate::chat::prompt::{Prepared, PromptContext, PromptError, prepare_chat};
 use crate::openai::chat::{
     AssistantMessage, ChatChoice, ChatCompletion, ChatCompletionRequest, ChatLogprobs,
 };
-use crate::openai::generation::{GenerationFields, Usage};
+use crate::openai::generation::{FinishReason, GenerationFields, Usage};
 use crate::openai::stream::{ChatChunkChoice, ChatCompletionChunk, ChatDelta, ChunkUsage};
+use crate::openai::tool::{CalledFunction, FunctionChunk, MessageToolCall, ToolCallChunk};
 use crate::text::TokenId;
 
 const OBJECT: &str = "chat.completion";
@@ -28,6 +29,7 @@ const CHUNK_OBJECT: &str = "chat.completion.chunk";
 const ASSISTANT: &str = "assistant";
 /// All tiers cost the same here, and this is what clients expect of those.
 const SERVICE_TIER: &str = "default";
+const FUNCTION: &str = "function";
 
 type Body = GenerationBody<ChatCompletionRequest>;
 
@@ -38,9 +40,13 @@ pub(super) async fn create(
 ) -> Result<Response, ApiError> {
     check_model(&body.request.model, &state)?;
     let head = ResponseHead::new("chatcmpl", &body.request.model);
-    let ignored = ignored_header(&body.ignored);
+    let mut ignored = body.ignored.clone();
+    let is_strict = body.fields.strict_params;
     let is_stream = body.fields.stream == Some(true);
     let (prepared, renderer) = prepare(&state, head, body).await??;
+    ignored.splice(0..0, prepared.ignored.iter().map(ToString::to_string));
+    refuse_ignored(&ignored, is_strict)?;
+    let ignored = ignored_header(&ignored);
     let generation = Generation::submit(&state, &request_id, vec![prepared])?;
     let mut response = if is_stream {
         sse::response(generation, renderer, &state.limits).await?
@@ -58,10 +64,17 @@ async fn prepare(
 ) -> Result<Result<(Prepared, ChatRenderer), PromptError>, ApiError> {
     let (model, limits, random_seed) =
         (Arc::clone(&state.model), state.prompt_limits(), state.seed());
-    run_sized(preparation_bytes(&body.fields, body.num_bytes), state, move || {
+    // Tools come with a grammar, and compiling it may block.
+    let has_tools = body.request.tools.is_some() || body.request.functions.is_some();
+    let num_bytes =
+        if has_tools { usize::MAX } else { preparation_bytes(&body.fields, body.num_bytes) };
+    run_sized(num_bytes, state, move || {
         let context = PromptContext { model: &model, limits, id: &head.id, random_seed };
         let prepared = prepare_chat(&body.request, &body.fields, &context)?;
-        let renderer = ChatRenderer::new(head, model, &body.fields, &prepared);
+        let mut renderer = ChatRenderer::new(head, model, &body.fields, &prepared);
+        if body.request.tools.is_none() && body.request.functions.is_some() {
+            renderer.call_shape = CallShape::Function;
+        }
         Ok((prepared, renderer))
     })
     .await
@@ -79,6 +92,16 @@ pub(super) struct ChatRenderer {
     has_token_ids: bool,
     num_prompt_logprobs: Option<usize>,
     service_tier: Option<&'static str>,
+    call_shape: CallShape,
+}
+
+/// How calls look in the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CallShape {
+    /// `tool_calls`, for requests with `tools`.
+    Tool,
+    /// The older `function_call`, for requests with `functions`.
+    Function,
 }
 
 impl ChatRenderer {
@@ -100,30 +123,65 @@ impl ChatRenderer {
             has_token_ids: fields.return_token_ids == Some(true),
             num_prompt_logprobs: params.prompt_logprobs.map(|count| count as usize),
             service_tier: fields.service_tier.as_ref().map(|_| SERVICE_TIER),
+            call_shape: CallShape::Tool,
         }
     }
 
     /// The pieces a choice begins with: its role, and what it echoes.
     fn first_pieces(&self, index: u32) -> Vec<ChatChunkChoice> {
-        let role = ChatDelta { role: Some(ASSISTANT), content: Some(String::new()) };
-        let echo = self.echo.clone().map(|text| ChatDelta { role: None, content: Some(text) });
+        let role = ChatDelta {
+            role: Some(ASSISTANT),
+            content: Some(String::new()),
+            ..ChatDelta::default()
+        };
+        let echo = self.echo.clone().map(content_delta);
         std::iter::once(role).chain(echo).map(|delta| bare_piece(index, delta)).collect()
     }
 
-    /// A piece with the text and, by itself as clients expect it, one with the end.
+    /// A piece with the reasoning, one with the text, one with each part of a call and, by itself
+    /// as clients expect it, one with the end.
     fn pieces(&self, mut delta: Delta) -> Vec<ChatChunkChoice> {
-        let mut pieces = Vec::new();
-        if !delta.text.is_empty() {
-            let content = ChatDelta { role: None, content: Some(std::mem::take(&mut delta.text)) };
-            pieces.push(self.token_piece(&mut delta, content));
+        let mut parts = Vec::new();
+        if !delta.reasoning.is_empty() {
+            let reasoning_content = Some(std::mem::take(&mut delta.reasoning));
+            parts.push(ChatDelta { reasoning_content, ..ChatDelta::default() });
         }
+        if !delta.text.is_empty() {
+            parts.push(content_delta(std::mem::take(&mut delta.text)));
+        }
+        let calls = std::mem::take(&mut delta.tool_calls);
+        parts.extend(calls.into_iter().map(|call| self.call_delta(call)));
+        let mut pieces: Vec<_> =
+            parts.into_iter().map(|part| self.token_piece(&mut delta, part)).collect();
         if let Some(finish) = delta.finish.take() {
             let mut piece = self.token_piece(&mut delta, ChatDelta::default());
-            piece.finish_reason = Some(finish.reason);
+            piece.finish_reason = Some(self.finish_reason(finish.reason));
             piece.stop_reason = finish.stop_reason;
             pieces.push(piece);
         }
         pieces
+    }
+
+    fn call_delta(&self, call: ToolCallDelta) -> ChatDelta {
+        let ToolCallDelta { index, id, name, arguments } = call;
+        let function = FunctionChunk { name, arguments };
+        match self.call_shape {
+            CallShape::Tool => {
+                let kind = id.is_some().then_some(FUNCTION);
+                let chunk = ToolCallChunk { index, id, kind, function };
+                ChatDelta { tool_calls: Some(vec![chunk]), ..ChatDelta::default() }
+            }
+            CallShape::Function => {
+                ChatDelta { function_call: Some(function), ..ChatDelta::default() }
+            }
+        }
+    }
+
+    fn finish_reason(&self, reason: FinishReason) -> FinishReason {
+        match (reason, self.call_shape) {
+            (FinishReason::ToolCalls, CallShape::Function) => FinishReason::FunctionCall,
+            (reason, _) => reason,
+        }
     }
 
     /// A piece that accounts for the delta's tokens, if no earlier piece did.
@@ -154,6 +212,10 @@ impl ChatRenderer {
         let prompt_tokens = self.prompt.len();
         Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() }
     }
+}
+
+fn content_delta(text: String) -> ChatDelta {
+    ChatDelta { content: Some(text), ..ChatDelta::default() }
 }
 
 fn bare_piece(index: u32, delta: ChatDelta) -> ChatChunkChoice {
@@ -222,6 +284,9 @@ pub(super) async fn fold(
             }
         }
     }
+    for choice in &mut choices {
+        drop_empty_content(&mut choice.message);
+    }
     Ok(ChatCompletion {
         id: renderer.head.id,
         object: OBJECT,
@@ -238,7 +303,14 @@ pub(super) async fn fold(
 fn empty_choice(index: u32) -> ChatChoice {
     ChatChoice {
         index,
-        message: AssistantMessage { role: ASSISTANT, content: String::new(), refusal: None },
+        message: AssistantMessage {
+            role: ASSISTANT,
+            content: None,
+            refusal: None,
+            reasoning_content: None,
+            tool_calls: None,
+            function_call: None,
+        },
         logprobs: None,
         finish_reason: None,
         stop_reason: None,
@@ -246,8 +318,42 @@ fn empty_choice(index: u32) -> ChatChoice {
     }
 }
 
+fn append_message(message: &mut AssistantMessage, delta: ChatDelta) {
+    if let Some(text) = delta.content {
+        message.content.get_or_insert_default().push_str(&text);
+    }
+    if let Some(text) = delta.reasoning_content {
+        message.reasoning_content.get_or_insert_default().push_str(&text);
+    }
+    for chunk in delta.tool_calls.into_iter().flatten() {
+        let calls = message.tool_calls.get_or_insert_default();
+        if let Some(id) = chunk.id {
+            calls.push(MessageToolCall { id, kind: FUNCTION, function: CalledFunction::default() });
+        }
+        if let Some(call) = calls.get_mut(chunk.index as usize) {
+            append_function(&mut call.function, &chunk.function);
+        }
+    }
+    if let Some(chunk) = delta.function_call {
+        append_function(message.function_call.get_or_insert_default(), &chunk);
+    }
+}
+
+fn append_function(function: &mut CalledFunction, chunk: &FunctionChunk) {
+    function.name.push_str(chunk.name.as_deref().unwrap_or_default());
+    function.arguments.push_str(&chunk.arguments);
+}
+
+/// Clients expect null, not an empty text, beside calls.
+fn drop_empty_content(message: &mut AssistantMessage) {
+    let has_call = message.tool_calls.is_some() || message.function_call.is_some();
+    if has_call && message.content.as_deref() == Some("") {
+        message.content = None;
+    }
+}
+
 fn append(choice: &mut ChatChoice, piece: ChatChunkChoice) {
-    choice.message.content.push_str(piece.delta.content.as_deref().unwrap_or_default());
+    append_message(&mut choice.message, piece.delta);
     if let Some(logprobs) = piece.logprobs {
         let all = choice.logprobs.get_or_insert_with(ChatLogprobs::default);
         all.content.extend(logprobs.content);

@@ -100,8 +100,14 @@ fn ignored(body: &Body<'_>, strict: Option<bool>) -> Result<Vec<String>, ApiErro
             names.push(field.name.clone());
         }
     }
+    refuse_ignored(&names, strict)?;
+    Ok(names)
+}
+
+/// An error if fields have no effect though they must, because the request is strict.
+pub(super) fn refuse_ignored(names: &[String], strict: Option<bool>) -> Result<(), ApiError> {
     match names.first().filter(|_| strict == Some(true)) {
-        None => Ok(names),
+        None => Ok(()),
         Some(name) => {
             let message = format!("`{name}`: has no effect here, and `strict_params` is true");
             Err(ApiError::Invalid { message, param: Some(name.clone()) })

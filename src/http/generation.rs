@@ -100,6 +100,7 @@ impl Generation {
             Update::Delta(delta) => {
                 self.usage.completion_tokens += delta.tokens.len();
                 self.usage.total_tokens += delta.tokens.len();
+                self.usage.completion_tokens_details.reasoning_tokens += delta.num_reasoning_tokens;
                 self.log.first_delta.get_or_insert_with(Instant::now);
             }
         }

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use super::generation::{FinishReason, PromptLogprobs, StopReason, Usage};
 use super::message::ChatMessage;
+use super::tool::{CalledFunction, MessageToolCall};
 
 /// The fields only this endpoint has; the rest is in
 /// [`GenerationFields`](super::generation::GenerationFields).
@@ -18,10 +19,15 @@ pub struct ChatCompletionRequest {
     pub top_logprobs: Option<i64>,
     pub tools: Option<Vec<Value>>,
     pub tool_choice: Option<Value>,
+    pub parallel_tool_calls: Option<bool>,
     pub functions: Option<Vec<Value>>,
     pub function_call: Option<Value>,
     pub modalities: Option<Vec<String>>,
     pub chat_template_kwargs: Option<Map<String, Value>>,
+    pub enable_thinking: Option<bool>,
+    pub thinking_budget: Option<i64>,
+    pub reasoning_effort: Option<String>,
+    pub reasoning: Option<ReasoningOptions>,
     pub add_generation_prompt: Option<bool>,
     pub continue_final_message: Option<bool>,
     pub prompt_cache_options: Option<PromptCacheOptions>,
@@ -32,6 +38,12 @@ pub struct ChatCompletionRequest {
 pub struct PromptCacheOptions {
     pub ttl: Option<String>,
     pub mode: Option<String>,
+}
+
+/// `reasoning_effort` as some clients write it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ReasoningOptions {
+    pub effort: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -65,8 +77,16 @@ pub struct ChatChoice {
 #[derive(Clone, Debug, Serialize)]
 pub struct AssistantMessage {
     pub role: &'static str,
-    pub content: String,
+    /// Null when the answer consists of calls only.
+    pub content: Option<String>,
     pub refusal: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    /// Absent, never empty, when there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<Vec<MessageToolCall>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub function_call: Option<CalledFunction>,
 }
 
 #[derive(Clone, Debug, Default, Serialize)]

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::chat::ChatLogprobs;
 use super::completion::CompletionChoice;
 use super::generation::{FinishReason, StopReason, Usage};
+use super::tool::{FunctionChunk, ToolCallChunk};
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
@@ -46,6 +47,12 @@ pub struct ChatDelta {
     pub role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<Vec<ToolCallChunk>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub function_call: Option<FunctionChunk>,
 }
 
 #[derive(Clone, Debug, Serialize)]

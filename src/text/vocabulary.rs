@@ -12,13 +12,19 @@ use super::tokenizer::{TokenizerError, TokenizerSpec};
 
 /// Added tokens that GGUF files mark as control tokens because they look like ones, while the
 /// official tokenizers do not treat them as special: they stay visible in decoded text.
-const VISIBLE_CONTROL_TOKENS: [&str; 6] = [
+const VISIBLE_CONTROL_TOKENS: [&str; 12] = [
     "<|fim_prefix|>",
     "<|fim_middle|>",
     "<|fim_suffix|>",
     "<|fim_pad|>",
     "<|repo_name|>",
     "<|file_sep|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
 ];
 
 /// No vocabulary of the family comes near this; a `tokenizer.json` may not make us allocate more.

@@ -78,10 +78,12 @@ pub enum PromptFormat {
 
 /// How tool calls are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum ToolCallFormat {
     /// JSON between `<tool_call>` and `</tool_call>`.
     Hermes,
+    /// Elements for function and parameters between these tags.
+    Qwen3Coder,
 }
 
 /// What is known about one model.

@@ -3,7 +3,10 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use crate::api_fake::{Answer, FakeServer, IM_END, IM_START, MODEL, chat, with};
+use qwen_server::engine::EngineConfig;
+use qwen_server::http::HttpLimits;
+
+use crate::api_fake::{Answer, FakeServer, IM_END, IM_START, MODEL, chat, config, with};
 
 const PATH: &str = "/v1/chat/completions";
 
@@ -29,6 +32,7 @@ async fn a_whole_answer_has_the_shape_clients_know() {
             "usage": {
                 "prompt_tokens": prompt_tokens, "completion_tokens": 6,
                 "total_tokens": prompt_tokens + 6, "prompt_tokens_details": {"cached_tokens": 0},
+                "completion_tokens_details": {"reasoning_tokens": 0},
             },
         })
     );
@@ -60,7 +64,7 @@ async fn a_stream_is_framed_byte_by_byte_as_clients_expect() {
     };
     let usage = concat!(
         r#"{"prompt_tokens":26,"completion_tokens":3,"total_tokens":29,"#,
-        r#""prompt_tokens_details":{"cached_tokens":0}}"#
+        r#""prompt_tokens_details":{"cached_tokens":0},"completion_tokens_details":{"reasoning_tokens":0}}"#
     );
     let expected = [
         chunk(r#"{"role":"assistant","content":""}"#, "null"),
@@ -260,7 +264,7 @@ async fn messages_of_every_kind_reach_the_template() {
 }
 
 #[tokio::test]
-async fn tools_are_accepted_and_forcing_them_is_refused() {
+async fn a_call_that_must_come_comes() {
     let server = FakeServer::start();
     let tools = json!([{"type": "function", "function": {"name": "f"}}]);
     for choice in [json!("auto"), json!("none"), Value::Null] {
@@ -269,9 +273,18 @@ async fn tools_are_accepted_and_forcing_them_is_refused() {
     }
     let body = with(chat("x"), json!({"functions": [{"name": "f"}], "function_call": "auto"}));
     server.post(PATH, body).await.ok();
-    for choice in [json!("required"), json!({"type": "function", "function": {"name": "f"}})] {
-        let body = with(chat("x"), json!({"tools": tools, "tool_choice": choice}));
-        assert_eq!(server.post(PATH, body).await.error(400)["param"], "tool_choice");
+    let named = json!({"type": "function", "function": {"name": "f"}});
+    let allowed = json!({"type": "allowed_tools",
+                         "allowed_tools": {"mode": "required", "tools": [named]}});
+    for choice in [json!("required"), named, allowed] {
+        let more = json!({"tools": tools, "tool_choice": choice, "parallel_tool_calls": false});
+        let whole = server.post(PATH, with(chat("no"), more)).await.ok();
+        let choice = &whole["choices"][0];
+        assert_eq!(choice["finish_reason"], "tool_calls", "{whole}");
+        assert_eq!(choice["message"]["tool_calls"][0]["function"]["name"], "f");
+        let arguments = &choice["message"]["tool_calls"][0]["function"]["arguments"];
+        let arguments: Value = serde_json::from_str(arguments.as_str().unwrap()).unwrap();
+        assert_eq!(arguments, json!({}));
     }
 }
 
@@ -395,4 +408,141 @@ proptest! {
             server.wait_until_idle().await;
         });
     }
+}
+
+const WEATHER: &str = r#"{"name": "weather", "arguments": {"city": "Par\"is"}}"#;
+const ARGUMENTS: &str = r#"{"city": "Par\"is"}"#;
+
+fn long_server() -> FakeServer {
+    let config = EngineConfig { max_model_len: 2048, ..config() };
+    FakeServer::with(&config, HttpLimits::default())
+}
+
+fn with_tools(said: &str, more: Value) -> Value {
+    let parameters = json!({
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    });
+    let tool =
+        json!({"type": "function", "function": {"name": "weather", "parameters": parameters}});
+    with(with(chat(said), json!({"tools": [tool], "max_tokens": 300})), more)
+}
+
+#[tokio::test]
+async fn a_call_is_answered_as_one_and_streams_to_the_same() {
+    let server = long_server();
+    for said in [
+        format!("Hm. \n<tool_call>\n{WEATHER}\n</tool_call>\n<tool_call>\n{WEATHER}\n</tool_call>"),
+        format!("```json\n{WEATHER}\n```"),
+    ] {
+        let whole = server.post(PATH, with_tools(&said, json!({}))).await.ok();
+        let choice = &whole["choices"][0];
+        let calls = choice["message"]["tool_calls"].as_array().unwrap();
+        assert_eq!(choice["finish_reason"], "tool_calls", "{whole}");
+        assert_eq!(calls[0]["function"], json!({"name": "weather", "arguments": ARGUMENTS}));
+        assert_eq!(calls[0]["type"], "function");
+        assert!(calls[0]["id"].as_str().unwrap().starts_with("call_"));
+        let is_alone = said.starts_with('`');
+        let content = if is_alone { Value::Null } else { json!("Hm.") };
+        assert_eq!(choice["message"]["content"], content);
+        assert_eq!(calls.len(), if is_alone { 1 } else { 2 });
+
+        let body = with_tools(&said, json!({"stream": true}));
+        let chunks = server.post(PATH, body).await.chunks();
+        let mut streamed: Vec<[String; 3]> = Vec::new();
+        for chunk in &chunks {
+            for part in chunk["choices"][0]["delta"]["tool_calls"].as_array().into_iter().flatten()
+            {
+                let arguments = part["function"]["arguments"].as_str().unwrap();
+                if let Some(id) = part["id"].as_str() {
+                    assert_eq!(arguments, "");
+                    let name = part["function"]["name"].as_str().unwrap();
+                    streamed.push([id.to_owned(), name.to_owned(), String::new()]);
+                }
+                streamed[part["index"].as_u64().unwrap() as usize][2].push_str(arguments);
+            }
+        }
+        assert_eq!(streamed.len(), calls.len());
+        for [_, name, arguments] in &streamed {
+            assert_eq!((name.as_str(), arguments.as_str()), ("weather", ARGUMENTS));
+        }
+        let last = &chunks.last().unwrap()["choices"][0];
+        assert_eq!((&last["delta"], &last["finish_reason"]), (&json!({}), &json!("tool_calls")));
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_call_stays_text() {
+    let server = long_server();
+    let said = format!("<tool_call>\n{WEATHER}\n</tool_call>");
+    for (said, more) in [
+        (said.clone(), json!({"tools": null})),
+        (said.clone(), json!({"tool_choice": "none"})),
+        (said.replace("weather", "other"), json!({})),
+        (format!("{WEATHER} it is"), json!({})),
+    ] {
+        let whole = server.post(PATH, with_tools(&said, more)).await.ok();
+        let choice = &whole["choices"][0];
+        assert_eq!(choice["message"]["content"], said, "{whole}");
+        assert_eq!(choice["message"].get("tool_calls"), None);
+        assert_eq!(choice["finish_reason"], "stop");
+    }
+}
+
+#[tokio::test]
+async fn one_call_ends_the_answer_when_calls_may_not_be_parallel() {
+    let server = long_server();
+    let said = format!("<tool_call>\n{WEATHER}\n</tool_call>").repeat(2);
+    let body = with_tools(&said, json!({"parallel_tool_calls": false}));
+    let whole = server.post(PATH, body).await.ok();
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["message"]["tool_calls"].as_array().unwrap().len(), 1);
+    assert_eq!(choice["finish_reason"], "tool_calls");
+    assert_eq!(whole["usage"]["completion_tokens"], said.len() / 2);
+    server.wait_until_idle().await;
+}
+
+#[tokio::test]
+async fn a_call_that_is_cut_keeps_what_was_said_and_its_length() {
+    let server = long_server();
+    let said = format!("<tool_call>\n{WEATHER}\n</tool_call>");
+    let body = with_tools(&said, json!({"max_tokens": 55}));
+    let whole = server.post(PATH, body).await.ok();
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["finish_reason"], "length", "{whole}");
+    let arguments = choice["message"]["tool_calls"][0]["function"]["arguments"].as_str().unwrap();
+    assert!(ARGUMENTS.starts_with(arguments) && !arguments.is_empty(), "{arguments}");
+}
+
+#[tokio::test]
+async fn functions_are_answered_as_functions() {
+    let server = long_server();
+    let said = format!("<tool_call>\n{WEATHER}\n</tool_call>");
+    let body = with(chat(&said), json!({"functions": [{"name": "weather"}], "max_tokens": 300}));
+    let whole = server.post(PATH, body.clone()).await.ok();
+    let choice = &whole["choices"][0];
+    let call = json!({"name": "weather", "arguments": ARGUMENTS});
+    assert_eq!(choice["message"]["function_call"], call);
+    assert_eq!(choice["message"].get("tool_calls"), None);
+    assert_eq!(choice["finish_reason"], "function_call");
+    let chunks = server.post(PATH, with(body, json!({"stream": true}))).await.chunks();
+    let parts = chunks.iter().map(|chunk| &chunk["choices"][0]["delta"]["function_call"]);
+    let parts: Vec<&Value> = parts.filter(|part| !part.is_null()).collect();
+    assert_eq!(parts[0], &json!({"name": "weather", "arguments": ""}));
+    let arguments: String = parts.iter().map(|part| part["arguments"].as_str().unwrap()).collect();
+    assert_eq!(arguments, ARGUMENTS);
+}
+
+#[tokio::test]
+async fn thinking_is_ignored_aloud_by_a_model_that_does_not_think() {
+    let server = long_server();
+    let body = with(chat("<think>x</think>"), json!({"enable_thinking": true, "max_tokens": 99}));
+    let answer = server.post(PATH, body.clone()).await;
+    assert_eq!(answer.header("x-ignored-params"), Some("enable_thinking"));
+    let whole = answer.ok();
+    assert_eq!(whole["choices"][0]["message"]["content"], "<think>x</think>");
+    assert_eq!(whole["usage"]["completion_tokens_details"]["reasoning_tokens"], 0);
+    let strict = with(body, json!({"strict_params": true}));
+    assert_eq!(server.post(PATH, strict).await.error(400)["param"], "enable_thinking");
 }

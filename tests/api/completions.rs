@@ -27,7 +27,8 @@ async fn a_whole_answer_has_the_shape_clients_know() {
             "id": null, "object": "text_completion", "created": null, "model": MODEL,
             "choices": [{"index": 0, "text": "hello", "logprobs": null, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 10, "completion_tokens": 6, "total_tokens": 16,
-                      "prompt_tokens_details": {"cached_tokens": 0}},
+                      "prompt_tokens_details": {"cached_tokens": 0},
+                      "completion_tokens_details": {"reasoning_tokens": 0}},
         })
     );
 }

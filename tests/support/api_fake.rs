@@ -12,7 +12,7 @@ use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use qwen_server::chat::fim::FimTokens;
-use qwen_server::chat::model::ServedModel;
+use qwen_server::chat::model::{Conventions, ServedModel};
 use qwen_server::chat::template::{ChatTemplate, TemplateTokens};
 use qwen_server::engine::request::{GenerationDefaults, Pooling};
 use qwen_server::engine::{EngineConfig, spawn};
@@ -131,6 +131,7 @@ fn model() -> ServedModel {
         template: Some(ChatTemplate::new(TEMPLATE, special).unwrap()),
         eos_token_ids: vec![IM_END],
         sampling_defaults: GenerationDefaults::default(),
+        conventions: Conventions::default(),
     }
 }
 

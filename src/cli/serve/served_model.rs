@@ -5,13 +5,16 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use crate::chat::fim::FimTokens;
-use crate::chat::model::ServedModel;
+use crate::chat::model::{Conventions, Reasoning, ServedModel};
+use crate::chat::reasoning;
 use crate::chat::template::{ChatTemplate, TemplateTokens};
-use crate::config::{EmbeddingPooling, ModelConfig};
+use crate::chat::tool_call::{BareToolCalls, ToolCallFormat};
+use crate::config::{BareCalls, EmbeddingPooling, ModelConfig};
 use crate::engine::request::Pooling;
 use crate::grammar::GrammarCompiler;
 use crate::sampling::params::GenerationDefaults;
 use crate::text::{TokenId, Tokenizer, TokenizerSpec};
+use crate::weights::catalogue::ToolCallFormat as CatalogueFormat;
 use crate::weights::gguf::Metadata;
 use crate::weights::gguf::{Gguf, GgufError};
 use crate::weights::resolve::ResolvedModel;
@@ -34,6 +37,7 @@ pub(super) fn build(
         .with_context(|| format!("the tokenizer in `{}` is unusable", resolved.gguf.display()))?;
     let eos_token_ids = eos_token_ids(metadata, &tokenizer);
     let template = metadata.optional("tokenizer.chat_template", Metadata::str)?;
+    let conventions = conventions(config, resolved, template.unwrap_or_default());
     let tokens = TemplateTokens {
         bos_token: special_text(metadata, &tokenizer, "tokenizer.ggml.bos_token_id"),
         eos_token: special_text(metadata, &tokenizer, "tokenizer.ggml.eos_token_id"),
@@ -60,6 +64,7 @@ pub(super) fn build(
         },
         embedding_size: embedding_size(metadata)?,
         sampling_defaults: sampling_defaults(resolved),
+        conventions,
     })
 }
 
@@ -75,6 +80,28 @@ fn is_coder(metadata: &Metadata, resolved: &ResolvedModel) -> bool {
 fn embedding_size(metadata: &Metadata) -> Result<usize, GgufError> {
     let architecture = metadata.str("general.architecture")?;
     Ok(metadata.u32(&format!("{architecture}.embedding_length"))? as usize)
+}
+
+/// The catalogue says how a model answers; of others, the chat template shows it.
+fn conventions(config: &ModelConfig, resolved: &ResolvedModel, template: &str) -> Conventions {
+    let (tool_calls, reasons) = match &resolved.entry {
+        Some(entry) => (entry.prompt.tool_calls, entry.prompt.reasoning),
+        None if template.contains("<function=") => {
+            (CatalogueFormat::Qwen3Coder, template.contains(reasoning::OPEN_TAG))
+        }
+        None => (CatalogueFormat::Hermes, template.contains(reasoning::OPEN_TAG)),
+    };
+    Conventions {
+        tool_calls: match tool_calls {
+            CatalogueFormat::Hermes => ToolCallFormat::Hermes,
+            CatalogueFormat::Qwen3Coder => ToolCallFormat::QwenCoder,
+        },
+        bare_tool_calls: match config.bare_tool_calls {
+            BareCalls::Accepted => BareToolCalls::Accepted,
+            BareCalls::Text => BareToolCalls::Text,
+        },
+        reasoning: if reasons { Reasoning::InTags } else { Reasoning::No },
+    }
 }
 
 fn tokenizer_spec(metadata: &Metadata) -> Result<TokenizerSpec, GgufError> {

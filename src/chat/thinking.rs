@@ -1,0 +1,141 @@
+//! Reads how much a request wants the model to think, under the names that clients use.
+
+use serde_json::{Map, Value};
+
+use crate::chat::model::Reasoning;
+use crate::chat::prompt::PromptError;
+use crate::openai::chat::ChatCompletionRequest;
+
+/// What templates of models that think call their switch.
+const SWITCH: &str = "enable_thinking";
+
+/// How much the model may think.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Thinking {
+    /// Whether it thinks at all; `None` leaves that to the template.
+    pub(super) is_enabled: Option<bool>,
+    /// Most tokens of thought.
+    pub(super) budget: Option<usize>,
+    /// Fields that have no effect because the model does not think.
+    pub(super) ignored: Vec<&'static str>,
+}
+
+impl Thinking {
+    /// Reads and checks the fields.
+    pub(super) fn read(
+        request: &ChatCompletionRequest,
+        reasoning: Reasoning,
+    ) -> Result<Self, PromptError> {
+        let effort = match (&request.reasoning_effort, &request.reasoning) {
+            (Some(effort), _) => Some(("reasoning_effort", effort)),
+            (None, Some(options)) => {
+                options.effort.as_ref().map(|effort| ("reasoning.effort", effort))
+            }
+            (None, None) => None,
+        };
+        let effort = effort.map(|(param, effort)| Effort::read(param, effort)).transpose()?;
+        let budget = match request.thinking_budget {
+            Some(budget) if budget < 0 => {
+                return Err(PromptError::invalid("thinking_budget", "must not be negative"));
+            }
+            budget => budget.map(|budget| budget as usize),
+        };
+        if reasoning == Reasoning::No {
+            let given = [
+                (SWITCH, request.enable_thinking.is_some()),
+                ("thinking_budget", budget.is_some()),
+                ("reasoning_effort", request.reasoning_effort.is_some()),
+                ("reasoning", request.reasoning.is_some()),
+            ];
+            let ignored = given.into_iter().filter(|(_, is_given)| *is_given);
+            let ignored = ignored.map(|(name, _)| name).collect();
+            return Ok(Self { ignored, ..Self::default() });
+        }
+        let of_template = request
+            .chat_template_kwargs
+            .as_ref()
+            .and_then(|kwargs| kwargs.get(SWITCH).and_then(Value::as_bool));
+        let is_enabled = request.enable_thinking.or(of_template);
+        Ok(Self {
+            is_enabled: is_enabled.or(effort.map(|effort| effort != Effort(Some(0)))),
+            budget: budget.or(effort.and_then(|Effort(budget)| budget)),
+            ignored: Vec::new(),
+        })
+    }
+
+    /// Tells the template.
+    pub(super) fn add_to(&self, variables: &mut Map<String, Value>) {
+        if let Some(is_enabled) = self.is_enabled {
+            variables.insert(SWITCH.to_owned(), is_enabled.into());
+        }
+    }
+
+    /// Whether the template's thought must be ended before it begins.
+    pub(super) fn is_off(&self) -> bool {
+        self.is_enabled == Some(false) || self.budget == Some(0)
+    }
+}
+
+/// An effort as the tokens of thought it is worth; `None` for as many as the model likes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Effort(Option<usize>);
+
+impl Effort {
+    fn read(param: &str, effort: &str) -> Result<Self, PromptError> {
+        match effort {
+            "none" => Ok(Self(Some(0))),
+            "minimal" => Ok(Self(Some(256))),
+            "low" => Ok(Self(Some(1024))),
+            "medium" => Ok(Self(Some(4096))),
+            "high" => Ok(Self(Some(16_384))),
+            "xhigh" | "max" => Ok(Self(None)),
+            _ => Err(PromptError::invalid(
+                param,
+                "expected `none`, `minimal`, `low`, `medium`, `high`, `xhigh` or `max`",
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(fields: &Value, reasoning: Reasoning) -> Result<Thinking, PromptError> {
+        let mut body = json!({"model": "m", "messages": []});
+        for (name, value) in fields.as_object().unwrap() {
+            body[name] = value.clone();
+        }
+        Thinking::read(&serde_json::from_value(body).unwrap(), reasoning)
+    }
+
+    #[test]
+    fn every_name_is_understood() {
+        for (fields, is_enabled, budget) in [
+            (json!({}), None, None),
+            (json!({"enable_thinking": false}), Some(false), None),
+            (json!({"chat_template_kwargs": {"enable_thinking": true}}), Some(true), None),
+            (json!({"thinking_budget": 7, "reasoning_effort": "low"}), Some(true), Some(7)),
+            (json!({"reasoning": {"effort": "minimal"}}), Some(true), Some(256)),
+            (json!({"reasoning_effort": "none"}), Some(false), Some(0)),
+            (json!({"reasoning_effort": "max"}), Some(true), None),
+        ] {
+            let thinking = read(&fields, Reasoning::InTags).unwrap();
+            let expected = Thinking { is_enabled, budget, ignored: Vec::new() };
+            assert_eq!(thinking, expected, "{fields}");
+        }
+    }
+
+    #[test]
+    fn a_model_that_does_not_think_ignores_them_but_not_wrong_values() {
+        let fields =
+            json!({"enable_thinking": true, "thinking_budget": 1, "reasoning_effort": "low"});
+        let thinking = read(&fields, Reasoning::No).unwrap();
+        assert_eq!(thinking.ignored, ["enable_thinking", "thinking_budget", "reasoning_effort"]);
+        for fields in [json!({"thinking_budget": -1}), json!({"reasoning_effort": "huge"})] {
+            assert!(read(&fields, Reasoning::No).is_err(), "{fields}");
+        }
+    }
+}
