@@ -22,6 +22,8 @@ const TILE_BYTES: usize = 512 << 10;
 const CHUNK_BLOCKS: usize = 16;
 /// Tasks for each thread: enough to even out threads of unequal speed.
 const TASKS_PER_THREAD: usize = 8;
+/// A larger output does not stay in the second-level cache.
+const OUTPUT_BYTES: usize = 1 << 20;
 const CACHE_LINE: usize = 64;
 
 /// Where the sums of two panels begin.
@@ -155,6 +157,10 @@ impl Plan<'_> {
         self.groups.last().is_none_or(|last| last.first + last.width <= MAX_DIRECT_TOKENS)
     }
 
+    fn output_len(&self) -> usize {
+        self.groups.last().map_or(0, |last| (last.first + last.width) * self.num_rows)
+    }
+
     fn num_couples(&self) -> usize {
         match self.epilogue {
             Epilogue::SiluMul(_) => self.w.segments[0].num_panels(),
@@ -272,7 +278,7 @@ impl Plan<'_> {
     ) {
         let num_blocks = self.segment(couple.first).num_blocks(self.w.num_cols);
         let is_last = slice.blocks[0].end == num_blocks;
-        let fetches_output = is_last && !self.is_direct();
+        let fetches_output = is_last && OUTPUT_BYTES < size_of::<f32>() * self.output_len();
         if fetches_output {
             self.prefetch_output(couple, groups.start);
         }
