@@ -68,7 +68,8 @@ impl QueryTile<'_> {
 #[derive(Clone, Default)]
 pub(super) struct Partial {
     max: Vec<f32>,
-    sum: Vec<f32>,
+    /// Each lane adds up the weights of every 16th key; they meet when the result is written.
+    sum: Vec<[f32; LANES]>,
     /// [rows, padded head_dim]
     acc: Vec<f32>,
 }
@@ -77,7 +78,7 @@ impl Partial {
     /// The state over no keys.
     pub(super) fn reset(&mut self, num_rows: usize, head_dim: usize) {
         refill(&mut self.max, num_rows, f32::NEG_INFINITY);
-        refill(&mut self.sum, num_rows, 0.0);
+        refill(&mut self.sum, num_rows, [0.0; LANES]);
         refill(&mut self.acc, num_rows * padded(head_dim), 0.0);
     }
 
@@ -90,7 +91,9 @@ impl Partial {
             let (scale, next_scale) =
                 (exp(simd, self.max[row] - max), exp(simd, next.max[row] - max));
             self.max[row] = max;
-            self.sum[row] = self.sum[row] * scale + next.sum[row] * next_scale;
+            let sum = simd.mul(simd.load(&self.sum[row]), simd.splat(scale));
+            let next_sum = simd.load(&next.sum[row]);
+            simd.store(&mut self.sum[row], simd.mul_add(next_sum, simd.splat(next_scale), sum));
             let acc = &mut self.acc[row * width..][..width];
             let next_acc = &next.acc[row * width..][..width];
             for (acc, next_acc) in acc.chunks_exact_mut(LANES).zip(next_acc.chunks_exact(LANES)) {
@@ -102,12 +105,13 @@ impl Partial {
     }
 
     /// Divides by the sums: the attention's result, per query [group, head_dim].
-    fn write(&self, outputs: &mut [&mut [f32]], group: usize, head_dim: usize) {
+    #[inline(always)]
+    fn write<S: Simd>(&self, simd: S, outputs: &mut [&mut [f32]], group: usize, head_dim: usize) {
         let width = padded(head_dim);
         for (query, output) in outputs.iter_mut().enumerate() {
             for (head, output) in output.chunks_exact_mut(head_dim).enumerate() {
                 let row = query * group + head;
-                let sum = self.sum[row];
+                let sum = simd.sum_of_lanes(simd.load(&self.sum[row]));
                 for (output, acc) in output.iter_mut().zip(&self.acc[row * width..]) {
                     *output = acc / sum;
                 }
@@ -173,7 +177,7 @@ impl<E: Element> Kernel for Attend<'_, '_, '_, E> {
             }
         }
         if let Destination::Outputs(outputs) = destination {
-            total.write(outputs, tile.group, cache.head_dim);
+            total.write(simd, outputs, tile.group, cache.head_dim);
         }
         scratch.total = total;
         scratch.partition = partition;
@@ -209,7 +213,7 @@ impl Kernel for MergePartitions<'_, '_> {
         for (index, partial) in self.partials.iter().enumerate() {
             total.merge(simd, partial, first_row(self.tile, index * PARTITION));
         }
-        total.write(self.outputs, self.tile.group, self.head_dim);
+        total.write(simd, self.outputs, self.tile.group, self.head_dim);
     }
 }
 
@@ -368,7 +372,7 @@ fn softmax<S: Simd>(
     scores: &mut [[f32; TILE]],
     num_columns: usize,
     max: &mut [f32],
-    sum: &mut [f32],
+    sum: &mut [[f32; LANES]],
 ) -> [f32; LANES] {
     let mut changes = [0.0; LANES];
     for ((scores, max), change) in scores.iter().zip(&mut *max).zip(&mut changes) {
@@ -390,7 +394,8 @@ fn softmax<S: Simd>(
             weight_sum = simd.add(weight_sum, weights);
             simd.store(scores, weights);
         }
-        *sum = *sum * factor + simd.sum_of_lanes(weight_sum);
+        let before = simd.load(&*sum);
+        simd.store(sum, simd.mul_add(before, simd.splat(*factor), weight_sum));
     }
     factors
 }
@@ -465,7 +470,7 @@ fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(PANEL)
 }
 
-fn refill(values: &mut Vec<f32>, len: usize, value: f32) {
+fn refill<T: Clone>(values: &mut Vec<T>, len: usize, value: T) {
     values.clear();
     values.resize(len, value);
 }
