@@ -144,7 +144,8 @@ impl StoredResponse {
 
     /// All items of the conversation, the answer included.
     pub(super) fn items(&self) -> Vec<Value> {
-        self.turns.iter().flat_map(|turn| [&turn.input, &turn.output]).flat_map(parse).collect()
+        let texts = self.turns.iter().flat_map(|turn| [&turn.input, &turn.output]);
+        texts.flat_map(|text| parse(text)).collect()
     }
 
     /// The items that the answer was made from.
@@ -152,11 +153,11 @@ impl StoredResponse {
         let mut texts: Vec<&String> =
             self.turns.iter().flat_map(|turn| [&turn.input, &turn.output]).collect();
         texts.pop();
-        texts.into_iter().flat_map(parse).collect()
+        texts.into_iter().flat_map(|text| parse(text)).collect()
     }
 }
 
-fn parse(items: &String) -> Vec<Value> {
+fn parse(items: &str) -> Vec<Value> {
     serde_json::from_str(items).expect("it was written by this server")
 }
 

@@ -84,9 +84,10 @@ async fn prepare(
     // Whatever may hold a grammar may block.
     let has_grammar = body.request.tools.is_some() || body.request.text.is_some();
     let previous_bytes = previous.as_ref().map_or(0, |previous| previous.num_bytes());
-    let num_bytes = match has_grammar {
-        true => usize::MAX,
-        false => preparation_bytes(&body.fields, body.num_bytes).saturating_add(previous_bytes),
+    let num_bytes = if has_grammar {
+        usize::MAX
+    } else {
+        preparation_bytes(&body.fields, body.num_bytes).saturating_add(previous_bytes)
     };
     let prepared = run_sized(num_bytes, state, move || {
         let suffix = Uuid::now_v7().simple().to_string();
