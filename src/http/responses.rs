@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, RawQuery, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -30,6 +31,7 @@ use crate::openai::responses::{
 const DEFAULT_PAGE: usize = 20;
 const MAX_PAGE: usize = 100;
 
+type StoredId = Result<Path<String>, PathRejection>;
 type Body = GenerationBody<ResponsesRequest>;
 
 pub(super) async fn create(
@@ -196,9 +198,10 @@ impl RenderChunks for ResponseRenderer {
 
 pub(super) async fn retrieve(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    id: StoredId,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
+    let id = known(id)?;
     if query_fields(query.as_deref()).get("stream").is_some_and(|stream| *stream == "true") {
         return Err(invalid("stream", "a stored response cannot be streamed"));
     }
@@ -208,8 +211,9 @@ pub(super) async fn retrieve(
 
 pub(super) async fn delete(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    id: StoredId,
 ) -> Result<Json<DeletedResponse>, ApiError> {
+    let id = known(id)?;
     if !state.responses.remove(&id) {
         return Err(ApiError::ResponseNotFound(id));
     }
@@ -219,9 +223,10 @@ pub(super) async fn delete(
 /// The conversation that led to a response, the newest item first unless asked otherwise.
 pub(super) async fn input_items(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    id: StoredId,
     RawQuery(query): RawQuery,
 ) -> Result<Json<InputItemList>, ApiError> {
+    let id = known(id)?;
     let query = query_fields(query.as_deref());
     let limit = match query.get("limit") {
         None => DEFAULT_PAGE,
@@ -251,6 +256,11 @@ pub(super) async fn input_items(
         data: items,
         has_more,
     }))
+}
+
+fn known(id: StoredId) -> Result<String, ApiError> {
+    let id = id.map(|Path(id)| id);
+    id.map_err(|_| ApiError::ResponseNotFound("an id that is not UTF-8".into()))
 }
 
 fn item_id(item: &Value) -> Option<String> {
