@@ -4,10 +4,13 @@
 //! the way out: events become deltas of text. Both know OpenAI's wire types, and nothing of HTTP.
 
 pub mod answer;
+pub mod anthropic;
 pub mod best_of;
 pub mod constraint;
+pub mod converted;
 pub mod embedding;
 mod encoding;
+mod fields;
 pub mod fim;
 pub mod logprobs;
 pub mod messages;
@@ -18,6 +21,7 @@ mod pinning;
 pub mod prompt;
 pub mod reasoning;
 mod rendered;
+pub mod responses;
 pub mod template;
 mod thinking;
 pub mod tokenize;

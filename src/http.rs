@@ -3,6 +3,7 @@
 //! Start at [`router`]. A handler parses, calls one function of `chat`, submits to the engine and
 //! renders. **Invariant:** whatever goes wrong is answered in OpenAI's shape with a request id.
 
+mod anthropic_errors;
 mod body;
 mod chat;
 mod completions;
@@ -13,9 +14,12 @@ mod extract;
 mod fim;
 mod generation;
 mod health;
+mod messages;
 mod models;
 mod render;
 mod request_id;
+mod response_store;
+mod responses;
 mod router;
 mod serve;
 mod sse;

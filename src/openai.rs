@@ -13,6 +13,7 @@ pub mod generation;
 pub mod message;
 pub mod model;
 pub mod render;
+pub mod responses;
 pub mod stream;
 pub mod tokenize;
 pub mod tool;

@@ -20,7 +20,11 @@ mod errors;
 mod extras;
 #[path = "api/fuzz.rs"]
 mod fuzz;
+#[path = "api/messages.rs"]
+mod messages;
 #[path = "api/other_routes.rs"]
 mod other_routes;
+#[path = "api/responses.rs"]
+mod responses;
 #[path = "api/socket.rs"]
 mod socket;

@@ -12,8 +12,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("lib", &["*"]),
     ("main", &["*"]),
     ("cli", &["*"]),
-    ("http", &["openai", "chat", "engine"]),
-    ("chat", &["openai", "text", "grammar", "engine::request", "engine::event"]),
+    ("http", &["openai", "anthropic", "chat", "engine"]),
+    ("chat", &["openai", "anthropic", "text", "grammar", "engine::request", "engine::event"]),
     ("grammar", &["text"]),
     ("engine", &["scheduler", "grammar", "kv", "sampling::params", "sampling::SamplingParams"]),
     (
@@ -40,6 +40,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("kv", &[]),
     ("text", &[]),
     ("openai", &[]),
+    ("anthropic", &[]),
     ("device", &[]),
     ("config", &[]),
     ("telemetry", &[]),

@@ -21,7 +21,7 @@ const MAX_BEST_OF: i64 = 20;
 
 /// Fields that constrain or change the output in ways this version cannot honour. Ignoring them
 /// would hand out something else than was asked for.
-const REFUSED: [&str; 18] = [
+const REFUSED: [&str; 19] = [
     "allowed_token_ids",
     "truncate_prompt_tokens",
     "chat_template",
@@ -40,6 +40,7 @@ const REFUSED: [&str; 18] = [
     "logits_processors",
     "bad_words",
     "prompt_embeds",
+    "mcp_servers",
 ];
 
 /// Fields that ask for something by being there, whatever they hold.

@@ -19,8 +19,15 @@ const MAX_JSON_VALUES: usize = 200_000;
 /// Most strings, tokens or lists in a field that holds text or tokens.
 const MAX_LIST_VALUES: usize = 2_000_000;
 /// Fields that are kept as JSON, all or in part.
-const JSON_FIELDS: [&str; 12] = [
+const JSON_FIELDS: [&str; 19] = [
     "messages",
+    "text",
+    "reasoning",
+    "metadata",
+    "system",
+    "thinking",
+    "output_config",
+    "cache_control",
     "tools",
     "tool_choice",
     "functions",
@@ -67,6 +74,12 @@ impl<'a> Body<'a> {
             check_num_values(field, if is_json { MAX_JSON_VALUES } else { MAX_LIST_VALUES })?;
         }
         Ok(body)
+    }
+
+    /// Checks a field that only some endpoints keep as JSON.
+    pub(super) fn check_json(&self, name: &str) -> Result<(), ApiError> {
+        let mut fields = self.fields.iter().filter(|field| field.name == name);
+        fields.try_for_each(|field| check_num_values(field, MAX_JSON_VALUES))
     }
 
     /// Reads the fields that `T` knows. Of several with one name the last counts.

@@ -28,6 +28,10 @@ pub(super) enum ApiError {
     TooLong { message: String, param: &'static str },
     #[error("the model `{0}` does not exist")]
     ModelNotFound(String),
+    #[error("there is no response `{0}`: it never was, was not stored, or its time is over")]
+    ResponseNotFound(String),
+    #[error("there is no response `{0}`: it never was, was not stored, or its time is over")]
+    PreviousNotFound(String),
     #[error("no such path: {0}")]
     NotFound(String),
     #[error("this path does not accept {0}")]
@@ -64,6 +68,8 @@ impl ApiError {
             Self::Invalid { param, .. } => param.clone(),
             Self::TooLong { param, .. } => Some((*param).to_owned()),
             Self::ModelNotFound(_) => Some("model".to_owned()),
+            Self::ResponseNotFound(_) => Some("response_id".to_owned()),
+            Self::PreviousNotFound(_) => Some("previous_response_id".to_owned()),
             _ => None,
         };
         let message = self.to_string().chars().take(MAX_MESSAGE_CHARS).collect();
@@ -71,12 +77,15 @@ impl ApiError {
         ErrorBody { error: ErrorObject { message, kind: kind.to_owned(), param, code } }
     }
 
-    fn status(&self) -> StatusCode {
+    pub(super) fn status(&self) -> StatusCode {
         match self {
-            Self::Invalid { .. } | Self::TooLong { .. } | Self::BodyUnreadable => {
-                StatusCode::BAD_REQUEST
+            Self::Invalid { .. }
+            | Self::TooLong { .. }
+            | Self::BodyUnreadable
+            | Self::PreviousNotFound(_) => StatusCode::BAD_REQUEST,
+            Self::ModelNotFound(_) | Self::NotFound(_) | Self::ResponseNotFound(_) => {
+                StatusCode::NOT_FOUND
             }
-            Self::ModelNotFound(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
@@ -94,6 +103,10 @@ impl ApiError {
             Self::Invalid { .. } | Self::BodyUnreadable => ("invalid_request_error", None),
             Self::TooLong { .. } => ("invalid_request_error", Some("context_length_exceeded")),
             Self::ModelNotFound(_) => ("invalid_request_error", Some("model_not_found")),
+            Self::ResponseNotFound(_) => ("invalid_request_error", Some("response_not_found")),
+            Self::PreviousNotFound(_) => {
+                ("invalid_request_error", Some("previous_response_not_found"))
+            }
             Self::NotFound(_) => ("invalid_request_error", Some("not_found")),
             Self::MethodNotAllowed(_) => ("invalid_request_error", Some("method_not_allowed")),
             Self::BodyTooLarge(_) => ("invalid_request_error", Some("body_too_large")),
@@ -125,7 +138,9 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status(), Json(self.body())).into_response();
+        let body = self.body();
+        let mut response = (self.status(), Json(&body)).into_response();
+        response.extensions_mut().insert(body);
         if let Some(seconds) = self.retry_after() {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }

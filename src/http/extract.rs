@@ -85,6 +85,7 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for GenerationB
 impl<T: DeserializeOwned> GenerationBody<T> {
     fn decode(bytes: &[u8], permit: Permit) -> Result<Self, ApiError> {
         let mut body = Body::scan(bytes)?;
+        body.check_json("input")?;
         let request: T = body.read()?;
         let fields: GenerationFields = body.read()?;
         let ignored = ignored(&body, fields.strict_params)?;

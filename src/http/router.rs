@@ -9,10 +9,13 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
+use super::anthropic_errors::with_anthropic_errors;
 use super::error::ApiError;
 use super::request_id::with_request_id;
 use super::state::AppState;
-use super::{chat, completions, embeddings, fim, health, models, render, tokenize};
+use super::{
+    chat, completions, embeddings, fim, health, messages, models, render, responses, tokenize,
+};
 
 /// The whole server as one service.
 pub fn router(state: AppState) -> Router {
@@ -24,6 +27,12 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/completions/render", post(render::completion))
         .route("/v1/fim/completions", post(fim::create))
         .route("/v1/embeddings", post(embeddings::create))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/input_tokens", post(responses::count_input))
+        .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
+        .route("/v1/responses/{id}/input_items", get(responses::input_items))
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/tokenize", post(tokenize::tokenize))
@@ -45,6 +54,7 @@ fn layered(routes: Router, max_body_bytes: usize) -> Router {
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(max_body_bytes))
         .layer(CatchPanicLayer::custom(on_panic))
+        .layer(middleware::from_fn(with_anthropic_errors))
         .layer(middleware::from_fn(with_request_id))
 }
 

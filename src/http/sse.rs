@@ -31,6 +31,45 @@ pub(super) trait RenderChunks: Send + 'static {
     fn update(&mut self, prompt: usize, update: Update, usage: Usage) -> Vec<Self::Chunk>;
     /// Chunks after the last update.
     fn end(&mut self, usage: Usage) -> Vec<Self::Chunk>;
+
+    /// The name of the chunk's event, where clients go by names. Such streams end without a sign.
+    fn name(_: &Self::Chunk) -> Option<&'static str> {
+        None
+    }
+
+    /// Chunks that tell of an error midway; `None` for OpenAI's error body.
+    fn fail(&mut self, _: &ApiError, _: Usage) -> Option<Vec<Self::Chunk>> {
+        None
+    }
+
+    /// What keeps a silent stream alive.
+    fn keep_alive() -> KeepAlive {
+        KeepAlive::new().text("keep-alive")
+    }
+}
+
+/// An event of a stream, in text.
+struct SentEvent {
+    name: Option<&'static str>,
+    data: String,
+}
+
+impl SentEvent {
+    fn of<R: RenderChunks>(chunk: &R::Chunk) -> Self {
+        Self { name: R::name(chunk), data: to_json(chunk) }
+    }
+
+    fn bare(data: String) -> Self {
+        Self { name: None, data }
+    }
+
+    fn into_event(self) -> Event {
+        let event = Event::default().data(self.data);
+        match self.name {
+            Some(name) => event.event(name),
+            None => event,
+        }
+    }
 }
 
 /// When chunks carry usage.
@@ -75,7 +114,7 @@ pub(super) async fn response<R: RenderChunks>(
     if let Ok(begun) = timeout(limits.keep_alive, producer.begin()).await {
         begun?;
     }
-    let keep_alive = KeepAlive::new().interval(limits.keep_alive).text("keep-alive");
+    let keep_alive = R::keep_alive().interval(limits.keep_alive);
     let mut response = Sse::new(events(producer)).keep_alive(keep_alive).into_response();
     // Proxies must not collect a stream before they pass it on.
     let name = HeaderName::from_static("x-accel-buffering");
@@ -87,26 +126,48 @@ struct Producer<R> {
     /// `None` after the last update.
     generation: Option<Generation>,
     renderer: R,
-    ready: VecDeque<String>,
+    ready: VecDeque<SentEvent>,
+    usage: Usage,
+    is_named: bool,
 }
 
 fn events<R: RenderChunks>(producer: Producer<R>) -> impl Stream<Item = Result<Event, Infallible>> {
     stream::unfold(producer, |mut producer| async move {
         loop {
-            if let Some(data) = producer.ready.pop_front() {
-                return Some((Ok(Event::default().data(data)), producer));
+            if let Some(event) = producer.ready.pop_front() {
+                return Some((Ok(event.into_event()), producer));
             }
             if let Err(error) = producer.refill().await? {
-                producer.ready.push_back(to_json(&error.body()));
+                producer.fail(&error);
             }
         }
     })
 }
 
 impl<R: RenderChunks> Producer<R> {
-    fn new(generation: Generation, mut renderer: R) -> Self {
-        let ready = renderer.begin().iter().map(to_json).collect();
-        Self { generation: Some(generation), renderer, ready }
+    fn new(generation: Generation, renderer: R) -> Self {
+        let mut producer = Self {
+            usage: generation.usage(),
+            ready: VecDeque::new(),
+            is_named: false,
+            generation: Some(generation),
+            renderer,
+        };
+        let chunks = producer.renderer.begin();
+        producer.send(&chunks);
+        producer
+    }
+
+    fn send(&mut self, chunks: &[R::Chunk]) {
+        self.ready.extend(chunks.iter().map(SentEvent::of::<R>));
+        self.is_named |= self.ready.back().is_some_and(|event| event.name.is_some());
+    }
+
+    fn fail(&mut self, error: &ApiError) {
+        match self.renderer.fail(error, self.usage) {
+            Some(chunks) => self.send(&chunks),
+            None => self.ready.push_back(SentEvent::bare(to_json(&error.body()))),
+        }
     }
 
     /// Waits for the first piece of an answer, which is more than what a stream begins with.
@@ -124,19 +185,23 @@ impl<R: RenderChunks> Producer<R> {
     /// Waits for more data; `None` when the stream is over. Nothing is lost when it is dropped.
     async fn refill(&mut self) -> Option<Result<(), ApiError>> {
         let generation = self.generation.as_mut()?;
-        match generation.next().await {
+        let next = generation.next().await;
+        self.usage = generation.usage();
+        match next {
             Some(Ok((prompt, update))) => {
-                let chunks = self.renderer.update(prompt, update, generation.usage());
-                self.ready.extend(chunks.iter().map(to_json));
+                let chunks = self.renderer.update(prompt, update, self.usage);
+                self.send(&chunks);
             }
             Some(Err(error)) => {
                 self.generation = None;
                 return Some(Err(error));
             }
             None => {
-                let chunks = self.renderer.end(generation.usage());
-                self.ready.extend(chunks.iter().map(to_json));
-                self.ready.push_back(DONE.to_owned());
+                let chunks = self.renderer.end(self.usage);
+                self.send(&chunks);
+                if !self.is_named {
+                    self.ready.push_back(SentEvent::bare(DONE.to_owned()));
+                }
                 self.generation = None;
             }
         }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::response_store::{ResponseStore, StoreLimits};
 use crate::chat::model::ServedModel;
 use crate::chat::prompt::PromptLimits;
 use crate::engine::EngineHandle;
@@ -29,6 +30,12 @@ pub struct HttpLimits {
     pub body_timeout: Duration,
     /// Connections that are served at once; further ones wait to be accepted.
     pub max_connections: usize,
+    /// Most responses that are kept for later requests; the oldest go first.
+    pub max_stored_responses: usize,
+    /// Most bytes of them all.
+    pub max_stored_bytes: usize,
+    /// How long a response is kept.
+    pub stored_response_lifetime: Duration,
 }
 
 impl Default for HttpLimits {
@@ -45,6 +52,9 @@ impl Default for HttpLimits {
             header_timeout: Duration::from_secs(75),
             body_timeout: Duration::from_secs(30),
             max_connections: 4096,
+            max_stored_responses: 4096,
+            max_stored_bytes: 128 << 20,
+            stored_response_lifetime: Duration::from_secs(24 * 60 * 60),
         }
     }
 }
@@ -62,6 +72,8 @@ pub struct AppState {
     pub created: u64,
     /// The next seed for a request that has none.
     pub next_seed: Arc<AtomicU64>,
+    /// Responses that later requests may refer to.
+    pub(super) responses: Arc<ResponseStore>,
     /// Whether shutdown has begun.
     pub(super) is_draining: Arc<AtomicBool>,
 }
@@ -69,8 +81,14 @@ pub struct AppState {
 impl AppState {
     /// State of a server whose requests go to `engine`, which may still be loading.
     pub fn new(engine: EngineHandle, model: ServedModel, limits: HttpLimits) -> Self {
+        let responses = ResponseStore::new(StoreLimits {
+            max_responses: limits.max_stored_responses,
+            max_bytes: limits.max_stored_bytes,
+            lifetime: limits.stored_response_lifetime,
+        });
         Self {
             engine,
+            responses: Arc::new(responses),
             model: Arc::new(model),
             limits: Arc::new(limits),
             is_draining: Arc::default(),

@@ -9,7 +9,7 @@ use super::tool::{CalledFunction, MessageToolCall};
 
 /// The fields only this endpoint has; the rest is in
 /// [`GenerationFields`](super::generation::GenerationFields).
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 pub struct ChatCompletionRequest {
     pub model: String,
     pub messages: Vec<ChatMessage>,

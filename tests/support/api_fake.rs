@@ -116,7 +116,8 @@ pub(crate) fn config() -> EngineConfig {
     EngineConfig { num_blocks: 1024, block_size: 16, vocab_size: VOCAB_SIZE, ..Default::default() }
 }
 
-fn model() -> ServedModel {
+/// The fake model; like it, a test may have one that thinks.
+pub(crate) fn model() -> ServedModel {
     let special = TemplateTokens { bos_token: None, eos_token: Some("<|im_end|>".into()) };
     let tokenizer = Arc::new(tokenizer());
     ServedModel {
@@ -195,6 +196,22 @@ impl Answer {
         assert!(error["message"].is_string() && error["type"].is_string(), "{body}");
         assert!(self.headers.contains_key("x-request-id"));
         body["error"].clone()
+    }
+
+    /// The JSON of each event of a stream whose events have names, which are their types.
+    #[track_caller]
+    pub(crate) fn events(&self) -> Vec<Value> {
+        assert_eq!(self.status, 200, "{}", self.text);
+        let text = self.text.strip_suffix("\n\n").expect("events end with an empty line");
+        let events = text.split("\n\n").filter(|event| !event.starts_with(':'));
+        let events = events.map(|event| {
+            let lines: Vec<&str> = event.lines().collect();
+            let field = |name| lines.iter().find_map(|line| line.strip_prefix(name));
+            let data: Value = serde_json::from_str(field("data: ").expect("data")).unwrap();
+            assert_eq!(data["type"].as_str(), field("event: "), "{event}");
+            data
+        });
+        events.collect()
     }
 
     /// The JSON of each event of a stream that ended well.
