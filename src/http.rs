@@ -14,6 +14,7 @@ mod fim;
 mod generation;
 mod health;
 mod models;
+mod openapi;
 mod render;
 mod request_id;
 mod router;

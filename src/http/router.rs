@@ -12,7 +12,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use super::error::ApiError;
 use super::request_id::with_request_id;
 use super::state::AppState;
-use super::{chat, completions, embeddings, fim, health, models, render, tokenize};
+use super::{chat, completions, embeddings, fim, health, models, openapi, render, tokenize};
 
 /// The whole server as one service.
 pub fn router(state: AppState) -> Router {
@@ -33,6 +33,8 @@ pub fn router(state: AppState) -> Router {
         .route("/health/ready", get(health::ready))
         .route("/version", get(health::version))
         .route("/metrics", get(health::metrics))
+        .route("/openapi.json", get(openapi::description))
+        .route("/docs", get(openapi::page))
         .with_state(state);
     layered(routes, max_body_bytes)
 }
