@@ -16,6 +16,7 @@ mod generation;
 mod health;
 mod messages;
 mod models;
+mod openapi;
 mod render;
 mod request_id;
 mod response_store;

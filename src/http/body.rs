@@ -98,6 +98,12 @@ impl<'a> Body<'a> {
         })
     }
 
+    /// The names that the types read so far know.
+    #[cfg(test)]
+    pub(super) fn known(&self) -> &[&'static str] {
+        &self.known
+    }
+
     /// The fields that no type read so far knows.
     pub(super) fn unknown(&self) -> impl Iterator<Item = &Field> {
         let is_known = |field: &Field| self.known.contains(&field.name.as_str());

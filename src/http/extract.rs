@@ -38,7 +38,7 @@ pub(super) struct ApiJson<T> {
 
 /// What every endpoint may be told about fields it does not know.
 #[derive(Deserialize)]
-struct Strictness {
+pub(super) struct Strictness {
     strict_params: Option<bool>,
 }
 

@@ -14,7 +14,8 @@ use super::error::ApiError;
 use super::request_id::with_request_id;
 use super::state::AppState;
 use super::{
-    chat, completions, embeddings, fim, health, messages, models, render, responses, tokenize,
+    chat, completions, embeddings, fim, health, messages, models, openapi, render, responses,
+    tokenize,
 };
 
 /// The whole server as one service.
@@ -42,6 +43,8 @@ pub fn router(state: AppState) -> Router {
         .route("/health/ready", get(health::ready))
         .route("/version", get(health::version))
         .route("/metrics", get(health::metrics))
+        .route("/openapi.json", get(openapi::description))
+        .route("/docs", get(openapi::page))
         .with_state(state);
     layered(routes, max_body_bytes)
 }
