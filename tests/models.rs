@@ -73,6 +73,7 @@ fn request(prompt: &[u32], max_tokens: usize, params: SamplingParams) -> Request
         stop: StopConditions { max_tokens, stop_token_ids: Arc::new([]) },
         n: 1,
         grammar: None,
+        thinking: None,
         cache_salt: None,
         priority: Priority::default(),
         pins: Arc::new([]),

@@ -12,7 +12,7 @@ use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::earley::SlicedBiasComputer;
 use llguidance::toktrie::{InferenceCapabilities, TokEnv};
 use llguidance::{ParserFactory, regex_to_lark};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::cache::GrammarCache;
 use super::constraint::Constraint;
@@ -243,8 +243,7 @@ fn build_aside(slot: Slot, source: TopLevelGrammar) -> Result<Arc<Grammar>, Comp
 fn source(constraint: &Constraint) -> Result<TopLevelGrammar, CompileError> {
     match constraint {
         Constraint::JsonObject => {
-            let any_object = schema::prepare(&json!({"type": "object"}))?;
-            Ok(TopLevelGrammar::from_json_schema(any_object))
+            Ok(TopLevelGrammar::from_json_schema(schema::any_object()))
         }
         Constraint::Json(schema) => Ok(TopLevelGrammar::from_json_schema(schema::prepare(schema)?)),
         Constraint::Regex(regex) => Ok(TopLevelGrammar::from_lark(regex_grammar(regex)?)),
