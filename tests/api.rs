@@ -24,3 +24,7 @@ mod fuzz;
 mod other_routes;
 #[path = "api/socket.rs"]
 mod socket;
+#[path = "api/thinking.rs"]
+mod thinking;
+#[path = "api/tools.rs"]
+mod tools;

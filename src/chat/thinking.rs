@@ -163,6 +163,26 @@ mod tests {
     }
 
     #[test]
+    fn a_budget_needs_a_token_that_ends_thoughts() {
+        let json = include_bytes!("../../models/qwen2.5/small_tokenizer.json");
+        let tokenizer = Tokenizer::from_json(json).unwrap();
+        for (fields, param) in [
+            (json!({"thinking_budget": 5, "reasoning_effort": "low"}), "thinking_budget"),
+            (json!({"reasoning_effort": "low"}), "reasoning_effort"),
+            (json!({"reasoning": {"effort": "low"}}), "reasoning.effort"),
+        ] {
+            let thinking = read(&fields, Reasoning::InTags).unwrap();
+            match thinking.limit(Some(ReasoningStart::Inside), &tokenizer) {
+                Err(PromptError::Invalid { param: named, .. }) => assert_eq!(named, param),
+                other => panic!("{fields}: {other:?}"),
+            }
+            assert_eq!(thinking.limit(None, &tokenizer).unwrap(), None);
+        }
+        let unlimited = read(&json!({"reasoning_effort": "max"}), Reasoning::InTags).unwrap();
+        assert_eq!(unlimited.limit(Some(ReasoningStart::Inside), &tokenizer).unwrap(), None);
+    }
+
+    #[test]
     fn a_model_that_does_not_think_ignores_them_but_not_wrong_values() {
         let fields =
             json!({"enable_thinking": true, "thinking_budget": 1, "reasoning_effort": "low"});

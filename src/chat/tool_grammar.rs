@@ -35,7 +35,8 @@ pub(super) fn grammar(
 ) -> Result<Option<Arc<Grammar>>, PromptError> {
     let is_forced = tools.demand == Demand::MustCall;
     let open = model.tokenizer.id_of(OPEN_TAG);
-    if model.conventions.tool_calls != ToolCallFormat::Hermes || (open.is_none() && !is_forced) {
+    let is_whole = is_forced || answer.is_some();
+    if model.conventions.tool_calls != ToolCallFormat::Hermes || (open.is_none() && !is_whole) {
         // Where the format wins, there are no calls to be wrong.
         let has_strict = answer.is_none() && tools.callable.iter().any(|tool| tool.is_strict);
         let param = if is_forced { Some("tool_choice") } else { has_strict.then_some("tools") };
@@ -165,4 +166,186 @@ fn lark(tools: &[Tool], schemas: &[Value], shape: Shape<'_>, model: &ServedModel
         let _ = writeln!(lark, "{name}_arguments: %json {schema}");
     }
     lark
+}
+
+#[cfg(test)]
+mod tests {
+    //! Goal: exactly what was declared can be said. Method: a vocabulary of our own, and texts that
+    //! are followed token by token.
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::chat::model::Conventions;
+    use crate::engine::request::{GenerationDefaults, Pooling};
+    use crate::grammar::{GrammarCompiler, GrammarMatcher};
+    use crate::text::Tokenizer;
+
+    fn model() -> ServedModel {
+        let json = include_bytes!("../../models/qwen2.5/small_tokenizer.json");
+        let tokenizer = Arc::new(Tokenizer::from_json(json).unwrap());
+        let end = tokenizer.id_of("<|im_end|>").unwrap();
+        ServedModel {
+            name: "m".to_owned(),
+            aliases: Vec::new(),
+            root: String::new(),
+            grammars: GrammarCompiler::new(Arc::clone(&tokenizer), &[end]),
+            tokenizer,
+            template: None,
+            eos_token_ids: vec![end],
+            fim: None,
+            pooling: Pooling::Mean,
+            embedding_size: 1,
+            sampling_defaults: GenerationDefaults::default(),
+            conventions: Conventions::default(),
+        }
+    }
+
+    fn tool(name: &str, parameters: Value) -> Tool {
+        let param = format!("{name}.parameters");
+        Tool { name: name.to_owned(), parameters, param, is_strict: false }
+    }
+
+    fn tools(demand: Demand, max_calls: u32, callable: &[Tool]) -> ToolUse {
+        ToolUse { definitions: Value::Null, callable: callable.into(), demand, max_calls }
+    }
+
+    fn add_and_now() -> [Tool; 2] {
+        let number = json!({"$ref": "#/$defs/n"});
+        let add = json!({
+            "properties": {"n": number},
+            "required": ["n"],
+            "$defs": {"n": {"type": "integer"}},
+        });
+        [tool("add", add), tool("now", json!({"type": "object", "properties": {}}))]
+    }
+
+    /// Whether the whole output may be `text`.
+    fn accepts(model: &ServedModel, grammar: &Arc<Grammar>, text: &str) -> bool {
+        let mut matcher = GrammarMatcher::new(Arc::clone(grammar));
+        for &token in &model.tokenizer.encode(text).unwrap() {
+            if matcher.is_over() || matcher.accept(token).is_err() {
+                return false;
+            }
+        }
+        matcher.is_over() || matcher.accept(model.eos_token_ids[0]).is_ok()
+    }
+
+    fn call(name: &str, arguments: &str) -> String {
+        let object = format!("{{\"name\": \"{name}\", \"arguments\": {arguments}}}");
+        format!("<tool_call>\n{object}\n</tool_call>")
+    }
+
+    fn param(result: Result<Option<Arc<Grammar>>, PromptError>) -> String {
+        match result {
+            Err(PromptError::Invalid { param, .. }) => param,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn forced_calls_are_calls_of_the_tools_and_bounded() {
+        let model = model();
+        let (add, now) = (call("add", r#"{"n":1}"#), call("now", "{}"));
+        let many = tools(Demand::MustCall, u32::MAX, &add_and_now());
+        let one = tools(Demand::MustCall, 1, &add_and_now());
+        let many = grammar(&many, None, None, &model).unwrap().unwrap();
+        let one = grammar(&one, None, None, &model).unwrap().unwrap();
+        let calls = |num: usize| vec![add.as_str(); num].join("\n");
+        for (text, for_many, for_one) in [
+            (calls(1), true, true),
+            (now.clone(), true, true),
+            (format!("{add}\n{now}"), true, false),
+            (calls(8), true, false),
+            (calls(9), false, false),
+            (String::new(), false, false),
+            (format!("{add}\n"), false, false),
+            (format!("Well.\n{add}"), false, false),
+            (call("add", r#"{"n":"1"}"#), false, false),
+            (call("add", "{}"), false, false),
+            (call("now", r#"{"invented":1}"#), false, false),
+            (call("other", "{}"), false, false),
+        ] {
+            assert_eq!(accepts(&model, &many, &text), for_many, "{text}");
+            assert_eq!(accepts(&model, &one, &text), for_one, "{text}");
+        }
+    }
+
+    #[test]
+    fn calls_that_may_come_are_held_from_their_tag_on() {
+        let model = model();
+        let free = tools(Demand::MayCall, u32::MAX, &add_and_now());
+        let free = grammar(&free, None, None, &model).unwrap().unwrap();
+        let add = call("add", r#"{"n":1}"#);
+        for (text, is_accepted) in [
+            ("Any text".to_owned(), true),
+            (add.clone(), true),
+            (format!("First {add} then\n{add}."), true),
+            (format!("First {}", call("add", "{}")), false),
+            ("<tool_call>text".to_owned(), false),
+        ] {
+            assert_eq!(accepts(&model, &free, &text), is_accepted, "{text}");
+        }
+    }
+
+    #[test]
+    fn beside_a_format_the_output_is_calls_or_the_answer() {
+        let model = model();
+        let answer = json!({
+            "properties": {"n": {"$ref": "#/$defs/n"}},
+            "required": ["n"],
+            "type": "object",
+            "$defs": {"n": {"type": "string"}},
+        });
+        let either = tools(Demand::MayCall, u32::MAX, &add_and_now());
+        let either = grammar(&either, Some(&answer), None, &model).unwrap().unwrap();
+        let add = call("add", r#"{"n":1}"#);
+        for (text, is_accepted) in [
+            (r#"{"n": "1"}"#.to_owned(), true),
+            (format!("{add}\n{add}"), true),
+            (r#"{"n": 1}"#.to_owned(), false),
+            (call("add", r#"{"n":"1"}"#), false),
+            (format!("{{\"n\": \"1\"}}{add}"), false),
+            ("text".to_owned(), false),
+        ] {
+            assert_eq!(accepts(&model, &either, &text), is_accepted, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_schema_that_cannot_be_followed_is_named_or_was_never_promised() {
+        let model = model();
+        let [add, _] = add_and_now();
+        let unknown = json!({"properties": {"x": {"not": {}}}});
+        let size = json!({"type": "string", "minLength": 2, "maxLength": 1});
+        let impossible = json!({"properties": {"x": size}, "required": ["x"]});
+        for (schema, part) in [(unknown, ".properties.x.not"), (impossible, "")] {
+            let named = format!("bad.parameters{part}");
+            let bad = tool("bad", schema);
+            let strict = Tool { is_strict: true, ..bad.clone() };
+            let forced = tools(Demand::MustCall, 1, &[add.clone(), bad.clone()]);
+            assert_eq!(param(grammar(&forced, None, None, &model)), named);
+            let free = tools(Demand::MayCall, 1, &[add.clone(), strict]);
+            assert_eq!(param(grammar(&free, None, None, &model)), named);
+            let free = tools(Demand::MayCall, u32::MAX, &[add.clone(), bad]);
+            let free = grammar(&free, None, None, &model).unwrap().unwrap();
+            assert!(accepts(&model, &free, &call("bad", r#"{"x": [1]}"#)));
+            assert!(!accepts(&model, &free, &call("bad", "[1]")));
+            assert!(!accepts(&model, &free, &call("add", r#"{"n":"1"}"#)), "others still hold");
+        }
+    }
+
+    #[test]
+    fn models_that_write_calls_otherwise_promise_nothing() {
+        let mut model = model();
+        model.conventions.tool_calls = ToolCallFormat::QwenCoder;
+        let forced = tools(Demand::MustCall, 1, &add_and_now());
+        assert_eq!(param(grammar(&forced, None, None, &model)), "tool_choice");
+        let [add, now] = add_and_now();
+        let free = tools(Demand::MayCall, 1, &[add.clone(), now.clone()]);
+        assert!(grammar(&free, None, None, &model).unwrap().is_none());
+        let strict = tools(Demand::MayCall, 1, &[add, Tool { is_strict: true, ..now }]);
+        assert_eq!(param(grammar(&strict, None, None, &model)), "tools");
+        assert!(grammar(&strict, Some(&json!({})), None, &model).unwrap().is_none());
+    }
 }

@@ -71,11 +71,7 @@ impl<R: Runner> EngineCore<R> {
     }
 
     /// Puts a sequence into the queue, with what it must keep to.
-    pub fn add(
-        &mut self,
-        spec: SequenceSpec,
-        guidance: Guidance<'_>,
-    ) -> Result<(), DoesNotFit> {
+    pub fn add(&mut self, spec: SequenceSpec, guidance: Guidance<'_>) -> Result<(), DoesNotFit> {
         let id = spec.id;
         self.scheduler.add(spec)?;
         self.grammars.add(id, guidance);

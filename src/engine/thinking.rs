@@ -65,8 +65,7 @@ mod tests {
 
     /// What comes of a model that wants to say `wanted`.
     fn said(num_tokens: usize, open: Option<TokenId>, wanted: &[TokenId]) -> Vec<TokenId> {
-        let budget =
-            ThinkingBudget { num_tokens, open, close: CLOSE, end: [10, CLOSE, 10].into() };
+        let budget = ThinkingBudget { num_tokens, open, close: CLOSE, end: [10, CLOSE, 10].into() };
         let mut thought = Thought::new(&budget);
         let mut wanted = wanted.iter().copied();
         let mut said = Vec::new();

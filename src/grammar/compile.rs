@@ -242,9 +242,7 @@ fn build_aside(slot: Slot, source: TopLevelGrammar) -> Result<Arc<Grammar>, Comp
 /// What llguidance is to compile.
 fn source(constraint: &Constraint) -> Result<TopLevelGrammar, CompileError> {
     match constraint {
-        Constraint::JsonObject => {
-            Ok(TopLevelGrammar::from_json_schema(schema::any_object()))
-        }
+        Constraint::JsonObject => Ok(TopLevelGrammar::from_json_schema(schema::any_object())),
         Constraint::Json(schema) => Ok(TopLevelGrammar::from_json_schema(schema::prepare(schema)?)),
         Constraint::Regex(regex) => Ok(TopLevelGrammar::from_lark(regex_grammar(regex)?)),
         Constraint::Choice(choices) => Ok(TopLevelGrammar::from_lark(choice_grammar(choices)?)),
