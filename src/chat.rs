@@ -7,6 +7,7 @@ pub mod answer;
 pub mod best_of;
 pub mod constraint;
 pub mod embedding;
+mod encoding;
 pub mod fim;
 pub mod logprobs;
 pub mod messages;

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
+use crate::chat::encoding::encode;
 use crate::chat::options::{check_token_ids, priority};
-use crate::chat::prompt::{PromptContext, PromptError, encode};
+use crate::chat::prompt::{PromptContext, PromptError};
 use crate::engine::request::{Request, SamplingParams, StopConditions};
 use crate::openai::completion::Prompt;
 use crate::openai::embedding::{EmbeddingRequest, EmbeddingValues, EncodingFormat};

@@ -4,11 +4,10 @@
 //! what belongs between with one of the markers of its training data. Source: the FIM example of
 //! the Qwen2.5-Coder repository, which also lists the tokens to stop at.
 
+use crate::chat::encoding::{encode, encode_literal};
 use crate::chat::model::ServedModel;
 use crate::chat::options::{check_refused, refuse_best_of};
-use crate::chat::prompt::{
-    Demand, Prepared, PromptContext, PromptError, Settings, encode, encode_literal,
-};
+use crate::chat::prompt::{Demand, Prepared, PromptContext, PromptError, Settings};
 use crate::openai::completion::FimRequest;
 use crate::openai::generation::GenerationFields;
 use crate::text::{TokenId, Tokenizer};

@@ -10,12 +10,13 @@ use serde_json::{Map, Value};
 
 use crate::chat::answer::AnswerFormat;
 use crate::chat::constraint::{self, Asked};
+use crate::chat::encoding::{encode, split_prompts};
 use crate::chat::fim::{FillIn, fill_in};
 use crate::chat::messages::template_messages;
 use crate::chat::model::{Reasoning, ServedModel};
 use crate::chat::options::{
-    check_refused, check_token_ids, num_candidates, num_choices, priority, refuse_best_of,
-    sampling_options, stop_strings, stop_token_ids, top_count,
+    check_refused, num_candidates, num_choices, priority, refuse_best_of, sampling_options,
+    stop_strings, stop_token_ids, top_count,
 };
 use crate::chat::output::{OutputOptions, RequestOutput};
 use crate::chat::pinning;
@@ -31,17 +32,13 @@ use crate::engine::request::{
 };
 use crate::grammar::Grammar;
 use crate::openai::chat::ChatCompletionRequest;
-use crate::openai::completion::{CompletionRequest, Prompt};
+use crate::openai::completion::CompletionRequest;
 use crate::openai::generation::GenerationFields;
 use crate::openai::message::{ChatMessage, Content, Role};
 use crate::text::{SpecialTokens, StopStrings, TokenId};
 
 /// `max_tokens` of a completion that does not say, by OpenAI's schema.
 const DEFAULT_COMPLETION_TOKENS: usize = 16;
-
-/// No token of the vocabulary stands for more bytes than this, so a longer text cannot fit and is
-/// not worth encoding.
-const MAX_BYTES_PER_TOKEN: usize = 256;
 
 /// Most log-probabilities in one answer, whoever asks for how many tokens, choices and likely
 /// tokens beside the chosen: each takes some hundred bytes until the answer is sent.
@@ -303,51 +300,6 @@ pub fn render_options(
     })
 }
 
-/// Encodes a text, which must yield at least one token.
-pub fn encode(
-    text: &str,
-    param: &'static str,
-    context: &PromptContext<'_>,
-) -> Result<Vec<TokenId>, PromptError> {
-    check_num_bytes(text, param, context)?;
-    let tokens = context.model.tokenizer.encode(text);
-    let tokens = tokens.map_err(|error| PromptError::Encode(error.to_string()))?;
-    if tokens.is_empty() {
-        return Err(PromptError::invalid(param, "must not be empty"));
-    }
-    Ok(tokens)
-}
-
-/// Encodes a text, which may be empty, and in which nothing is a special token.
-pub(super) fn encode_literal(
-    text: &str,
-    param: &'static str,
-    context: &PromptContext<'_>,
-) -> Result<Vec<TokenId>, PromptError> {
-    check_num_bytes(text, param, context)?;
-    let tokens = context.model.tokenizer.encode_plain(text);
-    tokens.map_err(|error| PromptError::Encode(error.to_string()))
-}
-
-fn check_num_bytes(
-    text: &str,
-    param: &'static str,
-    context: &PromptContext<'_>,
-) -> Result<(), PromptError> {
-    let max_model_len = context.limits.max_model_len;
-    if max_model_len.saturating_mul(MAX_BYTES_PER_TOKEN) < text.len() {
-        return Err(PromptError::TooLong {
-            param,
-            message: format!(
-                "This model's maximum context length is {max_model_len} tokens. However, your \
-                 {param} has {} bytes, more than that many tokens can hold.",
-                text.len()
-            ),
-        });
-    }
-    Ok(())
-}
-
 fn chat_logprobs(request: &ChatCompletionRequest) -> Result<Option<u32>, PromptError> {
     let top = top_count("top_logprobs", request.top_logprobs)?;
     match (request.logprobs, top) {
@@ -362,50 +314,6 @@ fn last_assistant_text(messages: &[ChatMessage]) -> Option<String> {
     match last.content.as_ref()? {
         Content::Text(text) => Some(text.clone()),
         Content::Parts(_) => None,
-    }
-}
-
-type PromptText = (Vec<TokenId>, Option<String>);
-
-fn split_prompts(
-    prompt: &Prompt,
-    fill_in: Option<&FillIn<'_>>,
-    context: &PromptContext<'_>,
-) -> Result<Vec<PromptText>, PromptError> {
-    let encode_text = |text: &String| {
-        let tokens = match fill_in {
-            None => encode(text, "prompt", context)?,
-            Some(fill_in) => fill_in.wrap(&encode_literal(text, "prompt", context)?),
-        };
-        Ok((tokens, Some(text.clone())))
-    };
-    let check_ids = |ids: &Vec<TokenId>, param: &str| {
-        if ids.is_empty() {
-            return Err(PromptError::invalid(param, "must not be empty"));
-        }
-        check_token_ids(param, ids, &context.limits)?;
-        Ok((fill_in.map_or_else(|| ids.clone(), |fill_in| fill_in.wrap(ids)), None))
-    };
-    let count = match prompt {
-        Prompt::Texts(texts) => texts.len(),
-        Prompt::TokenLists(lists) => lists.len(),
-        Prompt::Text(_) | Prompt::Tokens(_) => 1,
-    };
-    if count < 1 || context.limits.max_prompts < count {
-        return Err(PromptError::invalid(
-            "prompt",
-            format!("must hold between 1 and {} prompts, got {count}", context.limits.max_prompts),
-        ));
-    }
-    match prompt {
-        Prompt::Text(text) => Ok(vec![encode_text(text)?]),
-        Prompt::Texts(texts) => texts.iter().map(encode_text).collect(),
-        Prompt::Tokens(ids) => Ok(vec![check_ids(ids, "prompt")?]),
-        Prompt::TokenLists(lists) => lists
-            .iter()
-            .enumerate()
-            .map(|(index, ids)| check_ids(ids, &format!("prompt[{index}]")))
-            .collect(),
     }
 }
 

@@ -1,7 +1,8 @@
 //! Tokens for a text or a conversation, and back, without generating anything.
 
+use crate::chat::encoding::encode;
 use crate::chat::options::check_token_ids;
-use crate::chat::prompt::{PromptContext, PromptError, encode, render, render_options};
+use crate::chat::prompt::{PromptContext, PromptError, render, render_options};
 use crate::chat::tools::read_tools;
 use crate::openai::tokenize::{
     DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse,

@@ -97,10 +97,9 @@ async fn schemas_that_cannot_be_followed_are_named_where_they_matter() {
     let mut strict = bad.clone();
     strict["function"]["strict"] = true.into();
     let named = json!({"type": "function", "function": {"name": "bad"}});
-    for (bad, more) in [
-        (&bad, json!({"tool_choice": "required"})),
-        (&bad, json!({"tool_choice": named})),
-    ] {
+    for (bad, more) in
+        [(&bad, json!({"tool_choice": "required"})), (&bad, json!({"tool_choice": named}))]
+    {
         let body = with(with(chat("x"), tools(bad)), more);
         assert_eq!(server.post(PATH, body).await.error(400)["param"], place);
     }
