@@ -16,6 +16,7 @@ mod grammars;
 pub mod handle;
 pub mod request;
 pub mod stats;
+mod thinking;
 pub mod thread;
 
 pub use event::{Event, FinishReason};

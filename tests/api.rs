@@ -28,3 +28,7 @@ mod other_routes;
 mod responses;
 #[path = "api/socket.rs"]
 mod socket;
+#[path = "api/thinking.rs"]
+mod thinking;
+#[path = "api/tools.rs"]
+mod tools;

@@ -44,6 +44,7 @@ fn request(prompt: &[TokenId], max_tokens: usize) -> Request {
         stop: StopConditions { max_tokens, stop_token_ids: Arc::new([]) },
         n: 1,
         grammar: None,
+        thinking: None,
         cache_salt: None,
         priority: Priority::default(),
         pins: Arc::new([]),

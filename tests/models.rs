@@ -11,13 +11,16 @@ use std::sync::Arc;
 
 use candle_core::DType;
 use futures_util::StreamExt;
-use qwen_server::engine::event::{Event, TokenLogprobs};
+use qwen_server::engine::event::{Event, FinishReason, TokenLogprobs};
 use qwen_server::engine::handle::EngineHandle;
 use qwen_server::engine::request::{Pooling, Priority, Request, StopConditions};
 use qwen_server::engine::thread::{EngineConfig, spawn};
+use qwen_server::grammar::{Constraint, GrammarCompiler};
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
 use qwen_server::sampling::SamplingParams;
+use qwen_server::text::{SpecialTokens, Tokenizer, TokenizerSpec};
 use qwen_server::weights::checkpoint::Checkpoint;
+use qwen_server::weights::gguf::Gguf;
 use serde::Deserialize;
 
 #[derive(Clone, Copy)]
@@ -73,6 +76,7 @@ fn request(prompt: &[u32], max_tokens: usize, params: SamplingParams) -> Request
         stop: StopConditions { max_tokens, stop_token_ids: Arc::new([]) },
         n: 1,
         grammar: None,
+        thinking: None,
         cache_salt: None,
         priority: Priority::default(),
         pins: Arc::new([]),
@@ -272,6 +276,90 @@ async fn a_cached_prefix_changes_no_bit() {
         assert_eq!(fresh.num_cached_tokens, 0);
         assert_eq!(cached.num_cached_tokens, 96, "six full blocks of a 97-token prompt");
         assert_same("cached", 6, &cached, &fresh);
+    }
+}
+
+/// The vocabulary of the tiny models: bytes, ten merges and Qwen's added tokens.
+fn tokenizer(model: &Path) -> Arc<Tokenizer> {
+    let gguf = Gguf::open(model).unwrap();
+    let metadata = gguf.metadata();
+    let spec = TokenizerSpec {
+        tokens: metadata.strings("tokenizer.ggml.tokens").unwrap(),
+        merges: metadata.strings("tokenizer.ggml.merges").unwrap(),
+        token_types: metadata.i32s("tokenizer.ggml.token_type").unwrap(),
+        pre: metadata.str("tokenizer.ggml.pre").unwrap().to_owned(),
+    };
+    Arc::new(Tokenizer::from_spec(spec).unwrap())
+}
+
+/// The tokens of each choice, once all have ended by themselves.
+async fn choices(engine: &EngineHandle, request: Request) -> Vec<Vec<u32>> {
+    let mut choices = vec![Vec::new(); request.n as usize];
+    let mut events = engine.generate(request).unwrap();
+    while let Some(event) = events.next().await {
+        match event {
+            Event::Token { choice, token } => choices[choice as usize].push(token.id),
+            Event::Finished { reason, .. } => assert_eq!(reason, FinishReason::Stop),
+            Event::Failed(why) => panic!("{why}"),
+            _ => {}
+        }
+    }
+    choices
+}
+
+/// Goal: no draw leaves a grammar, on real logits as hot as they get, beside others and after
+/// preemptions. A random model has no idea of JSON, so nothing here is valid by chance.
+#[tokio::test]
+async fn hot_choices_keep_to_their_grammar() {
+    let model = tiny("mixed.gguf");
+    let tokenizer = tokenizer(&model);
+    let end = tokenizer.id_of("<|im_end|>").unwrap();
+    let schema = serde_json::json!({
+        "type": "object",
+        "properties": {
+            "id": {"type": "integer", "minimum": -7, "maximum": 1000},
+            "tags": {"type": "array", "items": {"type": "string", "maxLength": 6}, "maxItems": 3},
+            "kind": {"enum": ["é", "ab", "abc"]},
+        },
+        "required": ["id", "tags", "kind"],
+        "additionalProperties": false,
+    });
+    let compiler = GrammarCompiler::new(Arc::clone(&tokenizer), &[end]);
+    let grammar = compiler.compile(&Constraint::Json(schema)).unwrap();
+    let block_bytes = block_bytes(&model, 4);
+    let tight = Setup { block_size: 4, kv_cache_bytes: 110 * block_bytes, ..ROOMY };
+    let mut expected = Vec::new();
+    for setup in [ROOMY, tight] {
+        let engine = start(&model, setup);
+        let asked = (0..4).map(|index| {
+            let mut params = sampled(index);
+            (params.temperature, params.logprobs) = (2.0, None);
+            let stop = StopConditions { max_tokens: 400, stop_token_ids: Arc::new([end]) };
+            let grammar = Some(Arc::clone(&grammar));
+            let plain = request(&prompts()[index], 0, params);
+            choices(&engine, Request { n: 4, stop, grammar, ..plain })
+        });
+        let free = request(&prompts()[5], 24, sampled(5));
+        let (outputs, free) =
+            tokio::join!(futures_util::future::join_all(asked), run(&engine, free));
+        assert_same("beside grammars", 5, &free, &alone(&model, 5, &prompts()[5]).await);
+        for tokens in outputs.iter().flatten() {
+            let text = tokenizer.decode(tokens, SpecialTokens::Skip);
+            let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+            assert!((-7.0..=1000.0).contains(&value["id"].as_f64().unwrap()), "{text}");
+            let tags = value["tags"].as_array().unwrap();
+            assert!(tags.len() <= 3, "{text}");
+            assert!(tags.iter().all(|tag| tag.as_str().unwrap().chars().count() <= 6), "{text}");
+            assert!(["é", "ab", "abc"].contains(&value["kind"].as_str().unwrap()), "{text}");
+            assert_eq!(value.as_object().unwrap().len(), 3, "{text}");
+        }
+        let num_preemptions = engine.stats().num_preemptions;
+        assert_eq!(0 < num_preemptions, !expected.is_empty(), "{num_preemptions} preemptions");
+        if expected.is_empty() {
+            expected = outputs;
+        } else {
+            assert_eq!(outputs, expected, "preempted = undisturbed");
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use qwen_server::engine::core::{EngineCore, StepError};
+use qwen_server::engine::core::{EngineCore, Guidance, StepError};
 use qwen_server::kv::{HashKey, KvCacheManager, Pin};
 use qwen_server::sampling::SamplingParams;
 use qwen_server::scheduler::step::{
@@ -402,7 +402,7 @@ impl<'a> World<'a> {
             for choice in 0..arrival.n {
                 let id = seq_id(index, choice);
                 let is_accepted = arrival.step == self.step
-                    && self.engine.add(arrival.spec(index, choice), None).is_ok();
+                    && self.engine.add(arrival.spec(index, choice), Guidance::default()).is_ok();
                 if is_accepted {
                     let delay = (arrival.priority + 100) as usize * self.steps_per_priority;
                     self.live.insert(id, (self.step + delay, self.told.len()));

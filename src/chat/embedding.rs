@@ -38,6 +38,7 @@ pub fn prepare_embeddings(
             stop: StopConditions { max_tokens: 0, stop_token_ids: Arc::clone(&stop_token_ids) },
             n: 1,
             grammar: None,
+            thinking: None,
             cache_salt: cache_salt.clone(),
             priority,
             pins: Arc::new([]),

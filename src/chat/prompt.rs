@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use crate::chat::answer::AnswerFormat;
-use crate::chat::constraint;
+use crate::chat::constraint::{self, Asked};
 use crate::chat::encoding::{encode, split_prompts};
 use crate::chat::fim::{FillIn, fill_in};
 use crate::chat::messages::template_messages;
@@ -28,6 +28,7 @@ use crate::chat::tool_grammar;
 use crate::chat::tools::{self, ToolUse};
 use crate::engine::request::{
     InvalidParam, Pin, Priority, Request, SamplingOptions, SamplingParams, StopConditions,
+    ThinkingBudget,
 };
 use crate::grammar::Grammar;
 use crate::openai::chat::ChatCompletionRequest;
@@ -167,10 +168,11 @@ pub fn prepare_chat(
     let mut text = render(&request.messages)?;
     if thinking.is_off() && ReasoningStart::after_prompt(&text) == ReasoningStart::Inside {
         // The template opens a thought whatever it is told.
-        text.push_str(reasoning::EMPTY_REST);
+        text.push_str(reasoning::END);
     }
     settings.answer = answer_format(&text, tools.as_ref(), fields, context);
     settings.constrain_calls(tools.as_ref(), context)?;
+    settings.thinking = thinking.limit(settings.answer.reasoning, &context.model.tokenizer)?;
     let prompt = encode(&text, "messages", context)?;
     let pins = pinning::pins(request, (&text, &prompt), context.model, render)?;
     let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
@@ -199,6 +201,7 @@ fn answer_format(
             format: conventions.tool_calls,
             tools: Arc::clone(&tools.callable),
             bare: if is_free { conventions.bare_tool_calls } else { BareToolCalls::Text },
+            demand: tools.demand,
             max_calls: tools.max_calls,
             id_seed: context.id.into(),
         })
@@ -370,7 +373,10 @@ pub(super) struct Settings {
     special_tokens: SpecialTokens,
     cache_salt: Option<Arc<str>>,
     answer: AnswerFormat,
+    /// What the answer must look like, and its grammar.
+    asked: Option<Asked>,
     grammar: Option<Arc<Grammar>>,
+    thinking: Option<ThinkingBudget>,
     priority: Priority,
 }
 
@@ -403,9 +409,9 @@ impl Settings {
             prompt_logprobs: prompt_logprobs.map(i64::from),
             ..sampling_options(fields, context.random_seed)
         };
-        let grammar = constraint::constraint(fields)?
-            .map(|asked| constraint::compile(&asked.constraint, &asked.param, model))
-            .transpose()?;
+        let asked = constraint::constraint(fields)?;
+        let compile = |asked: &Asked| constraint::compile(&asked.constraint, &asked.param, model);
+        let grammar = asked.as_ref().map(compile).transpose()?;
         let params =
             SamplingParams::validate(options, &model.sampling_defaults, context.limits.vocab_size)?;
         Ok(Self {
@@ -422,7 +428,9 @@ impl Settings {
             },
             cache_salt: fields.cache_salt.as_deref().map(Arc::from),
             answer: AnswerFormat::default(),
+            asked,
             grammar,
+            thinking: None,
             priority: priority(fields.priority, fields.service_tier.as_deref())?,
         })
     }
@@ -437,8 +445,9 @@ impl Settings {
         self.stop_tokens = self.stop_tokens.iter().chain(new).copied().collect();
     }
 
-    /// Adds what the tools ask of the output. A format for the answer wins over calls that may
-    /// come, and loses to those that must.
+    /// Adds what the tools ask of the output. Calls that must come win over a format for the
+    /// answer. Calls that may come are an alternative to an answer in JSON; any other format, and
+    /// one for a model whose calls cannot be constrained, wins over them.
     fn constrain_calls(
         &mut self,
         tools: Option<&ToolUse>,
@@ -452,9 +461,13 @@ impl Settings {
             );
         }
         let Some(tools) = tools else { return Ok(()) };
-        if self.grammar.is_none() || tools.demand == tools::Demand::MustCall {
-            self.grammar = tool_grammar::grammar(tools, reasoning, context.model)?;
-        }
+        let schema = self.asked.as_ref().map(|asked| asked.constraint.schema());
+        let answer = match schema {
+            Some(None) if tools.demand == tools::Demand::MayCall => return Ok(()),
+            schema => schema.flatten(),
+        };
+        let grammar = tool_grammar::grammar(tools, answer.as_ref(), reasoning, context.model)?;
+        self.grammar = grammar.or(self.grammar.take());
         Ok(())
     }
 
@@ -540,6 +553,7 @@ impl Settings {
             stop: StopConditions { max_tokens, stop_token_ids: Arc::clone(&self.stop_tokens) },
             n: self.n,
             grammar: self.grammar.clone(),
+            thinking: self.thinking.clone(),
             cache_salt: self.cache_salt.clone(),
             priority: self.priority,
             pins: Arc::new([]),

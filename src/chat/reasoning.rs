@@ -5,8 +5,8 @@ pub const OPEN_TAG: &str = "<think>";
 /// Ends the reasoning.
 pub const CLOSE_TAG: &str = "</think>";
 
-/// Ends a reasoning that has just been opened, as templates write it.
-pub const EMPTY_REST: &str = "\n</think>\n\n";
+/// Ends a reasoning, as templates write it.
+pub const END: &str = "\n</think>\n\n";
 
 /// Where a generated text begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,10 @@ use serde_json::{Map, Value};
 
 use crate::chat::model::Reasoning;
 use crate::chat::prompt::PromptError;
+use crate::chat::reasoning::{self, ReasoningStart};
+use crate::engine::request::ThinkingBudget;
 use crate::openai::chat::ChatCompletionRequest;
+use crate::text::Tokenizer;
 
 /// What templates of models that think call their switch.
 const SWITCH: &str = "enable_thinking";
@@ -16,6 +19,8 @@ pub(super) struct Thinking {
     pub(super) is_enabled: Option<bool>,
     /// Most tokens of thought.
     pub(super) budget: Option<usize>,
+    /// The field that says so.
+    budget_param: &'static str,
     /// Fields that have no effect because the model does not think.
     pub(super) ignored: Vec<&'static str>,
 }
@@ -32,6 +37,10 @@ impl Thinking {
                 options.effort.as_ref().map(|effort| ("reasoning.effort", effort))
             }
             (None, None) => None,
+        };
+        let budget_param = match (request.thinking_budget, effort) {
+            (None, Some((param, _))) => param,
+            _ => "thinking_budget",
         };
         let effort = effort.map(|(param, effort)| Effort::read(param, effort)).transpose()?;
         let budget = match request.thinking_budget {
@@ -59,13 +68,15 @@ impl Thinking {
         Ok(Self {
             is_enabled: is_enabled.or(effort.map(|effort| effort != Effort(Some(0)))),
             budget: budget.or(effort.and_then(|Effort(budget)| budget)),
+            budget_param,
             ignored: Vec::new(),
         })
     }
 
     /// Tells the template.
     pub(super) fn add_to(&self, variables: &mut Map<String, Value>) {
-        if let Some(is_enabled) = self.is_enabled {
+        let is_enabled = if self.is_off() { Some(false) } else { self.is_enabled };
+        if let Some(is_enabled) = is_enabled {
             variables.insert(SWITCH.to_owned(), is_enabled.into());
         }
     }
@@ -73,6 +84,29 @@ impl Thinking {
     /// Whether the template's thought must be ended before it begins.
     pub(super) fn is_off(&self) -> bool {
         self.is_enabled == Some(false) || self.budget == Some(0)
+    }
+
+    /// What the engine is to enforce on a text that begins at `start`.
+    pub(super) fn limit(
+        &self,
+        start: Option<ReasoningStart>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Option<ThinkingBudget>, PromptError> {
+        let (Some(num_tokens), Some(start)) = (self.budget, start) else { return Ok(None) };
+        let unlimited = || {
+            let flaw = "the thoughts of this model cannot be limited: it has no tokens around them";
+            PromptError::invalid(self.budget_param, flaw)
+        };
+        let open = match start {
+            ReasoningStart::Before => {
+                Some(tokenizer.id_of(reasoning::OPEN_TAG).ok_or_else(unlimited)?)
+            }
+            ReasoningStart::Inside => None,
+        };
+        let close = tokenizer.id_of(reasoning::CLOSE_TAG).ok_or_else(unlimited)?;
+        let end = tokenizer.encode(reasoning::END);
+        let end = end.map_err(|error| PromptError::Encode(error.to_string()))?;
+        Ok(Some(ThinkingBudget { num_tokens, open, close, end: end.into() }))
     }
 }
 
@@ -123,9 +157,29 @@ mod tests {
             (json!({"reasoning_effort": "max"}), Some(true), None),
         ] {
             let thinking = read(&fields, Reasoning::InTags).unwrap();
-            let expected = Thinking { is_enabled, budget, ignored: Vec::new() };
-            assert_eq!(thinking, expected, "{fields}");
+            assert_eq!((thinking.is_enabled, thinking.budget), (is_enabled, budget), "{fields}");
+            assert!(thinking.ignored.is_empty());
         }
+    }
+
+    #[test]
+    fn a_budget_needs_a_token_that_ends_thoughts() {
+        let json = include_bytes!("../../models/qwen2.5/small_tokenizer.json");
+        let tokenizer = Tokenizer::from_json(json).unwrap();
+        for (fields, param) in [
+            (json!({"thinking_budget": 5, "reasoning_effort": "low"}), "thinking_budget"),
+            (json!({"reasoning_effort": "low"}), "reasoning_effort"),
+            (json!({"reasoning": {"effort": "low"}}), "reasoning.effort"),
+        ] {
+            let thinking = read(&fields, Reasoning::InTags).unwrap();
+            match thinking.limit(Some(ReasoningStart::Inside), &tokenizer) {
+                Err(PromptError::Invalid { param: named, .. }) => assert_eq!(named, param),
+                other => panic!("{fields}: {other:?}"),
+            }
+            assert_eq!(thinking.limit(None, &tokenizer).unwrap(), None);
+        }
+        let unlimited = read(&json!({"reasoning_effort": "max"}), Reasoning::InTags).unwrap();
+        assert_eq!(unlimited.limit(Some(ReasoningStart::Inside), &tokenizer).unwrap(), None);
     }
 
     #[test]

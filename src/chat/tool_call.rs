@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crate::chat::answer::Pieces;
 use crate::chat::output::ToolCallDelta;
-use crate::chat::tools::Tool;
+use crate::chat::tools::{Demand, Tool};
 use bare::BareCalls;
 use hermes::HermesParser;
 use qwen_coder::QwenCoderParser;
@@ -57,6 +57,9 @@ pub struct ToolReading {
     pub tools: Arc<[Tool]>,
     /// What is asked of answers without tags.
     pub bare: BareToolCalls,
+    /// Whether calls are all the text may hold. What is left of one that was cut before its name
+    /// was known is then dropped: it is nothing that a client could use.
+    pub demand: Demand,
     /// Most calls in a choice.
     pub max_calls: u32,
     /// What ids of calls are derived from: unique to the request.
@@ -123,6 +126,9 @@ impl ToolCallParser {
             }
         }
         self.tagged.finish(&mut self.calls, out);
+        if self.calls.reading.demand == Demand::MustCall {
+            out.content.clear();
+        }
     }
 
     /// Whether a call was found.

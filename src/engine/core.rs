@@ -2,11 +2,10 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::grammars::Grammars;
-use crate::grammar::Grammar;
+pub use crate::engine::grammars::Guidance;
 use crate::scheduler::step::{Runner, SchedulerOutput, SeqOutput};
 use crate::scheduler::{DoesNotFit, Scheduler, SeqEvent, SeqId, SeqPhase, SequenceSpec};
 
@@ -71,17 +70,11 @@ impl<R: Runner> EngineCore<R> {
         self.scheduler.schedule()
     }
 
-    /// Puts a sequence into the queue, which must keep to `grammar` if there is one.
-    pub fn add(
-        &mut self,
-        spec: SequenceSpec,
-        grammar: Option<&Arc<Grammar>>,
-    ) -> Result<(), DoesNotFit> {
+    /// Puts a sequence into the queue, with what it must keep to.
+    pub fn add(&mut self, spec: SequenceSpec, guidance: Guidance<'_>) -> Result<(), DoesNotFit> {
         let id = spec.id;
         self.scheduler.add(spec)?;
-        if let Some(grammar) = grammar {
-            self.grammars.add(id, grammar);
-        }
+        self.grammars.add(id, guidance);
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use futures_util::Stream;
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::event::Event;
+use crate::engine::grammars::Guidance;
 use crate::engine::request::Request;
 use crate::engine::stats::{EngineLimits, EngineStats, Health, Lifecycle};
 use crate::engine::thread::{self, Heartbeat};
@@ -74,6 +75,12 @@ pub(super) struct Submission {
 }
 
 impl Submission {
+    /// What every choice must keep to.
+    pub(super) fn guidance(&self) -> Guidance<'_> {
+        let Request { grammar, thinking, .. } = &self.request;
+        Guidance { grammar: grammar.as_ref(), thinking: thinking.as_ref() }
+    }
+
     /// The choices. They share their prompt through the prefix cache; only the first one reports
     /// the log-probabilities of the prompt and sets its pins.
     pub(super) fn sequences(&self) -> impl Iterator<Item = SequenceSpec> {

@@ -21,6 +21,19 @@ pub struct StopConditions {
     pub stop_token_ids: Arc<[TokenId]>,
 }
 
+/// How long a choice may think, in tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ThinkingBudget {
+    /// Most tokens of thought, without those that open and end it.
+    pub num_tokens: usize,
+    /// The token that opens a thought if it is the first; `None` if the prompt has opened one.
+    pub open: Option<TokenId>,
+    /// The token that ends a thought.
+    pub close: TokenId,
+    /// What a thought that takes too long is ended with; `close` is in it.
+    pub end: Arc<[TokenId]>,
+}
+
 /// A request the engine can run. Nothing later re-checks it.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -37,6 +50,8 @@ pub struct Request {
     /// What every choice must look like. A choice whose grammar is complete ends, whatever
     /// `ignore_eos` and `min_tokens` say.
     pub grammar: Option<Arc<Grammar>>,
+    /// How long every choice may think.
+    pub thinking: Option<ThinkingBudget>,
     /// Prefix-cache hits happen only between requests with the same salt.
     pub cache_salt: Option<Arc<str>>,
     /// How urgent it is.

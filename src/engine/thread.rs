@@ -331,8 +331,9 @@ impl<R: Runner> EngineThread<'_, R> {
 
     fn add(&mut self, submission: &Submission) {
         self.outbox.active.add(submission);
+        let guidance = submission.guidance();
         for spec in submission.sequences() {
-            if self.core.add(spec, submission.request.grammar.as_ref()).is_err() {
+            if self.core.add(spec, guidance).is_err() {
                 // The handle refuses such requests; it and the scheduler must agree.
                 let reason = "the request does not fit into the cache";
                 let sequences = self.outbox.active.fail(submission.key, reason, now());

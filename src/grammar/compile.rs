@@ -12,7 +12,7 @@ use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::earley::SlicedBiasComputer;
 use llguidance::toktrie::{InferenceCapabilities, TokEnv};
 use llguidance::{ParserFactory, regex_to_lark};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::cache::GrammarCache;
 use super::constraint::Constraint;
@@ -242,10 +242,7 @@ fn build_aside(slot: Slot, source: TopLevelGrammar) -> Result<Arc<Grammar>, Comp
 /// What llguidance is to compile.
 fn source(constraint: &Constraint) -> Result<TopLevelGrammar, CompileError> {
     match constraint {
-        Constraint::JsonObject => {
-            let any_object = schema::prepare(&json!({"type": "object"}))?;
-            Ok(TopLevelGrammar::from_json_schema(any_object))
-        }
+        Constraint::JsonObject => Ok(TopLevelGrammar::from_json_schema(schema::any_object())),
         Constraint::Json(schema) => Ok(TopLevelGrammar::from_json_schema(schema::prepare(schema)?)),
         Constraint::Regex(regex) => Ok(TopLevelGrammar::from_lark(regex_grammar(regex)?)),
         Constraint::Choice(choices) => Ok(TopLevelGrammar::from_lark(choice_grammar(choices)?)),

@@ -1,6 +1,6 @@
 //! What an output must look like, as plain data.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// What an output must look like.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +20,15 @@ pub enum Constraint {
 }
 
 impl Constraint {
+    /// The JSON schema it amounts to, if it is about JSON.
+    pub fn schema(&self) -> Option<Value> {
+        match self {
+            Self::JsonObject => Some(json!({"type": "object"})),
+            Self::Json(schema) => Some(schema.clone()),
+            Self::Regex(_) | Self::Choice(_) | Self::Grammar(_) | Self::Lark(_) => None,
+        }
+    }
+
     /// Names the constraint in caches: equal constraints have equal keys, and no others.
     pub(super) fn key(&self) -> [u8; 32] {
         let (kind, content) = match self {

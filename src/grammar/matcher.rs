@@ -174,6 +174,15 @@ impl GrammarMatcher {
         matches!(self.phase, Phase::Over)
     }
 
+    /// Whether the grammar decides about the next token, as it does not before its trigger.
+    pub fn is_constrained(&self) -> bool {
+        match &self.phase {
+            Phase::Constrained(_) => true,
+            Phase::Unstarted => self.grammar.trigger.is_none(),
+            Phase::Free | Phase::Over => false,
+        }
+    }
+
     fn start(&mut self) {
         if matches!(self.phase, Phase::Unstarted) {
             self.phase = match self.grammar.trigger {

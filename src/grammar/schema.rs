@@ -93,9 +93,18 @@ pub fn prepare(schema: &Value) -> Result<Value, Flaw> {
     if let Some(root) = prepared.as_object_mut() {
         // Drafts differ in what they know; all of it is understood together.
         root.remove("$schema");
-        root.insert(OPTIONS.to_owned(), json!({"whitespace_pattern": WHITESPACE}));
+        root.insert(OPTIONS.to_owned(), options());
     }
     Ok(prepared)
+}
+
+/// The schema of any object, prepared.
+pub fn any_object() -> Value {
+    json!({"type": "object", OPTIONS: options()})
+}
+
+fn options() -> Value {
+    json!({"whitespace_pattern": WHITESPACE})
 }
 
 fn flaw(part: &str, message: impl Into<String>) -> Flaw {

@@ -16,6 +16,14 @@ impl TokenBitmask {
         Self { words }
     }
 
+    /// One token.
+    pub fn only(id: TokenId) -> Self {
+        let index = id as usize / BITS;
+        let mut words = vec![0; index + 1];
+        words[index] = 1 << (id as usize % BITS);
+        Self { words }
+    }
+
     /// All ids below `vocab_size` apart from `excluded`.
     pub fn all_but(vocab_size: usize, excluded: &[TokenId]) -> Self {
         let mut words = vec![u32::MAX; vocab_size.div_ceil(BITS)];
@@ -71,6 +79,15 @@ mod tests {
         assert!(!mask.allows_beside(&[63, 2, 0, 9]));
         assert_eq!(mask.word(0), 5);
         assert_eq!(mask.word(2), 0);
+    }
+
+    #[test]
+    fn one_token_is_alone() {
+        for id in [0, 31, 32, 151_645] {
+            let mask = TokenBitmask::only(id);
+            assert!(mask.allows(id) && !mask.allows(id + 1) && !mask.allows(id ^ 1));
+            assert_eq!(mask.num_allowed(), 1);
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use qwen_server::chat::model::{Conventions, Reasoning, ServedModel};
+use qwen_server::chat::model::{Conventions, Reasoning};
 use qwen_server::http::HttpLimits;
 use serde_json::{Map, Value, json};
 
@@ -24,7 +24,7 @@ fn tools() -> Value {
 fn thinking_server() -> FakeServer {
     let mut server = FakeServer::start();
     let conventions = Conventions { reasoning: Reasoning::InTags, ..Conventions::default() };
-    server.state.model = Arc::new(ServedModel { conventions, ..model() });
+    server.state.model = Arc::new(model(conventions));
     server
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::Request;
 use http_body_util::BodyExt;
-use qwen_server::chat::model::{Conventions, Reasoning, ServedModel};
+use qwen_server::chat::model::{Conventions, Reasoning};
 use qwen_server::http::HttpLimits;
 use serde_json::{Value, json};
 
@@ -27,7 +27,7 @@ fn tools() -> Value {
 fn thinking_server() -> FakeServer {
     let mut server = FakeServer::start();
     let conventions = Conventions { reasoning: Reasoning::InTags, ..Conventions::default() };
-    server.state.model = Arc::new(ServedModel { conventions, ..model() });
+    server.state.model = Arc::new(model(conventions));
     server
 }
 

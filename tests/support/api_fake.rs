@@ -12,7 +12,7 @@ use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use qwen_server::chat::fim::FimTokens;
-use qwen_server::chat::model::{Conventions, ServedModel};
+use qwen_server::chat::model::{Conventions, Reasoning, ServedModel};
 use qwen_server::chat::template::{ChatTemplate, TemplateTokens};
 use qwen_server::engine::request::{GenerationDefaults, Pooling};
 use qwen_server::engine::{EngineConfig, spawn};
@@ -35,8 +35,8 @@ pub(crate) const IM_START: TokenId = 256;
 pub(crate) const IM_END: TokenId = 257;
 /// `<|fim_prefix|>`, which like the others ends a middle.
 pub(crate) const FIM_PREFIX: TokenId = 258;
-/// Bytes and the five special tokens; ids from here on are out of the vocabulary.
-pub(crate) const VOCAB_SIZE: usize = 261;
+/// Bytes and the seven special tokens; ids from here on are out of the vocabulary.
+pub(crate) const VOCAB_SIZE: usize = 263;
 
 const TEMPLATE: &str = "\
 {%- if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}\
@@ -46,7 +46,8 @@ const TEMPLATE: &str = "\
 {{- '<|im_end|>\\n' }}\
 {%- endfor %}\
 {%- if fail %}{{ raise_exception('told to fail') }}{% endif %}\
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}\
+{%- if open_thought %}{{ '<think>\\n' }}{% endif %}";
 
 /// A server and what tests look at behind it.
 pub(crate) struct FakeServer {
@@ -67,7 +68,15 @@ impl FakeServer {
         while !engine.is_ready() {
             std::thread::yield_now();
         }
-        Self { state: AppState::new(engine, model(), limits) }
+        Self { state: AppState::new(engine, model(Conventions::default()), limits) }
+    }
+
+    /// The model thinks in tags, and its template opens a thought when it is told `open_thought`.
+    pub(crate) fn thinking(config: &EngineConfig) -> Self {
+        let server = Self::with(config, HttpLimits::default());
+        let conventions = Conventions { reasoning: Reasoning::InTags, ..Conventions::default() };
+        let engine = server.state.engine;
+        Self { state: AppState::new(engine, model(conventions), HttpLimits::default()) }
     }
 
     pub(crate) async fn send(&self, request: Request<Body>) -> Response<Body> {
@@ -117,7 +126,7 @@ pub(crate) fn config() -> EngineConfig {
 }
 
 /// The fake model; like it, a test may have one that thinks.
-pub(crate) fn model() -> ServedModel {
+pub(crate) fn model(conventions: Conventions) -> ServedModel {
     let special = TemplateTokens { bos_token: None, eos_token: Some("<|im_end|>".into()) };
     let tokenizer = Arc::new(tokenizer());
     ServedModel {
@@ -132,7 +141,7 @@ pub(crate) fn model() -> ServedModel {
         template: Some(ChatTemplate::new(TEMPLATE, special).unwrap()),
         eos_token_ids: vec![IM_END],
         sampling_defaults: GenerationDefaults::default(),
-        conventions: Conventions::default(),
+        conventions,
     }
 }
 
@@ -147,10 +156,20 @@ pub(crate) fn tokenizer() -> Tokenizer {
             char::from_u32(code).unwrap().to_string()
         })
         .collect();
-    let special =
-        ["<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"];
+    let special = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|fim_prefix|>",
+        "<|fim_suffix|>",
+        "<|fim_middle|>",
+        "<think>",
+        "</think>",
+    ];
     tokens.extend(special.map(String::from));
-    let token_types = (0..VOCAB_SIZE).map(|id| if id < 256 { 1 } else { 3 }).collect();
+    let token_type = |id| if id < 256 { 1 } else { 3 };
+    // Tags around thoughts are text, as in real vocabularies.
+    let token_types =
+        (0..VOCAB_SIZE).map(|id| if id < VOCAB_SIZE - 2 { token_type(id) } else { 4 }).collect();
     let spec = TokenizerSpec { tokens, merges: Vec::new(), token_types, pre: "qwen2".into() };
     Tokenizer::from_spec(spec).unwrap()
 }
@@ -252,23 +271,25 @@ struct FakeRunner {
 }
 
 impl FakeRunner {
-    fn prompt(&self, seq: &ScheduledSeq, num_output_tokens: usize) -> Vec<u8> {
+    fn prompt(&self, seq: &ScheduledSeq, num_output_tokens: usize) -> Vec<TokenId> {
         let positions = 0..seq.end() - num_output_tokens;
-        let tokens = positions.map(|pos| self.slots[seq.blocks.slot(pos, self.block_size)]);
-        tokens.filter_map(|token| u8::try_from(token).ok()).collect()
+        positions.map(|pos| self.slots[seq.blocks.slot(pos, self.block_size)]).collect()
     }
 
     fn next_token(&self, seq: &ScheduledSeq, sample: &SampleRequest) -> TokenId {
         let done = sample.num_output_tokens;
         let prompt = self.prompt(seq, done);
-        let find = |from: &[u8], what: &[u8]| from.windows(what.len()).position(|w| w == what);
-        let script = find(&prompt, b"say:").and_then(|start| {
+        let find = |from: &[TokenId], what: &str| {
+            let what: Vec<TokenId> = what.bytes().map(TokenId::from).collect();
+            from.windows(what.len()).position(|window| window == what)
+        };
+        let script = find(&prompt, "say:").and_then(|start| {
             let rest = &prompt[start + 4..];
-            Some(&rest[..find(rest, b";")?])
+            Some(&rest[..find(rest, ";")?])
         });
         let token = match script {
-            Some(text) => text.get(done).map_or(IM_END, |byte| TokenId::from(*byte)),
-            None if find(&prompt, b"show the seed").is_some() => {
+            Some(tokens) => tokens.get(done).copied().unwrap_or(IM_END),
+            None if find(&prompt, "show the seed").is_some() => {
                 TokenId::from(b'a') + (sample.params.seed % 26) as u32
             }
             None => TokenId::from(b'a') + (done as u32 + sample.choice) % 26,

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::*;
 
 fn reading(format: ToolCallFormat, bare: BareToolCalls, max_calls: u32) -> Arc<ToolReading> {
+    let demand = Demand::MayCall;
     let tool = |name: &str, parameters: Value| Tool {
         name: name.to_owned(),
         parameters,
@@ -23,7 +24,7 @@ fn reading(format: ToolCallFormat, bare: BareToolCalls, max_calls: u32) -> Arc<T
         "required": ["city"],
     });
     let tools = [tool("weather", weather), tool("now", json!({"type": "object"}))].into();
-    Arc::new(ToolReading { format, tools, bare, max_calls, id_seed: "test".into() })
+    Arc::new(ToolReading { format, tools, bare, demand, max_calls, id_seed: "test".into() })
 }
 
 /// Content and calls, folded as clients do.
@@ -205,6 +206,21 @@ fn one_call_is_enough_when_no_more_are_wanted() {
     parser.push(call, &mut out);
     assert!(parser.is_complete());
     assert_eq!(read(&one, &[call, call, "text"]), folded("", &[("now", "{}")]));
+}
+
+#[test]
+fn what_is_left_of_a_forced_call_is_no_content() {
+    let free = reading(ToolCallFormat::Hermes, BareToolCalls::Accepted, u32::MAX);
+    let forced = Arc::new(ToolReading { demand: Demand::MustCall, ..(*free).clone() });
+    let call = "<tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>";
+    let is_named = "<tool_call>\n{\"name\": \"now\", \"arguments\": {".len();
+    for num_bytes in 0..=call.len() {
+        let read = read(&forced, &[&call[..num_bytes]]);
+        assert_eq!(read.content, "");
+        assert_eq!(read.calls.len(), usize::from(is_named <= num_bytes), "{num_bytes}");
+    }
+    let second = format!("{call}\n<tool_call>\n{{\"na");
+    assert_eq!(read(&forced, &[&second]), folded("", &[("now", "{}")]));
 }
 
 #[test]
