@@ -62,7 +62,7 @@ async fn a_thought_within_its_budget_and_one_without_any_are_left_alone() {
     for (said, more, reasoning) in [
         ("<think>ab</think>answer", json!({}), "ab"),
         ("<think>abc....</think>answer", json!({"thinking_budget": null}), "abc...."),
-        ("<think>abc....</think>answer", json!({"thinking_budget": 7}), "abc...."),
+        ("<think>abc....</think>answer", json!({"thinking_budget": 8}), "abc...."),
         (
             "<think>abc....</think>answer",
             json!({"thinking_budget": null, "reasoning_effort": "low"}),
