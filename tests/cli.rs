@@ -207,7 +207,7 @@ mod configuration {
         assert_setting(&more_sequences, "max-num-batched-tokens", "512", "default");
         let fewer_tokens = run(&["serve", "--print-config", "--max-num-batched-tokens", "32"]);
         assert_setting(&fewer_tokens, "max-num-seqs", "32", "default");
-        assert_setting(&fewer_tokens, "max-prefill-tokens-while-decoding", "128", "default");
+        assert_setting(&fewer_tokens, "max-prefill-tokens-while-decoding", "96", "default");
     }
 
     #[test]

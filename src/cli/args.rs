@@ -151,7 +151,7 @@ struct EngineFlags {
     ///
     /// Keeps running answers even while a long prompt is read.
     #[arg(long, env = "QWEN_SERVER_MAX_PREFILL_TOKENS_WHILE_DECODING", value_name = "TOKENS")]
-    #[arg(default_value_t = 128, value_parser = at_least_one(1 << 20))]
+    #[arg(default_value_t = 96, value_parser = at_least_one(1 << 20))]
     max_prefill_tokens_while_decoding: usize,
 
     /// Requests that may wait; further ones are answered with status 429

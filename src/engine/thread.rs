@@ -71,7 +71,7 @@ impl Default for EngineConfig {
         Self {
             max_num_seqs: 64,
             max_num_batched_tokens: 256,
-            max_prefill_tokens_while_decoding: 128,
+            max_prefill_tokens_while_decoding: 96,
             prefill_ageing_tokens_per_step: 64,
             steps_per_priority: 100,
             block_size: 16,
