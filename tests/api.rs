@@ -20,6 +20,8 @@ mod errors;
 mod extras;
 #[path = "api/fuzz.rs"]
 mod fuzz;
+#[path = "api/malformed.rs"]
+mod malformed;
 #[path = "api/messages.rs"]
 mod messages;
 #[path = "api/other_routes.rs"]
