@@ -67,6 +67,12 @@ def node_is_recent():
 collect_ignore = [] if node_is_recent() else ["test_node.py"]
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out what takes minutes unless it is asked for."""
+    is_slow = collection_path.name == "test_many_samples.py"
+    return True if is_slow and config.option.markexpr != "slow" else None
+
+
 def pytest_report_header():
     if collect_ignore:
         return "NOT TESTED: the clients for Node, because Node 20 or later is not installed"
