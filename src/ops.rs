@@ -14,3 +14,4 @@ pub mod rope;
 mod rows;
 mod silu_mul;
 mod simd;
+pub mod tensor;
