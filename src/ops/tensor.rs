@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, bail};
 use half::bf16;
 
-use crate::device::Device;
+pub use crate::device::Device;
 use crate::device::gpu::{DeviceBuffer, Gpu};
 
 /// A matrix of activations, one row a token. A vector is one row.
@@ -94,6 +94,28 @@ impl GpuTensor {
 }
 
 impl Tensor {
+    /// The tensor, which must be the processor's.
+    ///
+    /// # Errors
+    /// If it is on a card.
+    pub fn cpu(&self) -> Result<&candle_core::Tensor> {
+        match self {
+            Self::Cpu(tensor) => Ok(tensor),
+            Self::Gpu(_) => bail!("an operand is on the GPU, the others are not"),
+        }
+    }
+
+    /// The tensor, which must be a card's.
+    ///
+    /// # Errors
+    /// If it is the processor's.
+    pub fn gpu(&self) -> Result<&GpuTensor> {
+        match self {
+            Self::Gpu(tensor) => Ok(tensor),
+            Self::Cpu(_) => bail!("an operand is not on the GPU, as the others are"),
+        }
+    }
+
     /// Values of a parameter, as `f32`.
     ///
     /// # Errors

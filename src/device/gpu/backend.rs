@@ -63,6 +63,10 @@ pub(super) trait Backend: Send + Sync {
 
 /// A recording of kernels, see [`Gpu::capture`](super::Gpu::capture).
 pub struct Graph {
+    #[cfg_attr(
+        not(any(feature = "cuda", feature = "emulation")),
+        expect(dead_code, reason = "without a backend nothing is recorded")
+    )]
     pub(super) recording: Box<dyn std::any::Any + Send + Sync>,
 }
 
