@@ -14,6 +14,7 @@ pub mod paged_attention;
 pub mod rms_norm;
 pub mod rope;
 mod rows;
+pub mod sample;
 mod silu_mul;
 mod simd;
 pub mod tensor;
