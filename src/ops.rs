@@ -16,5 +16,7 @@ pub mod rms_norm;
 pub mod rope;
 mod rows;
 pub mod silu_mul;
+pub mod sample;
+mod silu_mul;
 mod simd;
 pub mod tensor;
