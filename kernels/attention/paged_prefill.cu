@@ -5,7 +5,7 @@
 //
 // q, out      [num_tokens, num_kv_heads * group, HEAD_DIM] bf16
 // k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16 or f16), block_size a multiple of 8
-// tiles       [num_tiles] of (sequence, first query, first key, slot), each the work of one block per KV head
+// tiles       [num_tiles], each the work of one block per KV head
 // partial_*   [num_slots, num_kv_heads, ROWS, HEAD_DIM] f32 and [.., ROWS, 2] (maximum, sum)
 // grid        (num_kv_heads, num_tiles), THREADS threads, shared memory for the tiles of q, k and v
 //
@@ -18,7 +18,8 @@
 //     rows 32w .. 32w + 31   queries    [######][######][##/   ]    # visible, / compared key by key
 //
 // The copy of v runs during q k^T, that of the next k during softmax and p v. A tile with a slot covers
-// only `split_keys` keys from its first one on and writes what merge_partitions needs.
+// only some of the keys its queries see, and writes what merge_partitions needs: few queries behind many
+// keys would leave most of the device idle otherwise.
 //
 // Cost: 4 * HEAD_DIM operations per (query head, query, visible key): for n new tokens of n
 // 2 * num_heads * HEAD_DIM * n^2. 4,096 tokens, 28 heads of 128: 120 Gop a layer, 0.15 ms at 790 TFLOP/s,
@@ -39,12 +40,20 @@ constexpr int KEY_TILES = KEYS / 8;
 constexpr float LOWEST = -1e30f;  // below every score; finite, so that rows without a key so far do no harm
 constexpr unsigned NO_SLOT = 0xffffffffu;
 
+struct Tile {
+    unsigned seq;
+    unsigned first_query;
+    unsigned first_key;  // a multiple of KEYS
+    unsigned end_key;    // at most what the last query sees
+    unsigned slot;       // NO_SLOT if the tile covers all keys
+};
+
 struct Args {
     bf16* out;
     const bf16* q;
     const void* k;
     const void* v;
-    const uint4* tiles;
+    const Tile* tiles;
     float* partial_out;
     float* partial_max_sum;
     const unsigned* query_start_loc;
@@ -53,7 +62,6 @@ struct Args {
     unsigned max_blocks_per_seq;
     unsigned group;
     unsigned block_size;
-    unsigned split_keys;
     float scale_log2;
 };
 
@@ -332,22 +340,19 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
 
     const unsigned num_kv_heads = gridDim.x;
     const unsigned kv_head = blockIdx.x;
-    const uint4 tile = args.tiles[blockIdx.y];
-    const unsigned seq = tile.x;
-    const unsigned query_start = args.query_start_loc[seq];
-    const unsigned query_len = args.query_start_loc[seq + 1] - query_start;
-    const unsigned seq_len = args.seq_lens[seq];
+    const Tile tile = args.tiles[blockIdx.y];
+    const unsigned query_start = args.query_start_loc[tile.seq];
+    const unsigned query_len = args.query_start_loc[tile.seq + 1] - query_start;
     const unsigned group = args.group;
     const RowDivider divider(group);
-    const unsigned num_queries = min(ROWS / group, query_len - tile.y);
+    const unsigned num_queries = min(ROWS / group, query_len - tile.first_query);
     const unsigned num_rows = num_queries * group;
     const unsigned other_heads = (num_kv_heads - 1) * group;
-    const size_t first_row = (size_t(query_start + tile.y) * num_kv_heads + kv_head) * group;
-    const int first_position = seq_len - query_len + tile.y;
-    const int first_key = tile.z;
-    const unsigned num_visible = first_position + num_queries;
-    const unsigned end_key = tile.w == NO_SLOT ? num_visible : min(num_visible, tile.z + args.split_keys);
-    const Pages pages = {args.block_table + size_t(seq) * args.max_blocks_per_seq, end_key, args.block_size,
+    const size_t first_row = (size_t(query_start + tile.first_query) * num_kv_heads + kv_head) * group;
+    const int first_position = args.seq_lens[tile.seq] - query_len + tile.first_query;
+    const int first_key = tile.first_key;
+    const unsigned end_key = tile.end_key;
+    const Pages pages = {args.block_table + size_t(tile.seq) * args.max_blocks_per_seq, end_key, args.block_size,
                          num_kv_heads, kv_head};
 
     const unsigned lane = threadIdx.x % WARP_SIZE;
@@ -402,10 +407,10 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
         }
     }
 
-    if (tile.w == NO_SLOT) {
+    if (tile.slot == NO_SLOT) {
         store_outputs(args.out + first_row * HEAD_DIM, state, q_tile, num_rows, divider, other_heads);
     } else {
-        const size_t row = (size_t(tile.w) * num_kv_heads + kv_head) * ROWS;
+        const size_t row = (size_t(tile.slot) * num_kv_heads + kv_head) * ROWS;
         store_partials(args.partial_out + row * HEAD_DIM, args.partial_max_sum + row * 2, state, num_rows,
                        args.scale_log2);
     }
@@ -415,12 +420,12 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
 
 #define PAGED_PREFILL(name, type, head_dim)                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS, head_dim == 128 ? 2 : 3)                                  \
-        name(bf16* out, const bf16* q, const void* k, const void* v, const uint4* tiles, float* partial_out,        \
+        name(bf16* out, const bf16* q, const void* k, const void* v, const Tile* tiles, float* partial_out,        \
              float* partial_max_sum, const unsigned* query_start_loc, const unsigned* seq_lens,                     \
              const unsigned* block_table, unsigned max_blocks_per_seq, unsigned group, unsigned block_size,         \
-             unsigned split_keys, float scale_log2) {                                                               \
+             float scale_log2) {                                                                                    \
         paged_prefill<type, head_dim>({out, q, k, v, tiles, partial_out, partial_max_sum, query_start_loc, seq_lens, \
-                                       block_table, max_blocks_per_seq, group, block_size, split_keys, scale_log2}); \
+                                       block_table, max_blocks_per_seq, group, block_size, scale_log2}); \
     }                                                                                                               \
     KERNEL(name);
 
