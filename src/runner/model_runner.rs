@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
-
 use super::batch::{forward_batch, logits_rows};
+use super::gpu_steps::{GpuSteps, Launched};
 use crate::device::threads::ThreadPool;
 use crate::models::Model;
 use crate::ops::paged_attention::KvCache;
+use crate::ops::tensor::Tensor;
 use crate::sampling::logprobs::token_logprobs;
 use crate::sampling::sampler::Sampler;
 use crate::scheduler::step::{Runner, ScheduledSeq, SchedulerOutput, SeqOutput, TokenMasks};
@@ -23,8 +23,9 @@ pub struct ModelRunner {
     block_size: usize,
     pool: Arc<ThreadPool>,
     sampler: Sampler,
-    /// Final hidden states of the launched step's wanted rows.
-    hidden: Option<Tensor>,
+    /// Present where a card computes.
+    gpu: Option<GpuSteps>,
+    launched: Option<Launched>,
 }
 
 impl ModelRunner {
@@ -35,18 +36,29 @@ impl ModelRunner {
         block_size: usize,
         pool: Arc<ThreadPool>,
     ) -> Self {
-        Self { model, kv, block_size, pool, sampler: Sampler::default(), hidden: None }
+        Self { model, kv, block_size, pool, sampler: Sampler::default(), gpu: None, launched: None }
     }
 
-    fn forward(&self, step: &SchedulerOutput) -> candle_core::Result<Tensor> {
+    /// Runs steps on the card that the model and its cache are on.
+    #[must_use]
+    pub(super) fn on_gpu(self, steps: GpuSteps) -> Self {
+        Self { gpu: Some(steps), ..self }
+    }
+
+    fn forward(&mut self, step: &SchedulerOutput) -> candle_core::Result<Launched> {
         let batch = forward_batch(step, self.block_size);
-        self.pool.install(|| self.model.forward(&batch, &self.kv))
+        let Some(gpu) = &mut self.gpu else {
+            let hidden = self.pool.install(|| self.model.forward(&batch, &self.kv))?;
+            return Ok(Launched { hidden, logits: None });
+        };
+        let num_logits = step.scheduled.iter().map(|seq| logits_rows(seq).count()).sum();
+        gpu.launch(&*self.model, &self.kv, batch, num_logits)
     }
 
     fn sample_all(
         &mut self,
         step: &SchedulerOutput,
-        hidden: &Tensor,
+        launched: &Launched,
         masks: &TokenMasks,
     ) -> candle_core::Result<Vec<SeqOutput>> {
         let wanted: Vec<(usize, usize)> = step
@@ -57,10 +69,16 @@ impl ModelRunner {
             .collect();
         let mut outputs = vec![SeqOutput::default(); step.scheduled.len()];
         for (chunk_index, chunk) in wanted.chunks(LOGITS_ROWS_MAX).enumerate() {
-            let rows = hidden.narrow(0, chunk_index * LOGITS_ROWS_MAX, chunk.len())?;
-            let logits = self.pool.install(|| self.model.compute_logits(&rows.contiguous()?))?;
-            let vocab_size = logits.dim(1)?;
-            let mut logits = logits.flatten_all()?.to_vec1::<f32>()?;
+            let first = chunk_index * LOGITS_ROWS_MAX;
+            let logits = match &launched.logits {
+                Some(logits) => logits.narrow(first, chunk.len())?,
+                None => {
+                    let rows = launched.hidden.narrow(first, chunk.len())?;
+                    self.pool.install(|| self.model.compute_logits(&rows))?
+                }
+            };
+            let (_, vocab_size) = logits.dims2()?;
+            let mut logits = logits.to_vec()?;
             for (&(index, row), logits) in chunk.iter().zip(logits.chunks_exact_mut(vocab_size)) {
                 let (seq, output) = (&step.scheduled[index], &mut outputs[index]);
                 score_row(seq, row, logits, output);
@@ -72,7 +90,7 @@ impl ModelRunner {
                 }
             }
         }
-        pool(step, hidden, wanted.len(), &mut outputs)?;
+        pool(step, &launched.hidden, wanted.len(), &mut outputs)?;
         Ok(outputs)
     }
 }
@@ -96,10 +114,10 @@ fn pool(
 ) -> candle_core::Result<()> {
     for (seq, output) in step.scheduled.iter().zip(outputs) {
         let Some(pool) = &seq.pool else { continue };
-        let rows = hidden.narrow(0, first_row, pool.rows.len())?;
+        let rows = hidden.narrow(first_row, pool.rows.len())?;
         first_row += pool.rows.len();
-        let hidden_size = rows.dim(1)?;
-        let rows = rows.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
+        let (_, hidden_size) = rows.dims2()?;
+        let rows = rows.to_vec()?;
         let mut sum = pool.sum.clone();
         sum.resize(hidden_size, 0.0);
         for row in rows.chunks_exact(hidden_size) {
@@ -116,8 +134,8 @@ impl Runner for ModelRunner {
     type Error = candle_core::Error;
 
     fn launch(&mut self, step: &SchedulerOutput) -> Result<(), Self::Error> {
-        self.hidden = None;
-        self.hidden = Some(self.forward(step)?);
+        self.launched = None;
+        self.launched = Some(self.forward(step)?);
         Ok(())
     }
 
@@ -126,7 +144,7 @@ impl Runner for ModelRunner {
         step: &SchedulerOutput,
         masks: &TokenMasks,
     ) -> Result<Vec<SeqOutput>, Self::Error> {
-        let hidden = self.hidden.take().expect("a step is launched before it is sampled");
-        self.sample_all(step, &hidden, masks)
+        let launched = self.launched.take().expect("a step is launched before it is sampled");
+        self.sample_all(step, &launched, masks)
     }
 }
