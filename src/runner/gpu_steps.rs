@@ -12,7 +12,9 @@ use crate::device::gpu::{DeviceBuffer, Gpu, Graph, Parked};
 use crate::models::{ForwardBatch, Model};
 use crate::ops::indices::Indices;
 use crate::ops::paged_attention::{KvCache, PADDING_SLOT};
+use crate::ops::sample::RowSampler;
 use crate::ops::tensor::{GpuTensor, Tensor};
+use crate::sampling::device_sampler::{DeviceSampler, Wanted, Yielded};
 
 /// Index vectors begin at multiples of so many entries: 256 bytes.
 const ALIGNMENT: usize = 64;
@@ -20,6 +22,9 @@ const ALIGNMENT: usize = 64;
 const SEQ_BUCKETS: [usize; 14] = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
 /// Lengths are rounded up to this times a power of two.
 const MIN_LEN_BUCKET: usize = 1024;
+
+/// Rows of logits in a card's memory at once.
+pub(super) const GPU_LOGITS_ROWS_MAX: usize = SEQ_BUCKETS[SEQ_BUCKETS.len() - 1];
 
 /// What a step left on the card.
 pub(super) struct Launched {
@@ -82,6 +87,8 @@ pub(super) struct StepLimits {
     pub(super) max_model_len: usize,
     /// Tokens of a block of the cache.
     pub(super) block_size: usize,
+    /// Logits of a row.
+    pub(super) vocab_size: usize,
 }
 
 /// The card's side of the runner.
@@ -93,6 +100,7 @@ pub(super) struct GpuSteps {
     /// `None` for shapes that were run once: what runs first loads kernels and grows the workspace,
     /// which must not happen while recording.
     recordings: HashMap<Shape, Option<Recording>>,
+    sampler: DeviceSampler,
 }
 
 impl GpuSteps {
@@ -107,7 +115,22 @@ impl GpuSteps {
             + max_seqs * (max_blocks + 2)
             + 4 * ALIGNMENT;
         let inputs = gpu.alloc(num_words * size_of::<u32>())?;
-        Ok(Self { gpu: gpu.clone(), limits, inputs, recordings: HashMap::new() })
+        // A row may be both sampled and scored.
+        let rows = RowSampler::new(gpu, 2 * GPU_LOGITS_ROWS_MAX, limits.vocab_size)?;
+        let sampler = DeviceSampler::new(rows);
+        Ok(Self { gpu: gpu.clone(), limits, inputs, recordings: HashMap::new(), sampler })
+    }
+
+    /// Draws and scores what is wanted of rows of logits.
+    ///
+    /// # Errors
+    /// If the card fails.
+    pub(super) fn sample(
+        &mut self,
+        logits: &Tensor,
+        wanted: &[(usize, Wanted<'_>)],
+    ) -> Result<Vec<Yielded>> {
+        self.sampler.sample(logits.gpu()?, wanted)
     }
 
     /// Whether the card answers with errors only.
