@@ -8,6 +8,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Result, bail};
 
+use crate::config::Execution;
 use crate::device::gpu::{DeviceBuffer, Gpu, Graph, Parked};
 use crate::models::{ForwardBatch, Model};
 use crate::ops::indices::Indices;
@@ -95,6 +96,7 @@ pub(super) struct StepLimits {
 pub(super) struct GpuSteps {
     gpu: Gpu,
     limits: StepLimits,
+    execution: Execution,
     /// The index vectors of the current step. Recordings read them here, so it stays where it is.
     inputs: DeviceBuffer,
     /// `None` for shapes that were run once: what runs first loads kernels and grows the workspace,
@@ -108,7 +110,7 @@ impl GpuSteps {
     ///
     /// # Errors
     /// If the card has no memory for them.
-    pub(super) fn new(gpu: &Gpu, limits: StepLimits) -> Result<Self> {
+    pub(super) fn new(gpu: &Gpu, limits: StepLimits, execution: Execution) -> Result<Self> {
         let max_seqs = limits.max_num_seqs.max(SEQ_BUCKETS[SEQ_BUCKETS.len() - 1]);
         let max_blocks = limits.max_model_len.div_ceil(limits.block_size) + ALIGNMENT;
         let num_words = 4 * (limits.max_num_batched_tokens.max(max_seqs) + ALIGNMENT)
@@ -118,7 +120,8 @@ impl GpuSteps {
         // A row may be both sampled and scored.
         let rows = RowSampler::new(gpu, 2 * GPU_LOGITS_ROWS_MAX, limits.vocab_size)?;
         let sampler = DeviceSampler::new(rows);
-        Ok(Self { gpu: gpu.clone(), limits, inputs, recordings: HashMap::new(), sampler })
+        let recordings = HashMap::new();
+        Ok(Self { gpu: gpu.clone(), limits, execution, inputs, recordings, sampler })
     }
 
     /// Draws and scores what is wanted of rows of logits.
@@ -158,7 +161,11 @@ impl GpuSteps {
         pad(&mut batch, shape, self.limits.block_size);
         self.upload(&mut batch)?;
         match self.recordings.get(&shape) {
-            None => {
+            Some(None) if self.execution == Execution::Recorded => {
+                let recording = record(&self.gpu, model, kv, &batch)?;
+                self.recordings.insert(shape, Some(recording));
+            }
+            None | Some(None) => {
                 self.recordings.insert(shape, None);
                 let hidden = model.forward(&batch, kv)?;
                 let logits = model.compute_logits(&hidden)?;
@@ -166,10 +173,6 @@ impl GpuSteps {
                     hidden: hidden.narrow(0, num_seqs)?,
                     logits: Some(logits.narrow(0, num_seqs)?),
                 });
-            }
-            Some(None) => {
-                let recording = record(&self.gpu, model, kv, &batch)?;
-                self.recordings.insert(shape, Some(recording));
             }
             Some(Some(_)) => {}
         }

@@ -8,6 +8,7 @@ use candle_core::DType;
 use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, StepLimits};
 use super::memory::{CacheShare, MemoryPlan, MemoryRequest, plan};
 use super::model_runner::{LOGITS_ROWS_MAX, LayerCaches, ModelRunner};
+use crate::config::Execution;
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
 use crate::models::{ModelConfig, registry};
@@ -24,6 +25,8 @@ pub struct LoadOptions {
     pub device: Device,
     /// The part of a card's memory that the server may take.
     pub gpu_memory_utilization: f64,
+    /// How a card is told what to do.
+    pub execution: Execution,
     /// Memory for keys and values; `None` lets the plan decide.
     pub kv_cache_bytes: Option<u64>,
     /// How keys and values are stored.
@@ -110,7 +113,7 @@ impl PlannedModel {
                     block_size: self.options.block_size,
                     vocab_size: self.config.vocab_size,
                 };
-                runner.on_gpu(GpuSteps::new(gpu, limits)?)
+                runner.on_gpu(GpuSteps::new(gpu, limits, self.options.execution)?)
             }
         })
     }
