@@ -1,0 +1,244 @@
+// y[t, r] = sum_k x[t, k] w[r, k] (+ bias[r]) for 1 to 16 tokens, at the speed of memory.
+//
+// Shapes: x bf16 [num_tokens, num_cols], w packed as in formats.cuh or dense, y bf16 or f32 [num_tokens, rows].
+//
+// Bytes and operations. Each weight is read once: rows * cols * (4.5 to 9)/8 bytes, on an H200 (4.3 TB/s)
+//   3584 x 3584    4-bit (4.5)  7.2 MB    1.7 us       37888 x 3584   4-bit  76 MB    18 us
+//   3584 x 18944   4-bit         38 MB    8.9 us      152064 x 3584   6-bit 447 MB   104 us
+//   8192 x 29568   4-bit        136 MB     32 us       59136 x 8192   4-bit 273 MB    63 us
+// An SM must take 19 bytes a cycle for that, 27 cycles for a 4-bit tile, in which it issues at most 108 warp
+// instructions and 54 on the integer units; the header of matmul_small.cu counts what a tile takes.
+// The activations are read from the L2 cache once for each TILES row tiles: 2 num_tokens bytes a column beside
+// 9 TILES bytes of weights. Few tokens need no more than TILES = 1, 16 tokens cost more there than the
+// weights do in memory unless TILES grows.
+//
+// Work. A block takes groups of TILES row tiles, in steps of the grid. Its warps share k: warp w has tiles
+// w, w + W, ... of a row tile, each with a ring of STAGES stages in shared memory of its own that cp.async
+// fills, so that nothing in the loop waits for another warp, and that the next group's weights are on the way
+// while the sums of this one are added up. The sums of the warps are added in the order of warps.
+// How k is cut depends on W alone, which the host chooses by the shape of the matrix: the bits of a result depend
+// neither on the other tokens, nor on TILES, nor on the grid.
+//
+// The sum over one scale group is a chain of mma with integers as A (see formats.cuh), then acc += scale * sum
+// in f32. Where a format has minima, acc -= minimum * sum(x), with sums by an mma whose A is all ones.
+#pragma once
+
+#include "dense.cuh"
+
+template <class F, int TILES, int NT>
+struct SmallSums {
+    float sums[TILES][NT][4];
+
+    __device__ __forceinline__ void clear() {
+        for (int i = 0; i < TILES; i++)
+            for (int n = 0; n < NT; n++)
+                for (int c = 0; c < 4; c++) sums[i][n][c] = 0.0f;
+    }
+
+    // One stage: TILES weight tiles, then 128 bytes of each token.
+    __device__ __forceinline__ void add_stage(const uint8_t* stage, int num_tokens, int lane) {
+        const int g = lane / 4, t = lane % 4;
+        uint32_t b[NT][TILE_PRODUCTS][2];
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            // Columns beyond the last token repeat it; their sums are not used.
+            const int token = ::min(8 * n + g, num_tokens - 1);
+            load_activations<F::RUN>(b[n], stage + TILES * F::STAGE_BYTES + token * 128, token, t);
+        }
+        if constexpr (F::IS_DENSE) {
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                typename F::Fragment w;
+                w.load(stage + i * F::STAGE_BYTES, lane);
+#pragma unroll
+                for (int j = 0; j < TILE_PRODUCTS; j++) {
+                    uint32_t a[4];
+                    w.unpack(a, j);
+#pragma unroll
+                    for (int n = 0; n < NT; n++) mma_m16n8k16_bf16(sums[i][n], a, b[n][j]);
+                }
+            }
+        } else {
+            add_quantised(stage, b, lane);
+        }
+    }
+
+    __device__ __forceinline__ void add_quantised(
+        const uint8_t* stage, const uint32_t (&b)[NT][TILE_PRODUCTS][2], int lane) {
+        // Of tokens 2t and 2t + 1 the sum over each scale group, times BIAS where there is no minimum, the same for all rows.
+        constexpr uint32_t FACTOR = both(bf16_of_integer(F::HAS_MIN ? 1 : F::BIAS));
+        const uint32_t factors[4] = {FACTOR, FACTOR, FACTOR, FACTOR};
+        float x_sums[NT][F::GROUPS][4];
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int k = 0; k < F::GROUPS; k++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++) x_sums[n][k][c] = 0.0f;
+#pragma unroll
+                for (int j = 0; j < F::GROUP_PRODUCTS; j++) {
+                    mma_m16n8k16_bf16(x_sums[n][k], factors, b[n][k * F::GROUP_PRODUCTS + j]);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            typename F::Fragment w;
+            w.load(stage + i * F::STAGE_BYTES, lane);
+#pragma unroll
+            for (int k = 0; k < F::GROUPS; k++) {
+                const float scale[2] = {w.scale(k, 0), w.scale(k, 1)};
+                float d[NT][4];
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+#pragma unroll
+                    for (int c = 0; c < 4; c++) {
+                        d[n][c] = F::HAS_MIN ? x_sums[n][k][c] * float(F::BIAS) : x_sums[n][k][c];
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < F::GROUP_PRODUCTS; j++) {
+                    w.template multiply_raw<NT>(d, k * F::GROUP_PRODUCTS + j, b);
+                }
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+#pragma unroll
+                    for (int c = 0; c < 4; c++) {
+                        float& sum = sums[i][n][c];
+                        sum = fmaf(scale[c / 2], d[n][c], sum);
+                        if constexpr (F::HAS_MIN) sum = fmaf(-w.min(k, c / 2), x_sums[n][k][c], sum);
+                    }
+                }
+            }
+        }
+    }
+};
+
+// The copies of one warp into its ring. Every 16 bytes of a stage belong to one lane, whose source addresses grow
+// by a fixed step from stage to stage, so that a copy takes three instructions.
+template <class F, int TILES, int NT, int STAGES>
+struct SmallPrefetch {
+    // 16-byte pieces of the weights of a stage, and of one row tile of it.
+    static constexpr int TILE_PIECES = F::STAGE_BYTES / 16, PIECES = TILES * TILE_PIECES;
+    static constexpr int ROUNDS = ceil_div(PIECES, WARP_SIZE);
+
+    const Product& p;
+    const int num_tiles, num_groups, num_warps, warp, lane, stage_bytes;
+    // Bytes from the ring to this lane's part of the activations of a stage, and tokens behind that of the lane.
+    const int x_at, num_tokens_behind;
+    int group, tile, column, stage_at;
+    uint8_t* const ring;
+    const uint8_t* weights[ROUNDS];
+    const bf16* x;
+
+    __device__ __forceinline__ SmallPrefetch(const Product& product, uint8_t* ring_, int stage_bytes_)
+        : p(product), num_tiles(p.num_tiles()), num_groups(ceil_div(p.num_row_tiles(), TILES)),
+          num_warps(blockDim.x / WARP_SIZE), warp(threadIdx.x / WARP_SIZE), lane(threadIdx.x % WARP_SIZE),
+          stage_bytes(stage_bytes_),
+          x_at(kept(TILES * F::STAGE_BYTES + lane / 8 * 128 + activation_piece<F::RUN>(lane / 8, lane % 8) * 16)),
+          num_tokens_behind(kept(p.num_tokens - lane / 8)), group(blockIdx.x), tile(warp), stage_at(0), ring(ring_) {
+        // A warp without a tile has no stages.
+        if (num_tiles <= warp) group = num_groups;
+        begin_group();
+    }
+
+    __device__ __forceinline__ void begin_group() {
+        tile = warp;
+        column = warp * TILE_COLS + lane % 8 * 8;
+        x = p.x + (long long)(lane / 8) * p.num_cols + column;
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int piece = lane + i * WARP_SIZE, row_tile = group * TILES + piece / TILE_PIECES;
+            // A row tile beyond the last one is the last once more; nobody stores its sums.
+            weights[i] = F::source(p, ::min(row_tile, p.num_row_tiles() - 1), warp, piece % TILE_PIECES);
+        }
+    }
+
+    // Fills the next stage, if there is one.
+    __device__ __forceinline__ void next() {
+        if (group < num_groups) {
+            uint8_t* const stage = ring + stage_at;
+#pragma unroll
+            for (int i = 0; i < ROUNDS; i++) {
+                const int piece = lane + i * WARP_SIZE;
+                if ((i + 1) * WARP_SIZE <= PIECES || piece < PIECES) {
+                    const int row_tile = group * TILES + piece / TILE_PIECES;
+                    F::copy(stage + piece / TILE_PIECES * F::STAGE_BYTES, weights[i], p, row_tile, tile, piece % TILE_PIECES);
+                }
+                weights[i] += F::step(num_warps, piece % TILE_PIECES);
+            }
+            const bool valid = column < p.num_cols;
+#pragma unroll
+            for (int i = 0; i < NT * 2; i++) {
+                if (4 * i < num_tokens_behind) {
+                    cp_async_16(stage + x_at + i * 512, x + (long long)(4 * i) * p.num_cols, valid);
+                }
+            }
+            x += num_warps * TILE_COLS;
+            column += num_warps * TILE_COLS;
+            stage_at = stage_at + stage_bytes == STAGES * stage_bytes ? 0 : stage_at + stage_bytes;
+            tile += num_warps;
+            if (num_tiles <= tile) {
+                group += gridDim.x;
+                begin_group();
+            }
+        }
+        cp_async_commit();
+    }
+};
+
+template <class F, int TILES, int NT, int STAGES>
+__device__ __forceinline__ void matmul_small(const Product& p) {
+    DYNAMIC_SHARED(uint8_t, shared);
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE, num_warps = blockDim.x / WARP_SIZE;
+    const int num_tiles = p.num_tiles(), num_row_tiles = p.num_row_tiles();
+    const int stage_bytes = TILES * F::STAGE_BYTES + p.num_tokens * 128;
+    uint8_t* const ring = shared + warp * STAGES * stage_bytes;
+    // Two sets of the sums of all warps, as one is still read while the next is written.
+    constexpr int WARP_SUMS = TILES * NT * 4 * WARP_SIZE;
+    float* const partial = reinterpret_cast<float*>(shared + num_warps * STAGES * stage_bytes);
+
+    SmallPrefetch<F, TILES, NT, STAGES> prefetch(p, ring, stage_bytes);
+    for (int i = 0; i < STAGES - 1; i++) prefetch.next();
+
+    SmallSums<F, TILES, NT> acc;
+    int set = 0, slot_at = 0;
+    for (int group = blockIdx.x; group < prefetch.num_groups; group += gridDim.x, set ^= 1) {
+        acc.clear();
+#pragma unroll 1
+        for (int tile = warp; tile < num_tiles; tile += num_warps) {
+            cp_async_wait<STAGES - 2>();
+            // The copies of all lanes are there, and all have read the stage before, which is filled next.
+            __syncwarp();
+            prefetch.next();
+            acc.add_stage(ring + slot_at, p.num_tokens, lane);
+            slot_at = slot_at + stage_bytes == STAGES * stage_bytes ? 0 : slot_at + stage_bytes;
+        }
+        float* const sums = partial + set * num_warps * WARP_SUMS;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    sums[warp * WARP_SUMS + ((i * NT + n) * 4 + c) * WARP_SIZE + lane] = acc.sums[i][n][c];
+                }
+            }
+        }
+        __syncthreads();
+        // A thread adds up two rows of one token.
+        for (int task = threadIdx.x; task < TILES * NT * 2 * WARP_SIZE; task += blockDim.x) {
+            const int from = task % WARP_SIZE, parity = task / WARP_SIZE % 2, part = task / WARP_SIZE / 2;
+            const int token = part % NT * 8 + from % 4 * 2 + parity, row_tile = group * TILES + part / NT;
+            if (token < p.num_tokens && row_tile < num_row_tiles) {
+                float low = 0.0f, high = 0.0f;
+                for (int w = 0; w < num_warps; w++) {
+                    const float* const of_warp = sums + w * WARP_SUMS + (part * 4 + parity) * WARP_SIZE + from;
+                    low += of_warp[0];
+                    high += of_warp[2 * WARP_SIZE];
+                }
+                put_rows(p, token, row_tile, from / 4, low, high);
+            }
+        }
+    }
+}
