@@ -5,3 +5,7 @@ pub mod embedding;
 pub mod linear;
 pub mod mlp;
 pub mod norm;
+
+pub use crate::ops::gather_rows::gather_rows;
+pub use crate::ops::indices::Indices;
+pub use crate::ops::tensor::{Device, Tensor};

@@ -4,19 +4,20 @@ pub mod config;
 pub mod qwen2;
 pub mod registry;
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 pub use config::ModelConfig;
 
 use crate::layers::attention::{AttentionMetadata, KvCache};
+use crate::layers::{Indices, Tensor};
 
 /// The inputs of one forward pass over a flat batch of tokens of several sequences.
 #[derive(Clone, Debug)]
 pub struct ForwardBatch {
     /// `[num_tokens]`
-    pub input_ids: Vec<u32>,
+    pub input_ids: Indices,
     /// Rows whose final hidden states are wanted.
-    pub logits_indices: Vec<u32>,
+    pub logits_indices: Indices,
     /// Where the tokens stand and where their keys and values live.
     pub attention: AttentionMetadata,
 }

@@ -5,7 +5,9 @@
 //! cache a block lies. Every float operation of an output element has a fixed order.
 
 pub mod embedding;
+pub mod gather_rows;
 pub mod gguf_blocks;
+pub mod indices;
 pub mod matmul;
 mod operand;
 pub mod paged_attention;
@@ -14,3 +16,4 @@ pub mod rope;
 mod rows;
 mod silu_mul;
 mod simd;
+pub mod tensor;

@@ -1,6 +1,6 @@
 //! Grouped-query self-attention with rotary positions over a paged cache.
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 use super::linear::{Linear, Projection};
 pub use crate::ops::paged_attention::{AttentionMetadata, KvCache};
@@ -8,6 +8,7 @@ pub use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable};
 
 use crate::ops::paged_attention::paged_attention;
 use crate::ops::rope::rope_and_cache;
+use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::Checkpoint;
 
 /// Head counts and sizes of one attention layer.
@@ -36,6 +37,7 @@ impl Attention {
         checkpoint: &Checkpoint,
         prefix: &str,
         shape: AttentionShape,
+        device: &Device,
     ) -> anyhow::Result<Self> {
         let AttentionShape { hidden_size, num_heads, num_kv_heads, head_dim } = shape;
         let qkv = [
@@ -45,8 +47,8 @@ impl Attention {
         ];
         let o = [Projection { name: "o_proj", out_features: hidden_size }];
         Ok(Self {
-            qkv_proj: Linear::load(checkpoint, prefix, &qkv, hidden_size)?,
-            o_proj: Linear::load(checkpoint, prefix, &o, num_heads * head_dim)?,
+            qkv_proj: Linear::load(checkpoint, prefix, &qkv, hidden_size, device)?,
+            o_proj: Linear::load(checkpoint, prefix, &o, num_heads * head_dim, device)?,
             scale: (head_dim as f32).sqrt().recip(),
         })
     }

@@ -1,8 +1,10 @@
 //! Token embedding: rows of a table, decoded one by one from the file's own encoding.
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 use crate::ops::embedding::{EmbeddingTable, embedding};
+use crate::ops::indices::Indices;
+use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::Checkpoint;
 
 /// The token embedding.
@@ -18,15 +20,17 @@ impl Embedding {
         name: &str,
         vocab_size: usize,
         hidden_size: usize,
+        device: &Device,
     ) -> anyhow::Result<Self> {
         let matrix = checkpoint.matrix(&format!("{name}.weight"), vocab_size, hidden_size)?;
         let num_bytes = matrix.bytes.as_ref().len();
-        let table = EmbeddingTable::new(matrix.bytes, matrix.dtype, (vocab_size, hidden_size))?;
+        let table = EmbeddingTable::new(matrix.bytes, matrix.dtype, (vocab_size, hidden_size))?
+            .to_device(device)?;
         Ok(Self { table, num_bytes })
     }
 
     /// `[num_tokens]` ids to `[num_tokens, hidden_size]`.
-    pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
+    pub fn forward(&self, ids: &Indices) -> Result<Tensor> {
         embedding(&self.table, ids)
     }
 

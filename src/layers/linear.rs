@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::Result;
 
 use crate::ops::matmul::{MatrixSource, PackedMatrix, gated_matmul, matmul};
+use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::{Checkpoint, StoredMatrix};
 
 /// A linear projection, or several that share their input and run as one.
@@ -30,6 +31,7 @@ impl Linear {
         prefix: &str,
         projections: &[Projection<'_>],
         in_features: usize,
+        device: &Device,
     ) -> anyhow::Result<Self> {
         let mut stored = Vec::new();
         let mut bias = Vec::new();
@@ -48,7 +50,7 @@ impl Linear {
         let weight = pack(&stored, in_features)?;
         let bias = match bias.len() {
             0 => None,
-            len if len == weight.num_rows() => Some(Tensor::from_vec(bias, len, &Device::Cpu)?),
+            len if len == weight.num_rows() => Some(Tensor::from_vec(bias, (1, len), device)?),
             _ => anyhow::bail!("only some of the biases of `{prefix}` are in the file"),
         };
         Ok(Self { weight: Arc::new(weight), bias })

@@ -1,8 +1,9 @@
 //! The gated feed-forward part of a decoder layer (SwiGLU, Shazeer 2020).
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 use super::linear::{Linear, Projection};
+use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::Checkpoint;
 
 /// `down(silu(gate(x)) * up(x))`.
@@ -18,6 +19,7 @@ impl Mlp {
         prefix: &str,
         hidden_size: usize,
         intermediate_size: usize,
+        device: &Device,
     ) -> anyhow::Result<Self> {
         let gate_up = [
             Projection { name: "gate_proj", out_features: intermediate_size },
@@ -25,8 +27,8 @@ impl Mlp {
         ];
         let down = [Projection { name: "down_proj", out_features: hidden_size }];
         Ok(Self {
-            gate_up_proj: Linear::load(checkpoint, prefix, &gate_up, hidden_size)?,
-            down_proj: Linear::load(checkpoint, prefix, &down, intermediate_size)?,
+            gate_up_proj: Linear::load(checkpoint, prefix, &gate_up, hidden_size, device)?,
+            down_proj: Linear::load(checkpoint, prefix, &down, intermediate_size, device)?,
         })
     }
 

@@ -1,8 +1,9 @@
 //! Root-mean-square normalisation (Zhang and Sennrich, 2019).
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::Result;
 
 use crate::ops::rms_norm::{add_rms_norm, rms_norm};
+use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::Checkpoint;
 
 /// `x / rms(x) * weight`.
@@ -18,9 +19,10 @@ impl RmsNorm {
         name: &str,
         size: usize,
         eps: f32,
+        device: &Device,
     ) -> anyhow::Result<Self> {
         let weight = checkpoint.vector(&format!("{name}.weight"), size)?;
-        Ok(Self { weight: Tensor::from_vec(weight, size, &Device::Cpu)?, eps })
+        Ok(Self { weight: Tensor::from_vec(weight, (1, size), device)?, eps })
     }
 
     /// `[num_tokens, size]` to the same shape.

@@ -2,7 +2,7 @@
 //!
 //! Source: `modeling_qwen2.py` of Hugging Face transformers and the Qwen2 report (arXiv 2407.10671).
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::Result;
 
 use super::{ForwardBatch, Model, ModelConfig};
 use crate::layers::attention::{
@@ -12,6 +12,7 @@ use crate::layers::embedding::Embedding;
 use crate::layers::linear::{Linear, Projection};
 use crate::layers::mlp::Mlp;
 use crate::layers::norm::RmsNorm;
+use crate::layers::{Device, Tensor, gather_rows};
 use crate::weights::checkpoint::Checkpoint;
 
 struct DecoderLayer {
@@ -22,11 +23,16 @@ struct DecoderLayer {
 }
 
 impl DecoderLayer {
-    fn load(checkpoint: &Checkpoint, index: usize, config: &ModelConfig) -> anyhow::Result<Self> {
+    fn load(
+        checkpoint: &Checkpoint,
+        index: usize,
+        config: &ModelConfig,
+        device: &Device,
+    ) -> anyhow::Result<Self> {
         let prefix = format!("model.layers.{index}.");
         let norm = |name: &str| {
             let name = format!("{prefix}{name}");
-            RmsNorm::load(checkpoint, &name, config.hidden_size, config.rms_norm_eps)
+            RmsNorm::load(checkpoint, &name, config.hidden_size, config.rms_norm_eps, device)
         };
         let shape = AttentionShape {
             hidden_size: config.hidden_size,
@@ -36,29 +42,37 @@ impl DecoderLayer {
         };
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,
-            self_attn: Attention::load(checkpoint, &format!("{prefix}self_attn."), shape)?,
+            self_attn: Attention::load(checkpoint, &format!("{prefix}self_attn."), shape, device)?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
             mlp: Mlp::load(
                 checkpoint,
                 &format!("{prefix}mlp."),
                 config.hidden_size,
                 config.intermediate_size,
+                device,
             )?,
         })
     }
 
-    /// `residual` is the stream before this layer, `x` what the layer below adds to it.
+    /// `residual` is the stream before this layer, `x` what the layer below adds to it, if there is
+    /// one.
     fn forward(
         &self,
-        (x, residual): (Tensor, Tensor),
+        (x, residual): (Option<Tensor>, Tensor),
         rope: &RopeTable,
         kv: &KvCache,
         metadata: &AttentionMetadata,
-    ) -> Result<(Tensor, Tensor)> {
-        let (residual, x) = self.input_layernorm.add_forward(&x, &residual)?;
+    ) -> Result<(Option<Tensor>, Tensor)> {
+        let (residual, x) = match x {
+            Some(x) => self.input_layernorm.add_forward(&x, &residual)?,
+            None => {
+                let x = self.input_layernorm.forward(&residual)?;
+                (residual, x)
+            }
+        };
         let x = self.self_attn.forward(&x, rope, kv, metadata)?;
         let (residual, x) = self.post_attention_layernorm.add_forward(&x, &residual)?;
-        Ok((self.mlp.forward(&x)?, residual))
+        Ok((Some(self.mlp.forward(&x)?), residual))
     }
 
     fn num_bytes(&self) -> usize {
@@ -81,6 +95,7 @@ impl Qwen2 {
         checkpoint: &Checkpoint,
         config: &ModelConfig,
         max_model_len: usize,
+        device: &Device,
         on_layer: &mut dyn FnMut(usize),
     ) -> anyhow::Result<Self> {
         let embed_tokens = Embedding::load(
@@ -88,10 +103,11 @@ impl Qwen2 {
             "model.embed_tokens",
             config.vocab_size,
             config.hidden_size,
+            device,
         )?;
         let mut layers = Vec::new();
         for index in 0..config.num_hidden_layers {
-            layers.push(DecoderLayer::load(checkpoint, index, config)?);
+            layers.push(DecoderLayer::load(checkpoint, index, config, device)?);
             on_layer(index + 1);
         }
         // A file without an output head ties it to the embedding.
@@ -107,9 +123,15 @@ impl Qwen2 {
         Ok(Self {
             embed_tokens,
             layers,
-            norm: RmsNorm::load(checkpoint, "model.norm", config.hidden_size, config.rms_norm_eps)?,
-            lm_head: Linear::load(checkpoint, "", &head, config.hidden_size)?,
-            rope: RopeTable::new(&rope, &Device::Cpu)?,
+            norm: RmsNorm::load(
+                checkpoint,
+                "model.norm",
+                config.hidden_size,
+                config.rms_norm_eps,
+                device,
+            )?,
+            lm_head: Linear::load(checkpoint, "", &head, config.hidden_size, device)?,
+            rope: RopeTable::new(&rope, device)?,
         })
     }
 }
@@ -117,17 +139,16 @@ impl Qwen2 {
 impl Model for Qwen2 {
     fn forward(&self, batch: &ForwardBatch, kv: &[KvCache]) -> Result<Tensor> {
         let embedded = self.embed_tokens.forward(&batch.input_ids)?; // [num_tokens, hidden_size]
-        let mut state = (embedded.zeros_like()?, embedded);
+        let mut state = (None, embedded);
         for (layer, kv) in self.layers.iter().zip(kv) {
             state = layer.forward(state, &self.rope, kv, &batch.attention)?;
         }
         // Only the rows whose logits are wanted go on.
         let (x, residual) = state;
-        let wanted = Tensor::new(batch.logits_indices.as_slice(), x.device())?;
-        let x = x.index_select(&wanted, 0)?;
-        let residual = residual.index_select(&wanted, 0)?;
-        let (_, normed) = self.norm.add_forward(&x, &residual)?;
-        Ok(normed) // [num_logits, hidden_size]
+        let residual = gather_rows(&residual, &batch.logits_indices)?; // [num_logits, hidden_size]
+        let Some(x) = x else { return self.norm.forward(&residual) };
+        let x = gather_rows(&x, &batch.logits_indices)?;
+        Ok(self.norm.add_forward(&x, &residual)?.1)
     }
 
     fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor> {

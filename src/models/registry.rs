@@ -4,6 +4,7 @@ use anyhow::bail;
 
 use super::qwen2::Qwen2;
 use super::{Model, ModelConfig};
+use crate::layers::Device;
 use crate::weights::checkpoint::Checkpoint;
 
 /// The architectures this build can run, by their GGUF names.
@@ -25,8 +26,9 @@ pub fn load(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
     max_model_len: usize,
+    device: &Device,
     on_layer: &mut dyn FnMut(usize),
 ) -> anyhow::Result<Box<dyn Model>> {
     check_architecture(&config.architecture)?;
-    Ok(Box::new(Qwen2::load(checkpoint, config, max_model_len, on_layer)?))
+    Ok(Box::new(Qwen2::load(checkpoint, config, max_model_len, device, on_layer)?))
 }

@@ -2,9 +2,13 @@
 //! the way out.
 
 use candle_core::quantized::GgmlDType;
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{Result, Tensor as CpuTensor, bail};
 
-use crate::ops::gguf_blocks::{dequantize_row, row_bytes};
+use super::gguf_blocks::{dequantize_row, row_bytes};
+use super::indices::Indices;
+use super::tensor::Tensor;
+use crate::device::Device;
+use crate::device::gpu::{DeviceBuffer, Gpu};
 
 /// A table of rows in one of the file formats.
 pub struct EmbeddingTable {
@@ -13,6 +17,8 @@ pub struct EmbeddingTable {
     num_rows: usize,
     num_cols: usize,
     row_bytes: usize,
+    /// The same bytes in a card's memory.
+    resident: Option<(Gpu, DeviceBuffer)>,
 }
 
 impl EmbeddingTable {
@@ -30,7 +36,19 @@ impl EmbeddingTable {
         if num_bytes != num_rows * row_bytes {
             bail!("{num_rows} rows of {num_cols} {dtype:?} weights are not {num_bytes} bytes");
         }
-        Ok(Self { data: Box::new(data), dtype, num_rows, num_cols, row_bytes })
+        Ok(Self { data: Box::new(data), dtype, num_rows, num_cols, row_bytes, resident: None })
+    }
+
+    /// The table where this device finds it.
+    ///
+    /// # Errors
+    /// If the card has no memory for it.
+    pub fn to_device(mut self, device: &Device) -> Result<Self> {
+        self.resident = match device {
+            Device::Cpu => None,
+            Device::Gpu(gpu) => Some((gpu.clone(), gpu.alloc_from((*self.data).as_ref())?)),
+        };
+        Ok(self)
     }
 
     /// How many rows there are.
@@ -48,7 +66,14 @@ impl EmbeddingTable {
 ///
 /// # Errors
 /// If an id is not below the number of rows.
-pub fn embedding(table: &EmbeddingTable, ids: &[u32]) -> Result<Tensor> {
+pub fn embedding(table: &EmbeddingTable, ids: &Indices) -> Result<Tensor> {
+    match &table.resident {
+        None => embedding_on_cpu(table, ids).map(Tensor::Cpu),
+        Some(_) => bail!("embedding has no kernel"),
+    }
+}
+
+fn embedding_on_cpu(table: &EmbeddingTable, ids: &[u32]) -> Result<CpuTensor> {
     if let Some(id) = ids.iter().find(|id| table.num_rows <= **id as usize) {
         bail!("id {id} is outside of an embedding table of {} rows", table.num_rows);
     }
@@ -60,7 +85,7 @@ pub fn embedding(table: &EmbeddingTable, ids: &[u32]) -> Result<Tensor> {
         let start = id as usize * table.row_bytes;
         dequantize_row(table.dtype, &data[start..start + table.row_bytes], row)?;
     }
-    Tensor::from_vec(rows, (ids.len(), num_cols), &Device::Cpu)
+    CpuTensor::from_vec(rows, (ids.len(), num_cols), &candle_core::Device::Cpu)
 }
 
 #[cfg(test)]
@@ -75,7 +100,7 @@ mod tests {
             let mut all = vec![0.0; 5 * 256];
             dequantize_row(dtype, &data, &mut all).unwrap();
             let table = EmbeddingTable::new(data, dtype, (5, 256)).unwrap();
-            let found = embedding(&table, &[4, 0, 4, 2]).unwrap().to_vec2::<f32>().unwrap();
+            let found = embedding_on_cpu(&table, &[4, 0, 4, 2]).unwrap().to_vec2::<f32>().unwrap();
             let expected: Vec<_> =
                 [4, 0, 4, 2].iter().map(|&id| all[id * 256..(id + 1) * 256].to_vec()).collect();
             assert_eq!(found, expected, "{dtype:?}");
@@ -87,7 +112,7 @@ mod tests {
         assert!(EmbeddingTable::new(vec![0; 34], GgmlDType::Q8_0, (2, 32)).is_err());
         assert!(EmbeddingTable::new(vec![0; 34], GgmlDType::Q8_0, (1, 33)).is_err());
         let table = EmbeddingTable::new(vec![0; 34], GgmlDType::Q8_0, (1, 32)).unwrap();
-        assert!(embedding(&table, &[1]).is_err());
-        assert_eq!(embedding(&table, &[]).unwrap().dims(), [0, 32]);
+        assert!(embedding_on_cpu(&table, &[1]).is_err());
+        assert_eq!(embedding_on_cpu(&table, &[]).unwrap().dims(), [0, 32]);
     }
 }

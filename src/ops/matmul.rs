@@ -26,8 +26,9 @@ mod simd;
 
 use std::sync::Arc;
 
+use candle_core::Tensor as CpuTensor;
 use candle_core::quantized::GgmlDType;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, bail};
 
 use self::activations::{Activations, Group, SumFactor, SumKind, groups};
 use self::buffer::Buffer;
@@ -38,6 +39,7 @@ use self::simd::{Isa, LANES};
 use crate::device::threads::parallel_for;
 use crate::ops::gguf_blocks::{block_layout, row_bytes};
 use crate::ops::simd::Isa as FloatIsa;
+use crate::ops::tensor::Tensor;
 
 /// The instruction set that products are computed with on this machine.
 pub fn instruction_set() -> &'static str {
@@ -181,6 +183,20 @@ impl<T> SharedMut<T> {
 /// # Errors
 /// If a shape or a type does not fit, or a tensor is not contiguous on the CPU.
 pub fn matmul(x: &Tensor, w: &Arc<PackedMatrix>, bias: Option<&Tensor>) -> Result<Tensor> {
+    match x {
+        Tensor::Cpu(x) => {
+            let bias = bias.map(Tensor::cpu).transpose()?;
+            matmul_on_cpu(x, w, bias).map(Tensor::Cpu)
+        }
+        Tensor::Gpu(_) => bail!("matmul has no kernel"),
+    }
+}
+
+fn matmul_on_cpu(
+    x: &CpuTensor,
+    w: &Arc<PackedMatrix>,
+    bias: Option<&CpuTensor>,
+) -> Result<CpuTensor> {
     let then = bias.cloned().map_or(Then::Store, Then::AddBias);
     x.apply_op1_no_bwd(&MatMul { weights: Arc::clone(w), then, isa: Isa::detect() })
 }
@@ -191,6 +207,13 @@ pub fn matmul(x: &Tensor, w: &Arc<PackedMatrix>, bias: Option<&Tensor>) -> Resul
 /// # Errors
 /// As for [`matmul`], and if the matrix is not two of equal shape.
 pub fn gated_matmul(x: &Tensor, gate_up: &Arc<PackedMatrix>) -> Result<Tensor> {
+    match x {
+        Tensor::Cpu(x) => gated_matmul_on_cpu(x, gate_up).map(Tensor::Cpu),
+        Tensor::Gpu(_) => bail!("gated_matmul has no kernel"),
+    }
+}
+
+fn gated_matmul_on_cpu(x: &CpuTensor, gate_up: &Arc<PackedMatrix>) -> Result<CpuTensor> {
     let then = Then::SiluMul(FloatIsa::best());
     x.apply_op1_no_bwd(&MatMul { weights: Arc::clone(gate_up), then, isa: Isa::detect() })
 }
@@ -204,7 +227,7 @@ struct MatMul {
 /// What is done with the product.
 enum Then {
     Store,
-    AddBias(Tensor),
+    AddBias(CpuTensor),
     SiluMul(FloatIsa),
 }
 
@@ -502,15 +525,15 @@ mod tests {
     fn tensors_in_and_out() {
         let (weights, packed) = pack(GgmlDType::F32, 3, 4);
         let packed = Arc::new(packed);
-        let x = Tensor::from_vec(random_x(2, 4), (2, 4), &Device::Cpu).unwrap();
-        let bias = Tensor::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap();
-        let found = matmul(&x, &packed, Some(&bias)).unwrap();
-        let w = Tensor::from_vec(weights, (3, 4), &Device::Cpu).unwrap();
+        let x = CpuTensor::from_vec(random_x(2, 4), (2, 4), &Device::Cpu).unwrap();
+        let bias = CpuTensor::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap();
+        let found = matmul_on_cpu(&x, &packed, Some(&bias)).unwrap();
+        let w = CpuTensor::from_vec(weights, (3, 4), &Device::Cpu).unwrap();
         let expected = x.matmul(&w.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();
         let difference = (found - expected).unwrap().abs().unwrap().max_all().unwrap();
         assert!(difference.to_scalar::<f32>().unwrap() < 1e-5);
-        let none = Tensor::zeros((0, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
-        assert_eq!(matmul(&none, &packed, None).unwrap().dims(), [0, 3]);
+        let none = CpuTensor::zeros((0, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(matmul_on_cpu(&none, &packed, None).unwrap().dims(), [0, 3]);
     }
 
     #[test]
@@ -521,12 +544,12 @@ mod tests {
         assert!(PackedMatrix::pack(&[source(GgmlDType::Q4_0, &[0; 36], 1)], 33).is_err());
         assert!(PackedMatrix::pack(&[source(GgmlDType::Q4K, &[0; 144], 1)], 128).is_err());
         let packed = Arc::new(pack(GgmlDType::Q8_0, 2, 32).1);
-        let x = Tensor::zeros((1, 64), candle_core::DType::F32, &Device::Cpu).unwrap();
-        assert!(matmul(&x, &packed, None).is_err());
-        let x = Tensor::zeros((1, 32), candle_core::DType::F32, &Device::Cpu).unwrap();
-        assert!(matmul(&x, &packed, Some(&x.flatten_all().unwrap())).is_err());
-        assert!(gated_matmul(&x, &packed).is_err());
+        let x = CpuTensor::zeros((1, 64), candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert!(matmul_on_cpu(&x, &packed, None).is_err());
+        let x = CpuTensor::zeros((1, 32), candle_core::DType::F32, &Device::Cpu).unwrap();
+        assert!(matmul_on_cpu(&x, &packed, Some(&x.flatten_all().unwrap())).is_err());
+        assert!(gated_matmul_on_cpu(&x, &packed).is_err());
         let halves = x.to_dtype(candle_core::DType::F16).unwrap();
-        assert!(matmul(&halves, &packed, None).is_err());
+        assert!(matmul_on_cpu(&halves, &packed, None).is_err());
     }
 }

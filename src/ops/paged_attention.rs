@@ -18,14 +18,17 @@ mod tile;
 use std::cmp::Reverse;
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::{
-    CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail,
-};
+use candle_core::Tensor as CpuTensor;
+use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, WithDType, bail};
 use half::{bf16, f16};
 
+use super::indices::Indices;
 use super::operand::contiguous;
 use super::rows::parallel_chunks_mut;
 use super::simd::{Element, Isa};
+use super::tensor::Tensor;
+use crate::device::Device;
+use crate::device::gpu::{DeviceBuffer, Gpu};
 use crate::device::threads::current_num_threads;
 use tile::{
     Attend, CacheView, Destination, MergePartitions, PARTITION, Partial, QueryTile, Scratch,
@@ -44,17 +47,17 @@ const MAX_PARTIALS_PER_TASK: usize = 8;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AttentionMetadata {
     /// First token of each sequence, then the number of tokens: `[num_seqs + 1]`.
-    pub query_start_loc: Vec<u32>,
+    pub query_start_loc: Indices,
     /// Tokens of each sequence up to and including this step: `[num_seqs]`.
-    pub seq_lens: Vec<u32>,
+    pub seq_lens: Indices,
     /// Blocks of each sequence in token order, padded: `[num_seqs, max_blocks_per_seq]`.
-    pub block_table: Vec<u32>,
+    pub block_table: Indices,
     /// Row length of `block_table`.
     pub max_blocks_per_seq: usize,
     /// Cache slot of each token, `block * block_size + offset`: `[num_tokens]`.
-    pub slot_mapping: Vec<u32>,
+    pub slot_mapping: Indices,
     /// Position of each token in its sequence: `[num_tokens]`.
-    pub positions: Vec<u32>,
+    pub positions: Indices,
     /// The most tokens that a sequence has in this step.
     pub max_query_len: u32,
     /// The largest of `seq_lens`.
@@ -114,33 +117,97 @@ pub struct KvCacheShape {
 
 /// Keys and values of one layer.
 #[derive(Clone, Debug)]
-pub struct KvCache {
+pub enum KvCache {
+    /// In the program's memory.
+    Cpu(CpuKvCache),
+    /// In a card's memory.
+    Gpu(GpuKvCache),
+}
+
+/// Keys and values of one layer in the program's memory, `f16`, `bf16` or `f32`.
+#[derive(Clone, Debug)]
+pub struct CpuKvCache {
     /// `[num_blocks, num_kv_heads, block_size, head_dim]`
-    pub k: Tensor,
+    pub k: CpuTensor,
     /// `[num_blocks, num_kv_heads, block_size, head_dim]`
-    pub v: Tensor,
+    pub v: CpuTensor,
     /// Tokens per block.
     pub block_size: usize,
 }
 
+/// Keys and values of one layer in a card's memory, `f16` or `bf16`.
+#[derive(Clone, Debug)]
+pub struct GpuKvCache {
+    /// Whose memory.
+    pub gpu: Gpu,
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`
+    pub k: DeviceBuffer,
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`
+    pub v: DeviceBuffer,
+    /// Type of keys and values.
+    pub dtype: DType,
+    /// Dimensions of `k` and of `v`.
+    pub shape: KvCacheShape,
+}
+
 impl KvCache {
-    /// An empty cache in `f16`, `bf16` or `f32`. On the CPU, blocks take up memory once written.
+    /// An empty cache, see [`CpuKvCache::new`] and [`GpuKvCache::new`].
+    ///
+    /// # Errors
+    /// If the shape or the type is not supported, or there is no memory.
     pub fn new(shape: KvCacheShape, dtype: DType, device: &Device) -> Result<Self> {
-        let KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim } = shape;
+        Ok(match device {
+            Device::Cpu => Self::Cpu(CpuKvCache::new(shape, dtype)?),
+            Device::Gpu(gpu) => Self::Gpu(GpuKvCache::new(shape, dtype, gpu)?),
+        })
+    }
+}
+
+impl KvCacheShape {
+    /// Values of all keys, or of all values.
+    fn num_elements(self) -> Result<usize> {
+        let Self { num_blocks, num_kv_heads, block_size, head_dim } = self;
         if num_kv_heads == 0 || block_size == 0 || head_dim == 0 || head_dim % 8 != 0 {
-            bail!("a KV cache of {shape:?} is not supported");
+            bail!("a KV cache of {self:?} is not supported");
         }
         let num_slots = num_blocks.checked_mul(block_size).filter(|&n| u32::try_from(n).is_ok());
         let num_heads = num_slots.and_then(|n| n.checked_mul(num_kv_heads));
-        if num_heads.and_then(|n| n.checked_mul(head_dim)).is_none() {
-            bail!("a KV cache of {shape:?} has too many slots");
+        match num_heads.and_then(|n| n.checked_mul(head_dim)) {
+            Some(num_elements) => Ok(num_elements),
+            None => bail!("a KV cache of {self:?} has too many slots"),
         }
+    }
+}
+
+impl GpuKvCache {
+    /// A cache in `f16` or `bf16`, which takes up its memory at once. No kernel reads a slot that
+    /// was not written.
+    ///
+    /// # Errors
+    /// If the shape or the type is not supported, or the card has no memory left.
+    pub fn new(shape: KvCacheShape, dtype: DType, gpu: &Gpu) -> Result<Self> {
+        let num_bytes = shape.num_elements()? * dtype.size_in_bytes();
+        if !matches!(dtype, DType::F16 | DType::BF16) {
+            bail!("a KV cache of {dtype:?} is not supported on the GPU; use f16 or bf16");
+        }
+        let (k, v) = (gpu.alloc(num_bytes)?, gpu.alloc(num_bytes)?);
+        Ok(Self { gpu: gpu.clone(), k, v, dtype, shape })
+    }
+}
+
+impl CpuKvCache {
+    /// An empty cache in `f16`, `bf16` or `f32`. Blocks take up memory once written.
+    ///
+    /// # Errors
+    /// If the shape or the type is not supported, or there is no memory.
+    pub fn new(shape: KvCacheShape, dtype: DType) -> Result<Self> {
+        let KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim } = shape;
+        shape.num_elements()?;
         let dims = (num_blocks, num_kv_heads, block_size, head_dim);
-        let zeros = || match (device, dtype) {
-            (Device::Cpu, DType::F16) => lazy_zeros::<f16>(dims),
-            (Device::Cpu, DType::BF16) => lazy_zeros::<bf16>(dims),
-            (Device::Cpu, DType::F32) => lazy_zeros::<f32>(dims),
-            (_, DType::F16 | DType::BF16 | DType::F32) => Tensor::zeros(dims, dtype, device),
+        let zeros = || match dtype {
+            DType::F16 => lazy_zeros::<f16>(dims),
+            DType::BF16 => lazy_zeros::<bf16>(dims),
+            DType::F32 => lazy_zeros::<f32>(dims),
             _ => bail!("a KV cache of {dtype:?} is not supported"),
         };
         Ok(Self { k: zeros()?, v: zeros()?, block_size })
@@ -159,24 +226,36 @@ impl KvCache {
 
 fn lazy_zeros<T: WithDType + bytemuck::Zeroable>(
     dims: (usize, usize, usize, usize),
-) -> Result<Tensor> {
+) -> Result<CpuTensor> {
     let Ok(zeros) = bytemuck::allocation::try_zeroed_vec::<T>(Shape::from(dims).elem_count())
     else {
         bail!("no memory for a KV cache of {dims:?}")
     };
-    Tensor::from_vec(zeros, dims, &Device::Cpu)
+    CpuTensor::from_vec(zeros, dims, &candle_core::Device::Cpu)
 }
 
 /// Causal attention of the step's tokens over everything cached of their sequences.
 ///
-/// Takes queries `[num_tokens, num_heads * head_dim]` in `f32` and yields the same shape. Keys and
-/// values of the step's tokens must be in the cache already.
+/// Takes queries `[num_tokens, num_heads * head_dim]` and yields the same shape. Keys and values of
+/// the step's tokens must be in the cache already.
 pub fn paged_attention(
     q: &Tensor,
     kv: &KvCache,
     meta: &AttentionMetadata,
     scale: f32,
 ) -> Result<Tensor> {
+    match kv {
+        KvCache::Cpu(kv) => attend_on_cpu(q.cpu()?, kv, meta, scale).map(Tensor::Cpu),
+        KvCache::Gpu(_) => bail!("paged_attention has no kernel"),
+    }
+}
+
+fn attend_on_cpu(
+    q: &CpuTensor,
+    kv: &CpuKvCache,
+    meta: &AttentionMetadata,
+    scale: f32,
+) -> Result<CpuTensor> {
     let op = PagedAttention { shape: kv.shape()?, meta, scale, isa: Isa::best() };
     q.apply_op3_no_bwd(&kv.k, &kv.v, &op)
 }

@@ -1,16 +1,21 @@
 //! Root-mean-square norm: `x / sqrt(mean(x^2) + eps) * weight`, per row.
 #![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::Tensor as CpuTensor;
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
 
 use super::operand::contiguous;
 use super::rows::for_each_row_mut;
 use super::simd::{Isa, Kernel, LANES, Simd, load_padded, store_clipped};
+use super::tensor::Tensor;
 
-/// Normalises each row of `x` `[num_tokens, hidden_size]` and scales it by `weight`
-/// `[hidden_size]`.
+/// Normalises each row of `x` `[num_tokens, hidden_size]` and scales it by `weight`, a row of
+/// `hidden_size`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-    x.apply_op2_no_bwd(weight, &RmsNorm { eps, isa: Isa::best() })
+    match x {
+        Tensor::Cpu(x) => rms_norm_on_cpu(x, weight.cpu()?, eps).map(Tensor::Cpu),
+        Tensor::Gpu(_) => bail!("rms_norm has no kernel"),
+    }
 }
 
 /// The sum `x + residual` and its norm, both `[num_tokens, hidden_size]`.
@@ -20,6 +25,25 @@ pub fn add_rms_norm(
     weight: &Tensor,
     eps: f32,
 ) -> Result<(Tensor, Tensor)> {
+    match x {
+        Tensor::Cpu(x) => {
+            let (sum, normed) = add_rms_norm_on_cpu(x, residual.cpu()?, weight.cpu()?, eps)?;
+            Ok((Tensor::Cpu(sum), Tensor::Cpu(normed)))
+        }
+        Tensor::Gpu(_) => bail!("add_rms_norm has no kernel"),
+    }
+}
+
+fn rms_norm_on_cpu(x: &CpuTensor, weight: &CpuTensor, eps: f32) -> Result<CpuTensor> {
+    x.apply_op2_no_bwd(weight, &RmsNorm { eps, isa: Isa::best() })
+}
+
+fn add_rms_norm_on_cpu(
+    x: &CpuTensor,
+    residual: &CpuTensor,
+    weight: &CpuTensor,
+    eps: f32,
+) -> Result<(CpuTensor, CpuTensor)> {
     let op = AddRmsNorm { eps, isa: Isa::best() };
     // [2, num_tokens, hidden_size]
     let both = x.apply_op3_no_bwd(residual, weight, &op)?;
@@ -101,7 +125,7 @@ impl CustomOp3 for AddRmsNorm {
 
 fn hidden_size(x: &Layout, weight: &Layout) -> Result<usize> {
     let (_, hidden_size) = x.shape().dims2()?;
-    if hidden_size == 0 || weight.shape().dims() != [hidden_size] {
+    if hidden_size == 0 || weight.shape().elem_count() != hidden_size {
         bail!("rows of {hidden_size} values, weight {:?}", weight.shape());
     }
     Ok(hidden_size)
@@ -155,8 +179,8 @@ mod tests {
         for isa in Isa::available() {
             for (num_tokens, hidden) in [(1, 8), (3, 17), (40, 896), (2, 5120)] {
                 let (x, weight) = (wave(num_tokens * hidden, 0.0), wave(hidden, 1.0));
-                let input = Tensor::from_slice(&x, (num_tokens, hidden), &Device::Cpu).unwrap();
-                let w = Tensor::from_slice(&weight, hidden, &Device::Cpu).unwrap();
+                let input = CpuTensor::from_slice(&x, (num_tokens, hidden), &Device::Cpu).unwrap();
+                let w = CpuTensor::from_slice(&weight, hidden, &Device::Cpu).unwrap();
                 let out = input.apply_op2_no_bwd(&w, &RmsNorm { eps: 1e-6, isa }).unwrap();
                 for (x, out) in x.chunks(hidden).zip(out.to_vec2::<f32>().unwrap()) {
                     for (expected, out) in norm_f64(x, &weight, 1e-6).into_iter().zip(out) {
@@ -173,16 +197,16 @@ mod tests {
         let (num_tokens, hidden) = (300, 100);
         let tensor = |seed| {
             let data = wave(num_tokens * hidden, seed);
-            Tensor::from_vec(data, (num_tokens, hidden), &Device::Cpu).unwrap()
+            CpuTensor::from_vec(data, (num_tokens, hidden), &Device::Cpu).unwrap()
         };
         let (x, residual) = (tensor(0.0), tensor(2.0));
-        let weight = Tensor::from_vec(wave(hidden, 1.0), hidden, &Device::Cpu).unwrap();
-        let (sum, normed) = add_rms_norm(&x, &residual, &weight, 1e-6).unwrap();
+        let weight = CpuTensor::from_vec(wave(hidden, 1.0), hidden, &Device::Cpu).unwrap();
+        let (sum, normed) = add_rms_norm_on_cpu(&x, &residual, &weight, 1e-6).unwrap();
         let apart = (&x + &residual).unwrap();
         assert_eq!(sum.to_vec2::<f32>().unwrap(), apart.to_vec2::<f32>().unwrap());
         for row in [0, 1, 299] {
             // A narrowed tensor starts inside its storage.
-            let alone = rms_norm(&sum.narrow(0, row, 1).unwrap(), &weight, 1e-6).unwrap();
+            let alone = rms_norm_on_cpu(&sum.narrow(0, row, 1).unwrap(), &weight, 1e-6).unwrap();
             let in_batch = normed.narrow(0, row, 1).unwrap();
             assert_eq!(alone.to_vec2::<f32>().unwrap(), in_batch.to_vec2::<f32>().unwrap());
         }
@@ -191,15 +215,16 @@ mod tests {
     #[test]
     fn wrong_shapes_and_types_are_errors() {
         let zeros = |rows: usize, columns: usize| {
-            Tensor::from_vec(vec![0.0_f32; rows * columns], (rows, columns), &Device::Cpu).unwrap()
+            CpuTensor::from_vec(vec![0.0_f32; rows * columns], (rows, columns), &Device::Cpu)
+                .unwrap()
         };
-        let weight = Tensor::from_vec(vec![1.0_f32; 8], 8, &Device::Cpu).unwrap();
-        assert!(rms_norm(&zeros(2, 9), &weight, 1e-6).is_err());
-        assert!(rms_norm(&weight, &weight, 1e-6).is_err());
-        assert!(rms_norm(&zeros(8, 8).t().unwrap(), &weight, 1e-6).is_err());
-        assert!(add_rms_norm(&zeros(2, 8), &zeros(1, 8), &weight, 1e-6).is_err());
+        let weight = CpuTensor::from_vec(vec![1.0_f32; 8], 8, &Device::Cpu).unwrap();
+        assert!(rms_norm_on_cpu(&zeros(2, 9), &weight, 1e-6).is_err());
+        assert!(rms_norm_on_cpu(&weight, &weight, 1e-6).is_err());
+        assert!(rms_norm_on_cpu(&zeros(8, 8).t().unwrap(), &weight, 1e-6).is_err());
+        assert!(add_rms_norm_on_cpu(&zeros(2, 8), &zeros(1, 8), &weight, 1e-6).is_err());
         let half = zeros(2, 8).to_dtype(candle_core::DType::F16).unwrap();
-        assert!(rms_norm(&half, &weight, 1e-6).is_err());
-        assert_eq!(rms_norm(&zeros(0, 8), &weight, 1e-6).unwrap().dims(), [0, 8]);
+        assert!(rms_norm_on_cpu(&half, &weight, 1e-6).is_err());
+        assert_eq!(rms_norm_on_cpu(&zeros(0, 8), &weight, 1e-6).unwrap().dims(), [0, 8]);
     }
 }

@@ -9,15 +9,16 @@
 //!
 //! Queries come back rotated; keys are rotated and written to the cache, values written as they are.
 
-use candle_core::{
-    CpuStorage, CustomOp2, Device, InplaceOp2, InplaceOp3, Layout, Result, Shape, Tensor, bail,
-};
+use candle_core::Tensor as CpuTensor;
+use candle_core::{CpuStorage, CustomOp2, InplaceOp2, InplaceOp3, Layout, Result, Shape, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::operand::contiguous;
-use super::paged_attention::{AttentionMetadata, KvCache, KvCacheShape};
+use super::paged_attention::{AttentionMetadata, CpuKvCache, KvCache, KvCacheShape};
 use super::rows::for_each_row_mut;
+use super::tensor::Tensor;
+use crate::device::Device;
 
 /// How frequencies change so that positions beyond the trained ones can be used.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -106,6 +107,7 @@ pub struct RopeTable {
     /// `[max_positions, head_dim]`: the cosines of all pairs, then the sines
     cos_sin: Tensor,
     head_dim: usize,
+    max_positions: usize,
 }
 
 impl RopeTable {
@@ -133,7 +135,7 @@ impl RopeTable {
             }
         });
         let cos_sin = Tensor::from_vec(cos_sin, (max_positions, head_dim), device)?;
-        Ok(Self { cos_sin, head_dim })
+        Ok(Self { cos_sin, head_dim, max_positions })
     }
 
     /// Values per head.
@@ -143,7 +145,7 @@ impl RopeTable {
 
     /// Positions that the table covers.
     pub fn max_positions(&self) -> usize {
-        self.cos_sin.dims()[0]
+        self.max_positions
     }
 }
 
@@ -157,6 +159,18 @@ pub fn rope_and_cache(
     kv: &KvCache,
     meta: &AttentionMetadata,
 ) -> Result<Tensor> {
+    match kv {
+        KvCache::Cpu(kv) => rope_and_cache_on_cpu(qkv.cpu()?, table, kv, meta).map(Tensor::Cpu),
+        KvCache::Gpu(_) => bail!("rope_and_cache has no kernel"),
+    }
+}
+
+fn rope_and_cache_on_cpu(
+    qkv: &CpuTensor,
+    table: &RopeTable,
+    kv: &CpuKvCache,
+    meta: &AttentionMetadata,
+) -> Result<CpuTensor> {
     let (num_tokens, width) = qkv.dims2()?;
     let shape = kv.shape()?;
     let kv_width = shape.num_kv_heads * shape.head_dim;
@@ -169,10 +183,11 @@ pub fn rope_and_cache(
     check_tokens(meta, num_tokens, table.max_positions(), shape)?;
     let q_width = width - 2 * kv_width;
     let (positions, slots) = (&meta.positions, &meta.slot_mapping);
-    kv.k.inplace_op3(qkv, &table.cos_sin, &CacheKeys { shape, q_width, positions, slots })?;
+    let cos_sin = table.cos_sin.cpu()?;
+    kv.k.inplace_op3(qkv, cos_sin, &CacheKeys { shape, q_width, positions, slots })?;
     kv.v.inplace_op2(qkv, &CacheValues { shape, q_width, slots })?;
     let rotate = RotateQueries { q_width, head_dim: shape.head_dim, positions };
-    qkv.apply_op2_no_bwd(&table.cos_sin, &rotate)
+    qkv.apply_op2_no_bwd(cos_sin, &rotate)
 }
 
 fn check_tokens(
@@ -378,18 +393,19 @@ mod tests {
         RopeTable::new(&config, &Device::Cpu).unwrap()
     }
 
-    fn qkv(num_tokens: usize) -> (Vec<f32>, Tensor) {
+    fn qkv(num_tokens: usize) -> (Vec<f32>, CpuTensor) {
         let width = (NUM_HEADS + 2 * SHAPE.num_kv_heads) * SHAPE.head_dim;
         let data: Vec<f32> =
             (0..num_tokens * width).map(|i| (i as f32 * 0.71).sin() * 5.0).collect();
-        let tensor = Tensor::from_slice(&data, (num_tokens, width), &Device::Cpu).unwrap();
+        let tensor =
+            CpuTensor::from_slice(&data, (num_tokens, width), &candle_core::Device::Cpu).unwrap();
         (data, tensor)
     }
 
     fn meta(positions: &[u32], slots: &[u32]) -> AttentionMetadata {
         AttentionMetadata {
-            positions: positions.to_vec(),
-            slot_mapping: slots.to_vec(),
+            positions: positions.to_vec().into(),
+            slot_mapping: slots.to_vec().into(),
             ..AttentionMetadata::default()
         }
     }
@@ -411,10 +427,10 @@ mod tests {
         let (data, qkv) = qkv(4);
         let table = table(32_000, RopeScaling::None);
         for (dtype, unit) in [(DType::F32, 0.0), (DType::F16, 5e-4), (DType::BF16, 4e-3)] {
-            let kv = KvCache::new(SHAPE, dtype, &Device::Cpu).unwrap();
-            let q = rope_and_cache(&qkv, &table, &kv, &meta(&positions, &slots)).unwrap();
+            let kv = CpuKvCache::new(SHAPE, dtype).unwrap();
+            let q = rope_and_cache_on_cpu(&qkv, &table, &kv, &meta(&positions, &slots)).unwrap();
             let q = q.to_vec2::<f32>().unwrap();
-            let cached = |t: &Tensor| {
+            let cached = |t: &CpuTensor| {
                 t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
             };
             let (k, v) = (cached(&kv.k), cached(&kv.v));
@@ -448,10 +464,10 @@ mod tests {
 
     #[test]
     fn large_values_saturate_in_f16() {
-        let kv = KvCache::new(SHAPE, DType::F16, &Device::Cpu).unwrap();
+        let kv = CpuKvCache::new(SHAPE, DType::F16).unwrap();
         let (_, qkv) = qkv(1);
         let qkv = (qkv * 1e9).unwrap();
-        rope_and_cache(&qkv, &table(1, RopeScaling::None), &kv, &meta(&[0], &[0])).unwrap();
+        rope_and_cache_on_cpu(&qkv, &table(1, RopeScaling::None), &kv, &meta(&[0], &[0])).unwrap();
         let v = kv.v.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
         assert!(v.to_vec1::<f32>().unwrap().iter().all(|x| x.abs() <= 65_504.0));
     }
@@ -478,17 +494,17 @@ mod tests {
             assert!((scaled / plain - expected).abs() < 1e-12, "pair {i}");
         }
         let table = RopeTable::new(&config, &Device::Cpu).unwrap();
-        let cos = table.cos_sin.to_vec2::<f32>().unwrap()[0][0];
+        let cos = table.cos_sin.to_vec().unwrap()[0];
         assert!((f64::from(cos) - 1.138_629_436).abs() < 1e-6, "{cos}");
     }
 
     #[test]
     fn wrong_shapes_positions_and_slots_are_errors() {
-        let kv = KvCache::new(SHAPE, DType::F16, &Device::Cpu).unwrap();
+        let kv = CpuKvCache::new(SHAPE, DType::F16).unwrap();
         let (_, qkv) = qkv(1);
         let table = table(8, RopeScaling::None);
-        let run = |qkv: &Tensor, positions: &[u32], slots: &[u32]| {
-            rope_and_cache(qkv, &table, &kv, &meta(positions, slots))
+        let run = |qkv: &CpuTensor, positions: &[u32], slots: &[u32]| {
+            rope_and_cache_on_cpu(qkv, &table, &kv, &meta(positions, slots))
         };
         assert!(run(&qkv, &[7], &[14]).is_ok());
         for (positions, slots) in
@@ -500,7 +516,7 @@ mod tests {
         assert!(run(&qkv.narrow(1, 0, 127).unwrap(), &[0], &[0]).is_err());
         assert!(run(&qkv.to_dtype(DType::F16).unwrap(), &[0], &[0]).is_err());
         assert!(run(&qkv.flatten_all().unwrap(), &[0], &[0]).is_err());
-        let other = KvCache::new(KvCacheShape { head_dim: 8, ..SHAPE }, DType::F16, &Device::Cpu);
-        assert!(rope_and_cache(&qkv, &table, &other.unwrap(), &meta(&[0], &[0])).is_err());
+        let other = CpuKvCache::new(KvCacheShape { head_dim: 8, ..SHAPE }, DType::F16);
+        assert!(rope_and_cache_on_cpu(&qkv, &table, &other.unwrap(), &meta(&[0], &[0])).is_err());
     }
 }

@@ -1,6 +1,7 @@
 //! Flattens a scheduler's decision into the tensors' index vectors. Pure.
 
 use crate::models::ForwardBatch;
+use crate::ops::indices::Indices;
 use crate::ops::paged_attention::AttentionMetadata;
 use crate::scheduler::step::{ScheduledSeq, SchedulerOutput};
 
@@ -12,10 +13,10 @@ pub fn forward_batch(step: &SchedulerOutput, block_size: usize) -> ForwardBatch 
     let scheduled = &step.scheduled;
     let max_blocks = scheduled.iter().map(|seq| seq.blocks.blocks().len()).max().unwrap_or(0);
     let mut batch = ForwardBatch {
-        input_ids: Vec::new(),
-        logits_indices: Vec::new(),
+        input_ids: Indices::default(),
+        logits_indices: Indices::default(),
         attention: AttentionMetadata {
-            query_start_loc: vec![0],
+            query_start_loc: vec![0].into(),
             max_blocks_per_seq: max_blocks,
             ..AttentionMetadata::default()
         },

@@ -3,12 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 
 use super::memory::{MemoryPlan, MemoryRequest, plan};
 use super::model_runner::ModelRunner;
-use crate::device::host_memory;
 use crate::device::threads::ThreadPool;
+use crate::device::{Device, host_memory};
 use crate::models::{ModelConfig, registry};
 use crate::ops::paged_attention::{KvCache, KvCacheShape};
 use crate::weights::checkpoint::Checkpoint;
@@ -71,10 +71,11 @@ impl PlannedModel {
     /// Repacks the weights on all threads and allocates the cache; `on_layer` hears how many of
     /// the layers are done.
     pub fn load(&self, mut on_layer: impl FnMut(usize) + Send) -> anyhow::Result<ModelRunner> {
+        let device = Device::Cpu;
         let pool = Arc::new(ThreadPool::new(self.options.num_threads));
         let max_model_len = self.plan.max_model_len;
         let model = pool.install(|| {
-            registry::load(&self.checkpoint, &self.config, max_model_len, &mut on_layer)
+            registry::load(&self.checkpoint, &self.config, max_model_len, &device, &mut on_layer)
         })?;
         tracing::info!(weight_bytes = model.num_weight_bytes(), "weights packed");
         // The packed weights replace the file's pages; the embedding's come back row by row.
@@ -86,7 +87,7 @@ impl PlannedModel {
             head_dim: self.config.head_dim,
         };
         let kv = (0..self.config.num_hidden_layers)
-            .map(|_| KvCache::new(shape, self.options.kv_cache_dtype, &Device::Cpu))
+            .map(|_| KvCache::new(shape, self.options.kv_cache_dtype, &device))
             .collect::<candle_core::Result<Vec<_>>>()?;
         Ok(ModelRunner::new(model, kv, self.options.block_size, pool))
     }

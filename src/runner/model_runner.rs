@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
-
 use super::batch::{forward_batch, logits_rows};
 use crate::device::threads::ThreadPool;
 use crate::models::Model;
 use crate::ops::paged_attention::KvCache;
+use crate::ops::tensor::Tensor;
 use crate::sampling::logprobs::token_logprobs;
 use crate::sampling::sampler::Sampler;
 use crate::scheduler::step::{Runner, ScheduledSeq, SchedulerOutput, SeqOutput, TokenMasks};
@@ -57,10 +56,10 @@ impl ModelRunner {
             .collect();
         let mut outputs = vec![SeqOutput::default(); step.scheduled.len()];
         for (chunk_index, chunk) in wanted.chunks(LOGITS_ROWS_MAX).enumerate() {
-            let rows = hidden.narrow(0, chunk_index * LOGITS_ROWS_MAX, chunk.len())?;
-            let logits = self.pool.install(|| self.model.compute_logits(&rows.contiguous()?))?;
-            let vocab_size = logits.dim(1)?;
-            let mut logits = logits.flatten_all()?.to_vec1::<f32>()?;
+            let rows = hidden.narrow(chunk_index * LOGITS_ROWS_MAX, chunk.len())?;
+            let logits = self.pool.install(|| self.model.compute_logits(&rows))?;
+            let (_, vocab_size) = logits.dims2()?;
+            let mut logits = logits.to_vec()?;
             for (&(index, row), logits) in chunk.iter().zip(logits.chunks_exact_mut(vocab_size)) {
                 let (seq, output) = (&step.scheduled[index], &mut outputs[index]);
                 score_row(seq, row, logits, output);
@@ -96,10 +95,10 @@ fn pool(
 ) -> candle_core::Result<()> {
     for (seq, output) in step.scheduled.iter().zip(outputs) {
         let Some(pool) = &seq.pool else { continue };
-        let rows = hidden.narrow(0, first_row, pool.rows.len())?;
+        let rows = hidden.narrow(first_row, pool.rows.len())?;
         first_row += pool.rows.len();
-        let hidden_size = rows.dim(1)?;
-        let rows = rows.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
+        let (_, hidden_size) = rows.dims2()?;
+        let rows = rows.to_vec()?;
         let mut sum = pool.sum.clone();
         sum.resize(hidden_size, 0.0);
         for row in rows.chunks_exact(hidden_size) {

@@ -5,8 +5,9 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use qwen_server::device::threads::ThreadPool;
 use qwen_server::ops::paged_attention::{
-    AttentionMetadata, KvCache, KvCacheShape, paged_attention,
+    AttentionMetadata, CpuKvCache, KvCache, KvCacheShape, paged_attention,
 };
+use qwen_server::ops::tensor::Tensor as Activations;
 
 const NUM_HEADS: usize = 14;
 const SHAPE: KvCacheShape =
@@ -25,8 +26,8 @@ fn main() -> candle_core::Result<()> {
 fn run() -> candle_core::Result<()> {
     let only = std::env::args().nth(1).filter(|argument| !argument.starts_with('-'));
     let wanted = |name: &str| only.as_ref().is_none_or(|only| only == name);
-    let kv = KvCache::new(SHAPE, DType::F16, &Device::Cpu)?;
-    let kv = KvCache { k: fill(&kv.k)?, v: fill(&kv.v)?, ..kv };
+    let kv = CpuKvCache::new(SHAPE, DType::F16)?;
+    let kv = KvCache::Cpu(CpuKvCache { k: fill(&kv.k)?, v: fill(&kv.v)?, ..kv });
     for context in [128, 1024, 8192].into_iter().filter(|_| wanted("decode")) {
         for num_seqs in [1, 8, 16] {
             let seconds = measure(&kv, num_seqs, context, 1)?;
@@ -65,7 +66,7 @@ fn measure(
     let blocks_per_seq = len / SHAPE.block_size;
     let meta = AttentionMetadata {
         query_start_loc: (0..=num_seqs).map(|seq| (seq * query_len) as u32).collect(),
-        seq_lens: vec![len as u32; num_seqs],
+        seq_lens: vec![len as u32; num_seqs].into(),
         // Blocks far from each other, as in a cache that has been in use.
         block_table: (0..num_seqs * blocks_per_seq)
             .map(|block| (block * 1021 % SHAPE.num_blocks) as u32)
@@ -74,7 +75,7 @@ fn measure(
         ..AttentionMetadata::default()
     };
     let dims = (num_seqs * query_len, NUM_HEADS * SHAPE.head_dim);
-    let q = Tensor::ones(dims, DType::F32, &Device::Cpu)?;
+    let q = Activations::Cpu(Tensor::ones(dims, DType::F32, &Device::Cpu)?);
     paged_attention(&q, kv, &meta, 0.125)?;
     let (start, mut fastest) = (Instant::now(), f64::INFINITY);
     while start.elapsed().as_secs_f64() < SECONDS {

@@ -16,6 +16,7 @@ use candle_core::{Device, Module, Tensor};
 use qwen_server::device::memory::keep_freed_memory;
 use qwen_server::device::threads::{ThreadPool, parallel_for};
 use qwen_server::ops::matmul::{MatrixSource, PackedMatrix, matmul};
+use qwen_server::ops::tensor::Tensor as Activations;
 
 struct Case {
     name: &'static str,
@@ -85,8 +86,9 @@ fn run(case: &Case, bandwidth: f64, counts: &[usize], with_candle: bool) {
         }
         let x = Tensor::randn(0f32, 1.0, (num_tokens, case.num_cols), &Device::Cpu);
         let x = x.expect("a valid shape");
+        let activations = Activations::Cpu(x.clone());
         let ours = times(|turn| {
-            black_box(matmul(&x, &packed[turn % num_copies], None).expect("shapes fit"));
+            black_box(matmul(&activations, &packed[turn % num_copies], None).expect("shapes fit"));
         });
         let candle = with_candle.then(|| {
             times(|turn| {

@@ -42,8 +42,8 @@ fn value(kind: usize, seq: usize, position: usize, index: usize) -> f32 {
 }
 
 struct Batch {
-    q: Tensor,
-    kv: KvCache,
+    q: CpuTensor,
+    kv: CpuKvCache,
     meta: AttentionMetadata,
 }
 
@@ -56,7 +56,7 @@ impl Setup {
         let (mut k, mut v) = (vec![f32::NAN; cache_len], vec![f32::NAN; cache_len]);
         let max_blocks = seqs.iter().map(|seq| seq.len.div_ceil(self.block_size)).max();
         let mut meta = AttentionMetadata {
-            query_start_loc: vec![0],
+            query_start_loc: vec![0].into(),
             max_blocks_per_seq: max_blocks.unwrap_or(0),
             ..AttentionMetadata::default()
         };
@@ -89,11 +89,15 @@ impl Setup {
             meta.query_start_loc.push(num_tokens as u32);
         }
         let dims = (num_blocks, self.num_kv_heads, self.block_size, self.head_dim);
-        let tensor = |data| Tensor::from_vec(data, dims, &Device::Cpu).unwrap();
+        let tensor = |data| CpuTensor::from_vec(data, dims, &candle_core::Device::Cpu).unwrap();
         let cast = |data| tensor(data).to_dtype(self.dtype).unwrap();
-        let kv = KvCache { k: cast(k), v: cast(v), block_size: self.block_size };
+        let kv = CpuKvCache { k: cast(k), v: cast(v), block_size: self.block_size };
         let q_dims = (num_tokens, self.num_heads * self.head_dim);
-        Batch { q: Tensor::from_vec(queries, q_dims, &Device::Cpu).unwrap(), kv, meta }
+        Batch {
+            q: CpuTensor::from_vec(queries, q_dims, &candle_core::Device::Cpu).unwrap(),
+            kv,
+            meta,
+        }
     }
 
     /// The cached value: rounded to the cache's type.
@@ -146,7 +150,7 @@ impl Batch {
     }
 
     fn run(&self) -> Vec<Vec<f32>> {
-        paged_attention(&self.q, &self.kv, &self.meta, SCALE).unwrap().to_vec2().unwrap()
+        attend_on_cpu(&self.q, &self.kv, &self.meta, SCALE).unwrap().to_vec2().unwrap()
     }
 }
 
@@ -275,8 +279,8 @@ fn wrong_metadata_shapes_and_types_are_errors() {
         |b| b.meta.seq_lens[0] = 33,
         |b| b.meta.seq_lens[0] = 1,
         |b| b.meta.seq_lens.clear(),
-        |b| b.meta.query_start_loc = vec![0, 3],
-        |b| b.meta.query_start_loc = vec![1, 2],
+        |b| b.meta.query_start_loc = vec![0, 3].into(),
+        |b| b.meta.query_start_loc = vec![1, 2].into(),
         |b| b.meta.query_start_loc.clear(),
         |b| b.kv.block_size = 8,
         |b| b.kv.v = b.kv.v.to_dtype(DType::F32).unwrap(),
@@ -288,12 +292,12 @@ fn wrong_metadata_shapes_and_types_are_errors() {
         assert!(batch.run_with(Isa::best()).is_err(), "case {index}");
     }
     let mut falling = QWEN.batch(&[Seq { id: 0, len: 4, query_len: 2 }; 2]);
-    falling.meta.query_start_loc = vec![0, 5, 4];
+    falling.meta.query_start_loc = vec![0, 5, 4].into();
     assert!(falling.run_with(Isa::best()).is_err());
     let shape = KvCacheShape { num_blocks: 1, num_kv_heads: 1, block_size: 16, head_dim: 12 };
-    assert!(KvCache::new(shape, DType::F16, &Device::Cpu).is_err());
+    assert!(CpuKvCache::new(shape, DType::F16).is_err());
     let shape = KvCacheShape { head_dim: 16, ..shape };
-    assert!(KvCache::new(shape, DType::U32, &Device::Cpu).is_err());
+    assert!(CpuKvCache::new(shape, DType::U32).is_err());
 }
 
 #[test]
@@ -305,11 +309,11 @@ fn an_unused_cache_takes_up_no_memory() {
     };
     let before = resident_pages();
     let shape = KvCacheShape { num_blocks: 1 << 16, num_kv_heads: 8, block_size: 16, head_dim: 64 };
-    let kv = KvCache::new(shape, DType::F16, &Device::Cpu).unwrap();
+    let kv = CpuKvCache::new(shape, DType::F16).unwrap();
     let grown = resident_pages().saturating_sub(before);
     assert!(grown < 1 << 16, "{grown} pages of {} values", 2 * kv.k.elem_count());
     let vast = KvCacheShape { num_blocks: 1 << 27, num_kv_heads: 1 << 20, ..shape };
-    assert!(KvCache::new(vast, DType::F16, &Device::Cpu).is_err());
+    assert!(CpuKvCache::new(vast, DType::F16).is_err());
     let vast = KvCacheShape { num_blocks: usize::MAX / 2, ..shape };
-    assert!(KvCache::new(vast, DType::F16, &Device::Cpu).is_err());
+    assert!(CpuKvCache::new(vast, DType::F16).is_err());
 }

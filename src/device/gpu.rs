@@ -1,0 +1,464 @@
+//! A GPU: its memory, its kernels, and the one stream that runs them in the order of calls.
+//!
+//! Two things can stand behind a [`Gpu`]: an NVIDIA card (feature `cuda`), or the emulation, which
+//! runs the same kernels on the processor and watches them (feature `emulation`). Everything above
+//! this module is the same code for both.
+
+mod backend;
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(feature = "emulation")]
+mod emulator;
+mod ranges;
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use self::backend::Backend;
+pub use self::backend::{Graph, Properties};
+use self::ranges::FreeRanges;
+
+/// Buffers begin at multiples of this many bytes, so that every vector load is aligned.
+const ALIGNMENT: usize = 256;
+
+/// Why something on a GPU could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum GpuError {
+    /// The program holds no kernels.
+    #[error(
+        "this build has no CUDA kernels; build it with `--features cuda`, or use `--device cpu`"
+    )]
+    NotBuilt,
+    /// There is no driver or no card.
+    #[error("no usable NVIDIA GPU: {0}; check `nvidia-smi`, or use `--device cpu`")]
+    Unavailable(String),
+    /// The card is older than the kernels.
+    #[error(
+        "{name} has compute capability {}.{}, and this build has kernels for 8.0 and later; \
+         use `--device cpu`, or an Ampere card or a newer one", capability.0, capability.1
+    )]
+    TooOld {
+        /// The card.
+        name: String,
+        /// Its compute capability.
+        capability: (u32, u32),
+    },
+    /// There is not enough memory.
+    #[error("the GPU has no {num_bytes} bytes of memory left")]
+    OutOfMemory {
+        /// How much was asked for.
+        num_bytes: usize,
+    },
+    /// A call of the driver failed.
+    #[error("{call} failed: {text}")]
+    Driver {
+        /// Which call.
+        call: String,
+        /// What the driver says.
+        text: String,
+    },
+    /// A kernel did something that it must not.
+    #[error("kernel {kernel}: {text}")]
+    Kernel {
+        /// Which one.
+        kernel: &'static str,
+        /// What it did.
+        text: String,
+    },
+}
+
+impl From<GpuError> for candle_core::Error {
+    fn from(error: GpuError) -> Self {
+        Self::wrap(error)
+    }
+}
+
+/// A kernel's place in `kernels/`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Name of the file, without folder and extension.
+    pub module: &'static str,
+    /// Name of the function.
+    pub function: &'static str,
+}
+
+/// How many threads run a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaunchConfig {
+    /// Blocks in each direction.
+    pub grid: [u32; 3],
+    /// Threads of a block in each direction.
+    pub block: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+}
+
+impl LaunchConfig {
+    /// So many blocks of so many threads, in one direction and without shared memory.
+    pub fn linear(num_blocks: usize, num_threads: u32) -> Self {
+        Self { grid: [num_blocks as u32, 1, 1], block: [num_threads, 1, 1], shared_bytes: 0 }
+    }
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub enum Arg<'a> {
+    /// Where a buffer begins.
+    Buffer(&'a DeviceBuffer),
+    /// No buffer: a null pointer.
+    Null,
+    /// An `unsigned`.
+    U32(u32),
+    /// An `int`.
+    I32(i32),
+    /// A `long long`.
+    I64(i64),
+    /// A `float`.
+    F32(f32),
+}
+
+impl Arg<'_> {
+    /// The argument's bytes, the low ones first.
+    fn bits(self) -> u64 {
+        match self {
+            Self::Buffer(buffer) => buffer.address(),
+            Self::Null => 0,
+            Self::U32(value) => u64::from(value),
+            Self::I32(value) => u64::from(value.cast_unsigned()),
+            Self::I64(value) => value.cast_unsigned(),
+            Self::F32(value) => u64::from(value.to_bits()),
+        }
+    }
+}
+
+/// One GPU. Cheap to clone; all clones are the same card, memory and stream.
+#[derive(Clone)]
+pub struct Gpu {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    backend: Box<dyn Backend>,
+    /// Memory for what lives no longer than a step, in pieces that are never given back.
+    workspace: Mutex<Vec<Chunk>>,
+}
+
+/// A piece of the workspace.
+struct Chunk {
+    address: u64,
+    free: FreeRanges,
+}
+
+/// New pieces of workspace are at least this large.
+const MIN_CHUNK_BYTES: usize = 16 << 20;
+
+impl Gpu {
+    /// Opens the card with this number.
+    ///
+    /// # Errors
+    /// If there is no driver, no such card, or it is too old.
+    #[cfg(feature = "cuda")]
+    pub fn open(ordinal: usize) -> Result<Self, GpuError> {
+        Ok(Self::new(Box::new(driver::Driver::open(ordinal)?)))
+    }
+
+    /// Opens the card with this number: this build cannot.
+    ///
+    /// # Errors
+    /// Always.
+    #[cfg(not(feature = "cuda"))]
+    pub fn open(_ordinal: usize) -> Result<Self, GpuError> {
+        Err(GpuError::NotBuilt)
+    }
+
+    /// A processor that runs the kernels thread by thread and stops at what they must not do.
+    #[cfg(feature = "emulation")]
+    pub fn emulated() -> Self {
+        Self::new(Box::new(emulator::Emulator::new()))
+    }
+
+    /// What kernels are tested on: the first card, or else the emulation, or nothing.
+    pub fn for_tests() -> Option<Self> {
+        if let Ok(gpu) = Self::open(0) {
+            return Some(gpu);
+        }
+        #[cfg(feature = "emulation")]
+        return Some(Self::emulated());
+        #[cfg(not(feature = "emulation"))]
+        None
+    }
+
+    #[cfg_attr(
+        not(any(feature = "cuda", feature = "emulation")),
+        expect(dead_code, reason = "without a backend nothing is opened")
+    )]
+    fn new(backend: Box<dyn Backend>) -> Self {
+        Self { shared: Arc::new(Shared { backend, workspace: Mutex::default() }) }
+    }
+
+    /// What the card is.
+    pub fn properties(&self) -> &Properties {
+        self.shared.backend.properties()
+    }
+
+    /// Whether kernels run on the processor.
+    pub fn is_emulated(&self) -> bool {
+        self.properties().is_emulated
+    }
+
+    /// How many blocks run at the same time at least.
+    pub fn num_multiprocessors(&self) -> usize {
+        self.properties().num_multiprocessors
+    }
+
+    /// Memory that is free, and all that there is.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn memory_info(&self) -> Result<(usize, usize), GpuError> {
+        self.shared.backend.memory_info()
+    }
+
+    /// Memory that stays until it is dropped. What it holds is undefined.
+    ///
+    /// # Errors
+    /// If there is none left.
+    pub fn alloc(&self, num_bytes: usize) -> Result<DeviceBuffer, GpuError> {
+        let address = self.shared.backend.alloc(num_bytes.max(1))?;
+        Ok(self.buffer(address, num_bytes, Place::Own))
+    }
+
+    /// Memory that holds these bytes.
+    ///
+    /// # Errors
+    /// If there is none left.
+    pub fn alloc_from(&self, bytes: &[u8]) -> Result<DeviceBuffer, GpuError> {
+        let buffer = self.alloc(bytes.len())?;
+        buffer.upload(bytes)?;
+        Ok(buffer)
+    }
+
+    /// Memory for a result that lives no longer than a step. It is taken from a workspace without
+    /// a call of the driver, unless the workspace must grow; the same calls in the same order give
+    /// the same addresses, which recorded graphs rely on. What it holds is undefined.
+    ///
+    /// # Errors
+    /// If there is none left.
+    pub fn scratch(&self, num_bytes: usize) -> Result<DeviceBuffer, GpuError> {
+        // The emulation watches the ends of each allocation, so each is one of its own.
+        if self.is_emulated() {
+            return self.alloc(num_bytes);
+        }
+        let len = num_bytes.max(1).next_multiple_of(ALIGNMENT);
+        let mut chunks = self.shared.chunks();
+        for (index, chunk) in chunks.iter_mut().enumerate() {
+            if let Some(start) = chunk.free.take(len) {
+                let place = Place::Scratch { chunk: index, range: start..start + len };
+                return Ok(self.buffer(chunk.address + start as u64, num_bytes, place));
+            }
+        }
+        let chunk_bytes = len.max(MIN_CHUNK_BYTES);
+        let address = self.shared.backend.alloc(chunk_bytes)?;
+        let mut free = FreeRanges::new(chunk_bytes);
+        let start = free.take(len).expect("a new chunk is large enough");
+        chunks.push(Chunk { address, free });
+        let place = Place::Scratch { chunk: chunks.len() - 1, range: start..start + len };
+        Ok(self.buffer(address + start as u64, num_bytes, place))
+    }
+
+    /// Makes the workspace at least this large at once.
+    ///
+    /// # Errors
+    /// If there is no memory.
+    pub fn reserve_scratch(&self, num_bytes: usize) -> Result<(), GpuError> {
+        self.scratch(num_bytes).map(drop)
+    }
+
+    fn buffer(&self, address: u64, num_bytes: usize, place: Place) -> DeviceBuffer {
+        let memory = Memory { gpu: self.clone(), address, place };
+        DeviceBuffer { memory: Arc::new(memory), start: 0, len: num_bytes }
+    }
+
+    /// Runs a kernel after everything before it.
+    ///
+    /// # Errors
+    /// If the driver refuses the launch. What a kernel does wrong shows here when emulated, and at
+    /// the next [`Gpu::synchronize`] or download otherwise.
+    pub fn launch(
+        &self,
+        kernel: Kernel,
+        config: LaunchConfig,
+        args: &[Arg<'_>],
+    ) -> Result<(), GpuError> {
+        if config.grid.contains(&0) {
+            return Ok(());
+        }
+        let args: Vec<u64> = args.iter().map(|arg| arg.bits()).collect();
+        self.shared.backend.launch(kernel, config, &args)
+    }
+
+    /// Fills a buffer with zeros after everything before it.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn zero(&self, buffer: &DeviceBuffer) -> Result<(), GpuError> {
+        self.shared.backend.zero(buffer.address(), buffer.len())
+    }
+
+    /// Copies bytes between buffers of equal length, after everything before it.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn copy(&self, to: &DeviceBuffer, from: &DeviceBuffer) -> Result<(), GpuError> {
+        assert_eq!(to.len(), from.len(), "buffers of equal length");
+        self.shared.backend.copy(to.address(), from.address(), to.len())
+    }
+
+    /// Waits until everything has been done.
+    ///
+    /// # Errors
+    /// If something of it failed.
+    pub fn synchronize(&self) -> Result<(), GpuError> {
+        self.shared.backend.synchronize()
+    }
+
+    /// Records what `record` launches without running it.
+    ///
+    /// # Errors
+    /// As `record`, or if the driver fails.
+    pub fn capture<T, E: From<GpuError>>(
+        &self,
+        record: impl FnOnce() -> Result<T, E>,
+    ) -> Result<(T, Graph), E> {
+        self.shared.backend.begin_capture()?;
+        let recorded = record();
+        // A capture that was begun must be ended, also after an error.
+        let graph = self.shared.backend.end_capture();
+        Ok((recorded?, graph?))
+    }
+
+    /// Runs a recording after everything before it.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn replay(&self, graph: &Graph) -> Result<(), GpuError> {
+        self.shared.backend.replay(graph)
+    }
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gpu").field("name", &self.properties().name).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn chunks(&self) -> MutexGuard<'_, Vec<Chunk>> {
+        self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where memory goes when nobody uses it any more.
+enum Place {
+    Own,
+    Scratch { chunk: usize, range: Range<usize> },
+}
+
+struct Memory {
+    gpu: Gpu,
+    address: u64,
+    place: Place,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        match &self.place {
+            Place::Own => self.gpu.shared.backend.free(self.address),
+            Place::Scratch { chunk, range } => {
+                self.gpu.shared.chunks()[*chunk].free.give_back(range.clone());
+            }
+        }
+    }
+}
+
+/// A range of bytes in a GPU's memory. Clones and slices are views of the same bytes.
+///
+/// Scratch memory may be dropped as soon as the last kernel that uses it was launched: what is put
+/// there next runs after it.
+#[derive(Clone)]
+pub struct DeviceBuffer {
+    memory: Arc<Memory>,
+    start: usize,
+    len: usize,
+}
+
+impl DeviceBuffer {
+    /// How many bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn address(&self) -> u64 {
+        self.memory.address + self.start as u64
+    }
+
+    /// Some of the bytes.
+    ///
+    /// # Panics
+    /// If they lie outside.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        let memory = Arc::clone(&self.memory);
+        Self { memory, start: self.start + range.start, len: range.len() }
+    }
+
+    /// Copies bytes to the beginning of the buffer after everything before it. `bytes` may be
+    /// reused at once.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    ///
+    /// # Panics
+    /// If there are more than the buffer holds.
+    pub fn upload(&self, bytes: &[u8]) -> Result<(), GpuError> {
+        assert!(bytes.len() <= self.len, "{} bytes into {}", bytes.len(), self.len);
+        self.memory.gpu.shared.backend.upload(self.address(), bytes)
+    }
+
+    /// The bytes, after everything before it.
+    ///
+    /// # Errors
+    /// If the driver fails, or something before it did.
+    pub fn download(&self) -> Result<Vec<u8>, GpuError> {
+        let mut bytes = vec![0; self.len];
+        self.download_into(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The bytes at the beginning of the buffer, after everything before it.
+    ///
+    /// # Errors
+    /// If the driver fails, or something before it did.
+    ///
+    /// # Panics
+    /// If more are wanted than the buffer holds.
+    pub fn download_into(&self, bytes: &mut [u8]) -> Result<(), GpuError> {
+        assert!(bytes.len() <= self.len, "{} bytes out of {}", bytes.len(), self.len);
+        self.memory.gpu.shared.backend.download(self.address(), bytes)
+    }
+}
+
+impl std::fmt::Debug for DeviceBuffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DeviceBuffer({} bytes)", self.len)
+    }
+}
