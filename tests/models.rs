@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use candle_core::DType;
 use futures_util::StreamExt;
+use qwen_server::device::Device;
 use qwen_server::engine::event::{Event, FinishReason, TokenLogprobs};
 use qwen_server::engine::handle::EngineHandle;
 use qwen_server::engine::request::{Pooling, Priority, Request, StopConditions};
@@ -46,6 +47,8 @@ fn tiny(name: &str) -> PathBuf {
 
 fn start(model: &Path, setup: Setup) -> EngineHandle {
     let options = LoadOptions {
+        device: Device::Cpu,
+        gpu_memory_utilization: 0.9,
         kv_cache_bytes: Some(setup.kv_cache_bytes),
         kv_cache_dtype: setup.kv_cache_dtype,
         max_model_len: None,
@@ -255,6 +258,8 @@ async fn embeddings_are_of_hugging_face_hidden_states() {
 
 fn block_bytes(model: &Path, block_size: usize) -> u64 {
     let options = LoadOptions {
+        device: Device::Cpu,
+        gpu_memory_utilization: 0.9,
         kv_cache_bytes: Some(1 << 20),
         kv_cache_dtype: DType::F16,
         max_model_len: None,

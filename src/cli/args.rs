@@ -134,12 +134,12 @@ struct EngineFlags {
     #[arg(long, env = "QWEN_SERVER_THREADS", value_name = "N", value_parser = at_least_one(1024))]
     threads: Option<usize>,
 
-    /// Sequences that run at once; further requests wait
+    /// Sequences that run at once; further requests wait [on a GPU: 256]
     #[arg(long, env = "QWEN_SERVER_MAX_NUM_SEQS", value_name = "N")]
     #[arg(default_value_t = 64, value_parser = at_least_one(8192))]
     max_num_seqs: usize,
 
-    /// Tokens computed per step
+    /// Tokens computed per step [on a GPU: 4096]
     ///
     /// Prompts longer than this are computed in pieces. A larger value reads prompts a little
     /// faster, a smaller one keeps running answers more even.
@@ -147,7 +147,7 @@ struct EngineFlags {
     #[arg(default_value_t = 256, value_parser = at_least_one(1 << 20))]
     max_num_batched_tokens: usize,
 
-    /// Of those, tokens of prompts while answers are being generated
+    /// Of those, tokens of prompts while answers are being generated [on a GPU: 1024]
     ///
     /// Keeps running answers even while a long prompt is read.
     #[arg(long, env = "QWEN_SERVER_MAX_PREFILL_TOKENS_WHILE_DECODING", value_name = "TOKENS")]
@@ -173,6 +173,13 @@ struct MemoryFlags {
     /// what is free]
     #[arg(long, env = "QWEN_SERVER_KV_CACHE_MEMORY", value_name = "SIZE")]
     kv_cache_memory: Option<ByteSize>,
+
+    /// The part of a GPU's memory that the server may take, from 0.05 to 1
+    ///
+    /// What the weights and the largest step leave of it becomes KV cache.
+    #[arg(long, env = "QWEN_SERVER_GPU_MEMORY_UTILIZATION", value_name = "PART")]
+    #[arg(default_value_t = 0.9, value_parser = part_of_a_whole)]
+    gpu_memory_utilization: f64,
 
     /// How keys and values are stored
     #[arg(long, env = "QWEN_SERVER_KV_CACHE_DTYPE", value_name = "DTYPE")]
@@ -252,6 +259,7 @@ impl ServeArgs {
                 max_queue: engine.max_queue,
                 block_size: memory.block_size,
                 kv_cache_memory: memory.kv_cache_memory,
+                gpu_memory_utilization: memory.gpu_memory_utilization,
                 kv_cache_dtype: memory.kv_cache_dtype,
                 prefix_caching: if shares_prefixes {
                     PrefixCaching::Enabled
@@ -289,6 +297,11 @@ impl EngineFlags {
             _ => {}
         }
     }
+}
+
+fn part_of_a_whole(text: &str) -> Result<f64, String> {
+    let part = text.parse::<f64>().map_err(|_| "expected a number".to_owned())?;
+    if (0.05..=1.0).contains(&part) { Ok(part) } else { Err("expected 0.05 to 1".to_owned()) }
 }
 
 fn at_least_one(max: u64) -> RangedU64ValueParser<usize> {

@@ -1,5 +1,6 @@
 //! `serve`: joins weights, engine and HTTP, and waits for a signal to stop.
 
+mod device;
 mod plan;
 mod served_model;
 
@@ -19,9 +20,9 @@ use tokio::sync::oneshot;
 use super::{Hinted, hub_from_environment};
 use crate::cli::progress::DownloadProgress;
 use crate::config::{
-    ByteSize, Config, DeviceChoice, EngineOptions, KvCacheDtype, LogConfig, LogFormat, LogLevel,
-    PrefixCaching,
+    ByteSize, Config, EngineOptions, KvCacheDtype, LogConfig, LogFormat, LogLevel, PrefixCaching,
 };
+use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
 use crate::engine::{EngineConfig, EngineHandle, Health, spawn};
 use crate::http::{AppState, HttpLimits, serve};
@@ -56,7 +57,11 @@ struct Server {
 
 impl Server {
     fn start(config: &Config) -> Result<Self> {
-        refuse_unavailable_device(config.engine.device)?;
+        let opened = device::open(config.engine.device)?;
+        let config = &match &opened.device {
+            Device::Cpu => config.clone(),
+            Device::Gpu(_) => config.clone().fit_to_gpu(),
+        };
         keep_freed_memory();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(HTTP_THREADS)
@@ -67,10 +72,11 @@ impl Server {
 
         let resolved =
             resolve(&config.model.model, &hub_from_environment()?, &mut DownloadProgress::new())?;
-        let planned = PlannedModel::open(&resolved.gguf, load_options(config))
-            .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
+        let planned =
+            PlannedModel::open(&resolved.gguf, load_options(config, opened.device.clone()))
+                .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
         let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
-        eprintln!("{}", plan::describe(config, &resolved, &planned, &served));
+        eprintln!("{}", plan::describe(config, &resolved, &planned, (&served, &opened)));
 
         metrics::install(&served.name);
         let engine_config = engine_config(&config.engine, &planned);
@@ -149,15 +155,6 @@ fn install_logging(config: LogConfig) {
     logging::install(level, format);
 }
 
-fn refuse_unavailable_device(device: DeviceChoice) -> Result<()> {
-    let DeviceChoice::Cuda(number) = device else { return Ok(()) };
-    Err(Hinted {
-        message: format!("this build cannot compute on `cuda:{number}`"),
-        hint: "leave `--device` away, or pass `--device cpu`, to compute on the processor".into(),
-    }
-    .into())
-}
-
 /// Takes the address first: a port that is in use should be known before a model is loaded.
 async fn listen(config: &Config) -> Result<TcpListener> {
     let (host, port) = (config.http.host.as_str(), config.http.port);
@@ -168,9 +165,11 @@ async fn listen(config: &Config) -> Result<TcpListener> {
     })
 }
 
-fn load_options(config: &Config) -> LoadOptions {
+fn load_options(config: &Config, device: Device) -> LoadOptions {
     let engine = &config.engine;
     LoadOptions {
+        device,
+        gpu_memory_utilization: engine.gpu_memory_utilization,
         kv_cache_bytes: engine.kv_cache_memory.map(ByteSize::bytes),
         kv_cache_dtype: match engine.kv_cache_dtype {
             KvCacheDtype::F16 => DType::F16,

@@ -274,6 +274,20 @@ impl Gpu {
         self.scratch(num_bytes).map(drop)
     }
 
+    /// The memory that was parked, as a buffer again.
+    ///
+    /// # Panics
+    /// If somebody has it: between steps nobody has scratch memory.
+    pub fn retake(&self, parked: &Parked) -> DeviceBuffer {
+        let Some((chunk, range)) = &parked.place else {
+            return parked.kept.clone().expect("memory of its own is kept");
+        };
+        let is_free = self.shared.chunks()[*chunk].free.take_range(range.clone());
+        assert!(is_free, "scratch memory that a graph writes to is in use");
+        let place = Place::Scratch { chunk: *chunk, range: range.clone() };
+        self.buffer(parked.address, parked.len, place)
+    }
+
     fn buffer(&self, address: u64, num_bytes: usize, place: Place) -> DeviceBuffer {
         let memory = Memory { gpu: self.clone(), address, place };
         DeviceBuffer { memory: Arc::new(memory), start: 0, len: num_bytes }
@@ -384,6 +398,15 @@ impl Drop for Memory {
     }
 }
 
+/// Where a piece of scratch memory was, see [`DeviceBuffer::park`].
+pub struct Parked {
+    /// In the emulation the memory itself, which is not taken from a workspace.
+    kept: Option<DeviceBuffer>,
+    address: u64,
+    len: usize,
+    place: Option<(usize, Range<usize>)>,
+}
+
 /// A range of bytes in a GPU's memory. Clones and slices are views of the same bytes.
 ///
 /// Scratch memory may be dropped as soon as the last kernel that uses it was launched: what is put
@@ -419,6 +442,17 @@ impl DeviceBuffer {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
         let memory = Arc::clone(&self.memory);
         Self { memory, start: self.start + range.start, len: range.len() }
+    }
+
+    /// Gives scratch memory back and remembers where it was: a recorded graph writes its results
+    /// there each time it runs, and [`Gpu::retake`] makes a buffer of them.
+    pub fn park(self) -> Parked {
+        let place = match &self.memory.place {
+            Place::Own => None,
+            Place::Scratch { chunk, range } => Some((*chunk, range.clone())),
+        };
+        let (address, len) = (self.memory.address, self.len);
+        Parked { kept: place.is_none().then_some(self), address, len, place }
     }
 
     /// Copies bytes to the beginning of the buffer after everything before it. `bytes` may be

@@ -34,6 +34,10 @@ use tile::{
     Attend, CacheView, Destination, MergePartitions, PARTITION, Partial, QueryTile, Scratch,
 };
 
+/// The cache slot of a token that belongs to no sequence: nothing is written for it. Its sequence
+/// has length 0, and its result means nothing. Only cards know such tokens.
+pub const PADDING_SLOT: u32 = u32::MAX;
+
 /// Rows (queries times heads) that share one reading of the keys.
 const MAX_TILE_ROWS: usize = 128;
 /// Enough for threads of different speed to finish together.

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use candle_core::DType;
 
-use super::memory::{MemoryPlan, MemoryRequest, plan};
+use super::gpu_steps::{GpuSteps, StepLimits};
+use super::memory::{CacheShare, MemoryPlan, MemoryRequest, plan};
 use super::model_runner::ModelRunner;
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
@@ -17,8 +18,12 @@ use crate::weights::checkpoint::Checkpoint;
 const UNKNOWN_MEMORY_BYTES: u64 = 4 << 30;
 
 /// What the user decides about a model's memory and threads.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct LoadOptions {
+    /// Where the model runs.
+    pub device: Device,
+    /// The part of a card's memory that the server may take.
+    pub gpu_memory_utilization: f64,
     /// Memory for keys and values; `None` lets the plan decide.
     pub kv_cache_bytes: Option<u64>,
     /// How keys and values are stored.
@@ -54,6 +59,7 @@ impl PlannedModel {
         registry::check_architecture(metadata.str("general.architecture")?)?;
         let config = ModelConfig::from_checkpoint(&checkpoint)?;
         let weight_bytes = checkpoint.gguf().tensors().map(|tensor| tensor.num_bytes as u64).sum();
+        let (available_bytes, cache_share) = memory(&options)?;
         let request = MemoryRequest {
             kv_cache_bytes: options.kv_cache_bytes,
             max_model_len: options.max_model_len,
@@ -61,8 +67,9 @@ impl PlannedModel {
             bytes_per_value: options.kv_cache_dtype.size_in_bytes(),
             max_num_seqs: options.max_num_seqs,
             max_num_batched_tokens: options.max_num_batched_tokens,
-            available_bytes: host_memory::available_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES),
+            available_bytes,
             weight_bytes,
+            cache_share,
         };
         let plan = plan(&config, &request)?;
         Ok(Self { checkpoint, config, plan, options })
@@ -71,11 +78,11 @@ impl PlannedModel {
     /// Repacks the weights on all threads and allocates the cache; `on_layer` hears how many of
     /// the layers are done.
     pub fn load(&self, mut on_layer: impl FnMut(usize) + Send) -> anyhow::Result<ModelRunner> {
-        let device = Device::Cpu;
+        let device = &self.options.device;
         let pool = Arc::new(ThreadPool::new(self.options.num_threads));
         let max_model_len = self.plan.max_model_len;
         let model = pool.install(|| {
-            registry::load(&self.checkpoint, &self.config, max_model_len, &device, &mut on_layer)
+            registry::load(&self.checkpoint, &self.config, max_model_len, device, &mut on_layer)
         })?;
         tracing::info!(weight_bytes = model.num_weight_bytes(), "weights packed");
         // The packed weights replace the file's pages; the embedding's come back row by row.
@@ -87,8 +94,32 @@ impl PlannedModel {
             head_dim: self.config.head_dim,
         };
         let kv = (0..self.config.num_hidden_layers)
-            .map(|_| KvCache::new(shape, self.options.kv_cache_dtype, &device))
+            .map(|_| KvCache::new(shape, self.options.kv_cache_dtype, device))
             .collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(ModelRunner::new(model, kv, self.options.block_size, pool))
+        let runner = ModelRunner::new(model, kv, self.options.block_size, pool);
+        Ok(match device {
+            Device::Cpu => runner,
+            Device::Gpu(gpu) => {
+                let limits = StepLimits {
+                    max_num_batched_tokens: self.options.max_num_batched_tokens,
+                    max_num_seqs: self.options.max_num_seqs,
+                    max_model_len,
+                    block_size: self.options.block_size,
+                };
+                runner.on_gpu(GpuSteps::new(gpu, limits)?)
+            }
+        })
     }
+}
+
+/// Bytes that the server may take, and which part of them the cache gets.
+fn memory(options: &LoadOptions) -> anyhow::Result<(u64, CacheShare)> {
+    let Device::Gpu(gpu) = &options.device else {
+        let available = host_memory::available_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES);
+        return Ok((available, CacheShare::Quarter));
+    };
+    let (free, total) = gpu.memory_info()?;
+    let wanted = (total as f64 * options.gpu_memory_utilization) as u64;
+    // What others have of the card counts as taken.
+    Ok((wanted.saturating_sub((total - free) as u64), CacheShare::Rest))
 }

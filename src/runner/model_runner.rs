@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::batch::{forward_batch, logits_rows};
+use super::gpu_steps::{GpuSteps, Launched};
 use crate::device::threads::ThreadPool;
 use crate::models::Model;
 use crate::ops::paged_attention::KvCache;
@@ -22,8 +23,9 @@ pub struct ModelRunner {
     block_size: usize,
     pool: Arc<ThreadPool>,
     sampler: Sampler,
-    /// Final hidden states of the launched step's wanted rows.
-    hidden: Option<Tensor>,
+    /// Present where a card computes.
+    gpu: Option<GpuSteps>,
+    launched: Option<Launched>,
 }
 
 impl ModelRunner {
@@ -34,18 +36,29 @@ impl ModelRunner {
         block_size: usize,
         pool: Arc<ThreadPool>,
     ) -> Self {
-        Self { model, kv, block_size, pool, sampler: Sampler::default(), hidden: None }
+        Self { model, kv, block_size, pool, sampler: Sampler::default(), gpu: None, launched: None }
     }
 
-    fn forward(&self, step: &SchedulerOutput) -> candle_core::Result<Tensor> {
+    /// Runs steps on the card that the model and its cache are on.
+    #[must_use]
+    pub(super) fn on_gpu(self, steps: GpuSteps) -> Self {
+        Self { gpu: Some(steps), ..self }
+    }
+
+    fn forward(&mut self, step: &SchedulerOutput) -> candle_core::Result<Launched> {
         let batch = forward_batch(step, self.block_size);
-        self.pool.install(|| self.model.forward(&batch, &self.kv))
+        let Some(gpu) = &mut self.gpu else {
+            let hidden = self.pool.install(|| self.model.forward(&batch, &self.kv))?;
+            return Ok(Launched { hidden, logits: None });
+        };
+        let num_logits = step.scheduled.iter().map(|seq| logits_rows(seq).count()).sum();
+        gpu.launch(&*self.model, &self.kv, batch, num_logits)
     }
 
     fn sample_all(
         &mut self,
         step: &SchedulerOutput,
-        hidden: &Tensor,
+        launched: &Launched,
         masks: &TokenMasks,
     ) -> candle_core::Result<Vec<SeqOutput>> {
         let wanted: Vec<(usize, usize)> = step
@@ -56,8 +69,14 @@ impl ModelRunner {
             .collect();
         let mut outputs = vec![SeqOutput::default(); step.scheduled.len()];
         for (chunk_index, chunk) in wanted.chunks(LOGITS_ROWS_MAX).enumerate() {
-            let rows = hidden.narrow(chunk_index * LOGITS_ROWS_MAX, chunk.len())?;
-            let logits = self.pool.install(|| self.model.compute_logits(&rows))?;
+            let first = chunk_index * LOGITS_ROWS_MAX;
+            let logits = match &launched.logits {
+                Some(logits) => logits.narrow(first, chunk.len())?,
+                None => {
+                    let rows = launched.hidden.narrow(first, chunk.len())?;
+                    self.pool.install(|| self.model.compute_logits(&rows))?
+                }
+            };
             let (_, vocab_size) = logits.dims2()?;
             let mut logits = logits.to_vec()?;
             for (&(index, row), logits) in chunk.iter().zip(logits.chunks_exact_mut(vocab_size)) {
@@ -71,7 +90,7 @@ impl ModelRunner {
                 }
             }
         }
-        pool(step, hidden, wanted.len(), &mut outputs)?;
+        pool(step, &launched.hidden, wanted.len(), &mut outputs)?;
         Ok(outputs)
     }
 }
@@ -115,8 +134,8 @@ impl Runner for ModelRunner {
     type Error = candle_core::Error;
 
     fn launch(&mut self, step: &SchedulerOutput) -> Result<(), Self::Error> {
-        self.hidden = None;
-        self.hidden = Some(self.forward(step)?);
+        self.launched = None;
+        self.launched = Some(self.forward(step)?);
         Ok(())
     }
 
@@ -125,7 +144,7 @@ impl Runner for ModelRunner {
         step: &SchedulerOutput,
         masks: &TokenMasks,
     ) -> Result<Vec<SeqOutput>, Self::Error> {
-        let hidden = self.hidden.take().expect("a step is launched before it is sampled");
-        self.sample_all(step, &hidden, masks)
+        let launched = self.launched.take().expect("a step is launched before it is sampled");
+        self.sample_all(step, &launched, masks)
     }
 }
