@@ -7,6 +7,8 @@
 
 #include "formats.cuh"
 
+namespace quant {
+
 struct Dense {
     static constexpr bool IS_DENSE = true;
     static constexpr bool HAS_MIN = false;
@@ -43,3 +45,5 @@ struct Dense {
         }
     };
 };
+
+}  // namespace quant

@@ -28,9 +28,11 @@
 //   - for many by a packed addition, as an unpacked fragment then serves many products.
 #pragma once
 
-#include "../include/copy.cuh"
-#include "../include/mma.cuh"
+#include "copy.cuh"
+#include "mma.cuh"
 #include "product.cuh"
+
+namespace quant {
 
 // Which scales there are, by the names of the CPU's src/ops/matmul/format.rs. Superscales are for 256 columns.
 enum class Scales {
@@ -282,3 +284,5 @@ using Q3_K = Format<3, Scales::SUPER_HALVES, 4>;
 using Q4_K = Format<4, Scales::SUPER_MIN, 0>;
 using Q5_K = Format<5, Scales::SUPER_MIN, 0>;
 using Q6_K = Format<6, Scales::SUPER_HALVES, 32>;
+
+}  // namespace quant

@@ -6,19 +6,23 @@
 #include "matmul_large.cuh"
 #include "matmul_small.cuh"
 
-#define DENSE_SMALL(tokens, NT, TILES, STAGES)                                                                \
-    extern "C" __global__ void __launch_bounds__(512, 1) matmul_dense_small_n##tokens##_r##TILES(             \
+using namespace quant;
+
+#define DENSE_SMALL(COLUMNS, TILES)                                                                           \
+    extern "C" __global__ void __launch_bounds__(512, 1) matmul_dense_small_n##COLUMNS##_r##TILES(            \
         const uint8_t* weights, const bf16* x, const float* bias, void* y, int num_tokens, int num_rows,      \
         int num_cols, int row_stride, int y_stride, int output) {                                             \
-        matmul_small<Dense, TILES, NT, STAGES>(                                                               \
+        matmul_small<Dense, TILES, COLUMNS>(                                                                  \
             {weights, x, bias, y, num_tokens, num_rows, num_cols, row_stride, y_stride, output});             \
     }                                                                                                         \
-    KERNEL(matmul_dense_small_n##tokens##_r##TILES);
+    KERNEL(matmul_dense_small_n##COLUMNS##_r##TILES);
 
-DENSE_SMALL(8, 1, 1, 4)
-DENSE_SMALL(8, 1, 2, 3)
-DENSE_SMALL(16, 2, 1, 4)
-DENSE_SMALL(16, 2, 2, 3)
+DENSE_SMALL(1, 1)
+DENSE_SMALL(1, 2)
+DENSE_SMALL(8, 1)
+DENSE_SMALL(8, 2)
+DENSE_SMALL(16, 1)
+DENSE_SMALL(16, 2)
 
 #define DENSE_LARGE(TOKENS, WARPS_N, STAGES)                                                                  \
     extern "C" __global__ void __launch_bounds__(LARGE_THREADS, 2) matmul_dense_large_n##TOKENS(              \

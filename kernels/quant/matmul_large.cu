@@ -1,6 +1,8 @@
 // Quantised instances of the product in matmul_large.cuh: formats of GGUF, 32, 64 or 128 tokens a block.
 #include "matmul_large.cuh"
 
+using namespace quant;
+
 #define LARGE(format, NAME, TOKENS, WARPS_N, STAGES)                                                                \
     extern "C" __global__ void __launch_bounds__(LARGE_THREADS, 2) matmul_large_##format##_n##TOKENS(               \
         const uint8_t* weights, const bf16* x, const float* bias, void* y, int num_tokens, int num_rows,            \

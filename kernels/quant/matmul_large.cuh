@@ -23,6 +23,8 @@
 
 #include "dense.cuh"
 
+namespace quant {
+
 constexpr int LARGE_ROWS = 128;
 constexpr int LARGE_THREADS = 256;
 constexpr int LARGE_ROW_TILES = LARGE_ROWS / TILE_ROWS;
@@ -231,3 +233,5 @@ __device__ __forceinline__ void matmul_large(const Product& p, const LargeExtra&
         }
     }
 }
+
+}  // namespace quant

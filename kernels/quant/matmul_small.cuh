@@ -25,14 +25,19 @@
 
 #include "dense.cuh"
 
-template <class F, int TILES, int NT>
+namespace quant {
+
+// COLUMNS of tokens are 1, 8 or 16. An mma has eight; of one token only the even columns are carried on.
+template <class F, int TILES, int COLUMNS>
 struct SmallSums {
+    static constexpr int NT = ceil_div(COLUMNS, 8);
+    static constexpr int STEP = COLUMNS == 1 ? 2 : 1;
     float sums[TILES][NT][4];
 
     __device__ __forceinline__ void clear() {
         for (int i = 0; i < TILES; i++)
             for (int n = 0; n < NT; n++)
-                for (int c = 0; c < 4; c++) sums[i][n][c] = 0.0f;
+                for (int c = 0; c < 4; c += STEP) sums[i][n][c] = 0.0f;
     }
 
     // One stage: TILES weight tiles, then 128 bytes of each token.
@@ -103,7 +108,7 @@ struct SmallSums {
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
 #pragma unroll
-                    for (int c = 0; c < 4; c++) {
+                    for (int c = 0; c < 4; c += STEP) {
                         float& sum = sums[i][n][c];
                         sum = fmaf(scale[c / 2], d[n][c], sum);
                         if constexpr (F::HAS_MIN) sum = fmaf(-w.min(k, c / 2), x_sums[n][k][c], sum);
@@ -114,10 +119,18 @@ struct SmallSums {
     }
 };
 
+// How many stages a ring has, so that at least 40 KB are on the way to an SM, and two blocks fit.
+template <class F>
+constexpr int small_stages(int tiles) {
+    const int fitting = 3840 / (tiles * F::STAGE_BYTES);
+    return fitting < 3 ? 3 : 6 < fitting ? 6 : fitting;
+}
+
 // The copies of one warp into its ring. Every 16 bytes of a stage belong to one lane, whose source addresses grow
 // by a fixed step from stage to stage, so that a copy takes three instructions.
-template <class F, int TILES, int NT, int STAGES>
+template <class F, int TILES, int COLUMNS>
 struct SmallPrefetch {
+    static constexpr int STAGES = small_stages<F>(TILES);
     // 16-byte pieces of the weights of a stage, and of one row tile of it.
     static constexpr int TILE_PIECES = F::STAGE_BYTES / 16, PIECES = TILES * TILE_PIECES;
     static constexpr int ROUNDS = ceil_div(PIECES, WARP_SIZE);
@@ -169,7 +182,7 @@ struct SmallPrefetch {
             }
             const bool valid = column < p.num_cols;
 #pragma unroll
-            for (int i = 0; i < NT * 2; i++) {
+            for (int i = 0; i < ceil_div(COLUMNS, 4); i++) {
                 if (4 * i < num_tokens_behind) {
                     cp_async_16(stage + x_at + i * 512, x + (long long)(4 * i) * p.num_cols, valid);
                 }
@@ -187,9 +200,11 @@ struct SmallPrefetch {
     }
 };
 
-template <class F, int TILES, int NT, int STAGES>
+template <class F, int TILES, int COLUMNS>
 __device__ __forceinline__ void matmul_small(const Product& p) {
     DYNAMIC_SHARED(uint8_t, shared);
+    using Sums = SmallSums<F, TILES, COLUMNS>;
+    constexpr int NT = Sums::NT, STEP = Sums::STEP, STAGES = small_stages<F>(TILES);
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE, num_warps = blockDim.x / WARP_SIZE;
     const int num_tiles = p.num_tiles(), num_row_tiles = p.num_row_tiles();
     const int stage_bytes = TILES * F::STAGE_BYTES + p.num_tokens * 128;
@@ -198,10 +213,10 @@ __device__ __forceinline__ void matmul_small(const Product& p) {
     constexpr int WARP_SUMS = TILES * NT * 4 * WARP_SIZE;
     float* const partial = reinterpret_cast<float*>(shared + num_warps * STAGES * stage_bytes);
 
-    SmallPrefetch<F, TILES, NT, STAGES> prefetch(p, ring, stage_bytes);
+    SmallPrefetch<F, TILES, COLUMNS> prefetch(p, ring, stage_bytes);
     for (int i = 0; i < STAGES - 1; i++) prefetch.next();
 
-    SmallSums<F, TILES, NT> acc;
+    Sums acc;
     int set = 0, slot_at = 0;
     for (int group = blockIdx.x; group < prefetch.num_groups; group += gridDim.x, set ^= 1) {
         acc.clear();
@@ -220,7 +235,7 @@ __device__ __forceinline__ void matmul_small(const Product& p) {
 #pragma unroll
             for (int n = 0; n < NT; n++) {
 #pragma unroll
-                for (int c = 0; c < 4; c++) {
+                for (int c = 0; c < 4; c += STEP) {
                     sums[warp * WARP_SUMS + ((i * NT + n) * 4 + c) * WARP_SIZE + lane] = acc.sums[i][n][c];
                 }
             }
@@ -241,4 +256,7 @@ __device__ __forceinline__ void matmul_small(const Product& p) {
             }
         }
     }
+    cp_async_wait<0>();
 }
+
+}  // namespace quant

@@ -4,7 +4,7 @@
 // last count as zero. A thread sums one group of one token, consecutive threads have consecutive tokens: reads
 // 2 num_tokens num_cols bytes in pieces of 32 or 64, writes coalesced 4 num_tokens num_cols / RUN. At 4,096 tokens of
 // 3,584 columns 33 MB, 8 microseconds on an H200.
-#include "../include/kernel.cuh"
+#include "kernel.cuh"
 
 template <int RUN>
 __device__ __forceinline__ void matmul_sums(const bf16* x, float* sums, int num_tokens, int num_cols, int sum_stride) {

@@ -3,7 +3,9 @@
 //   y[t, r] = sum_k x[t, k] w[r, k] + bias[r]
 #pragma once
 
-#include "../include/kernel.cuh"
+#include "kernel.cuh"
+
+namespace quant {
 
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_COLS = 64;
@@ -30,10 +32,10 @@ struct Product {
     const float* bias;   // [num_rows] or null
     void* y;             // rows of `y_stride` elements
     int num_tokens;
-    int num_rows;        // of the weights
+    int num_rows;        // of the weights, with SILU_MUL a multiple of 16
     int num_cols;        // of the activations
     int row_stride;      // elements between rows of dense weights
-    int y_stride;
+    int y_stride;        // with SILU_MUL also the number of features
     int output;
 
     __device__ __forceinline__ int num_tiles() const { return ceil_div(num_cols, TILE_COLS); }
@@ -45,7 +47,7 @@ __device__ __forceinline__ void put_rows(const Product& p, int token, int row_ti
     const int row = row_tile * TILE_ROWS + g;
     if (p.output == SILU_MUL) {
         const int feature = row_tile * (TILE_ROWS / 2) + g;
-        if (feature < p.num_rows / 2) {
+        if (feature < p.y_stride) {
             const float silu = low / (1.0f + __expf(-low));
             static_cast<bf16*>(p.y)[(long long)token * p.y_stride + feature] = to_bf16(silu * high);
         }
@@ -64,3 +66,5 @@ __device__ __forceinline__ void put_rows(const Product& p, int token, int row_ti
         }
     }
 }
+
+}  // namespace quant
