@@ -7,6 +7,7 @@
 pub mod embedding;
 pub mod gather_rows;
 pub mod gguf_blocks;
+mod grid;
 pub mod indices;
 pub mod matmul;
 mod operand;
@@ -14,6 +15,6 @@ pub mod paged_attention;
 pub mod rms_norm;
 pub mod rope;
 mod rows;
-mod silu_mul;
+pub mod silu_mul;
 mod simd;
 pub mod tensor;

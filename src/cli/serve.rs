@@ -6,6 +6,7 @@ mod served_model;
 
 use std::future::Future;
 use std::io::{IsTerminal, stderr};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
@@ -75,13 +76,17 @@ impl Server {
         let planned =
             PlannedModel::open(&resolved.gguf, load_options(config, opened.device.clone()))
                 .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
-        let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
-        eprintln!("{}", plan::describe(config, &resolved, &planned, (&served, &opened)));
+        let planned = Arc::new(planned);
+        let names = config.model.names(&resolved.name);
+        eprintln!("{}", plan::describe(config, &resolved, &planned, (&names, &opened)));
 
-        metrics::install(&served.name);
+        metrics::install(&names[0]);
         let engine_config = engine_config(&config.engine, &planned);
+        // The tokenizer is built while the weights are packed.
+        let to_load = Arc::clone(&planned);
         let (engine, engine_thread) =
-            spawn(engine_config, move || load(&planned).map_err(|error| format!("{error:#}")));
+            spawn(engine_config, move || load(&to_load).map_err(|error| format!("{error:#}")));
+        let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
         let state = AppState::new(engine.clone(), served, http_limits(config));
         state.next_seed.store(config.engine.seed, Ordering::Relaxed);
         Ok(Self { runtime, listener, state, engine, engine_thread })

@@ -110,6 +110,11 @@ impl GpuSteps {
         Ok(Self { gpu: gpu.clone(), limits, inputs, recordings: HashMap::new() })
     }
 
+    /// Whether the card answers with errors only.
+    pub(super) fn is_broken(&self) -> bool {
+        self.gpu.synchronize().is_err()
+    }
+
     /// Queues a step; `num_logits` of its wanted rows, the first ones, need logits.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use candle_core::DType;
 
 use super::gpu_steps::{GpuSteps, StepLimits};
 use super::memory::{CacheShare, MemoryPlan, MemoryRequest, plan};
-use super::model_runner::ModelRunner;
+use super::model_runner::{LayerCaches, ModelRunner};
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
 use crate::models::{ModelConfig, registry};
@@ -87,16 +87,18 @@ impl PlannedModel {
         tracing::info!(weight_bytes = model.num_weight_bytes(), "weights packed");
         // The packed weights replace the file's pages; the embedding's come back row by row.
         self.checkpoint.gguf().release_pages();
+        let num_blocks = self.blocks_that_fit()?;
         let shape = KvCacheShape {
-            num_blocks: self.plan.num_blocks as usize,
+            num_blocks: num_blocks as usize,
             num_kv_heads: self.config.num_key_value_heads,
             block_size: self.options.block_size,
             head_dim: self.config.head_dim,
         };
-        let kv = (0..self.config.num_hidden_layers)
+        let layers = (0..self.config.num_hidden_layers)
             .map(|_| KvCache::new(shape, self.options.kv_cache_dtype, device))
             .collect::<candle_core::Result<Vec<_>>>()?;
-        let runner = ModelRunner::new(model, kv, self.options.block_size, pool);
+        let kv = LayerCaches { layers, num_blocks, block_size: self.options.block_size };
+        let runner = ModelRunner::new(model, kv, pool);
         Ok(match device {
             Device::Cpu => runner,
             Device::Gpu(gpu) => {
@@ -109,6 +111,31 @@ impl PlannedModel {
                 runner.on_gpu(GpuSteps::new(gpu, limits)?)
             }
         })
+    }
+}
+
+impl PlannedModel {
+    /// The planned blocks, or fewer if others took a card's memory while the weights were loaded.
+    fn blocks_that_fit(&self) -> anyhow::Result<u32> {
+        let Device::Gpu(gpu) = &self.options.device else { return Ok(self.plan.num_blocks) };
+        let (free, _) = gpu.memory_info()?;
+        let free = (free as u64).saturating_sub(self.plan.workspace_bytes);
+        let fitting = free / self.plan.block_bytes.max(1);
+        let num_blocks = u32::try_from(fitting).unwrap_or(u32::MAX).min(self.plan.num_blocks);
+        if num_blocks == 0 {
+            anyhow::bail!(
+                "the weights leave no memory for a KV cache; use a smaller or more quantised model, \
+                 or raise `--gpu-memory-utilization`"
+            );
+        }
+        if num_blocks < self.plan.num_blocks {
+            tracing::warn!(
+                num_blocks,
+                planned = self.plan.num_blocks,
+                "the KV cache is smaller than planned"
+            );
+        }
+        Ok(num_blocks)
     }
 }
 

@@ -15,12 +15,20 @@ use crate::scheduler::step::{Runner, ScheduledSeq, SchedulerOutput, SeqOutput, T
 /// Rows of logits in memory at once. A row of Qwen2's vocabulary takes 608 KB.
 pub(super) const LOGITS_ROWS_MAX: usize = 32;
 
+/// Keys and values of all layers.
+pub struct LayerCaches {
+    /// One per layer.
+    pub layers: Vec<KvCache>,
+    /// Blocks of each.
+    pub num_blocks: u32,
+    /// Tokens of a block.
+    pub block_size: usize,
+}
+
 /// Implements [`Runner`] for a real model.
 pub struct ModelRunner {
     model: Box<dyn Model>,
-    /// One per layer.
-    kv: Vec<KvCache>,
-    block_size: usize,
+    kv: LayerCaches,
     pool: Arc<ThreadPool>,
     sampler: Sampler,
     /// Present where a card computes.
@@ -30,13 +38,8 @@ pub struct ModelRunner {
 
 impl ModelRunner {
     /// Joins a loaded model and its cache.
-    pub fn new(
-        model: Box<dyn Model>,
-        kv: Vec<KvCache>,
-        block_size: usize,
-        pool: Arc<ThreadPool>,
-    ) -> Self {
-        Self { model, kv, block_size, pool, sampler: Sampler::default(), gpu: None, launched: None }
+    pub fn new(model: Box<dyn Model>, kv: LayerCaches, pool: Arc<ThreadPool>) -> Self {
+        Self { model, kv, pool, sampler: Sampler::default(), gpu: None, launched: None }
     }
 
     /// Runs steps on the card that the model and its cache are on.
@@ -46,13 +49,13 @@ impl ModelRunner {
     }
 
     fn forward(&mut self, step: &SchedulerOutput) -> candle_core::Result<Launched> {
-        let batch = forward_batch(step, self.block_size);
+        let batch = forward_batch(step, self.kv.block_size);
         let Some(gpu) = &mut self.gpu else {
-            let hidden = self.pool.install(|| self.model.forward(&batch, &self.kv))?;
+            let hidden = self.pool.install(|| self.model.forward(&batch, &self.kv.layers))?;
             return Ok(Launched { hidden, logits: None });
         };
         let num_logits = step.scheduled.iter().map(|seq| logits_rows(seq).count()).sum();
-        gpu.launch(&*self.model, &self.kv, batch, num_logits)
+        gpu.launch(&*self.model, &self.kv.layers, batch, num_logits)
     }
 
     fn sample_all(
@@ -146,5 +149,13 @@ impl Runner for ModelRunner {
     ) -> Result<Vec<SeqOutput>, Self::Error> {
         let launched = self.launched.take().expect("a step is launched before it is sampled");
         self.sample_all(step, &launched, masks)
+    }
+
+    fn num_blocks(&self) -> Option<u32> {
+        Some(self.kv.num_blocks)
+    }
+
+    fn is_broken(&self) -> bool {
+        self.gpu.as_ref().is_some_and(GpuSteps::is_broken)
     }
 }

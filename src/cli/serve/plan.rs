@@ -5,7 +5,6 @@ use std::fmt::Write as _;
 use indicatif::HumanBytes;
 
 use super::device::Opened;
-use crate::chat::model::ServedModel;
 use crate::config::{Config, PrefixCaching, Source};
 use crate::device::Device;
 use crate::ops::matmul::instruction_set;
@@ -17,7 +16,7 @@ pub(super) fn describe(
     config: &Config,
     resolved: &ResolvedModel,
     planned: &PlannedModel,
-    (served, opened): (&ServedModel, &Opened),
+    (names, opened): (&[String], &Opened),
 ) -> String {
     let (plan, engine) = (&planned.plan, &config.engine);
     let num_slots = u64::from(plan.num_blocks) * engine.block_size as u64;
@@ -31,7 +30,6 @@ pub(super) fn describe(
         PrefixCaching::Enabled => "equal prefixes shared",
         PrefixCaching::Disabled => "nothing shared",
     };
-    let names: Vec<&str> = served.names().collect();
     let weights = planned.checkpoint.gguf();
     let lines = [
         ("model", format!("{}, {}", planned.config.architecture, weights.quantization())),
