@@ -40,6 +40,21 @@ struct SmallSums {
                 for (int c = 0; c < 4; c += STEP) sums[i][n][c] = 0.0f;
     }
 
+    // [row tile][token tile][row g, g + 8][token 2t, 2t + 1][lane], or [row tile][row g, g + 8][g] of one token.
+    __device__ __forceinline__ void put(float* to, int lane) const {
+        constexpr int LANES = COLUMNS == 1 ? 8 : WARP_SIZE;
+        if (COLUMNS == 1 && lane % 4 != 0) return;
+        float* const of_lane = to + (COLUMNS == 1 ? lane / 4 : lane);
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+                for (int c = 0; c < 4; c += STEP) of_lane[((i * NT + n) * 4 + c) / STEP * LANES] = sums[i][n][c];
+            }
+        }
+    }
+
     // One stage: TILES weight tiles, then 128 bytes of each token.
     __device__ __forceinline__ void add_stage(const uint8_t* stage, int num_tokens, int lane) {
         const int g = lane / 4, t = lane % 4;
@@ -119,18 +134,23 @@ struct SmallSums {
     }
 };
 
-// How many stages a ring has, so that at least 40 KB are on the way to an SM, and two blocks fit.
-template <class F>
-constexpr int small_stages(int tiles) {
-    const int fitting = 3840 / (tiles * F::STAGE_BYTES);
-    return fitting < 3 ? 3 : 6 < fitting ? 6 : fitting;
+// Floats that a warp puts into shared memory for each group: one token has them in a quarter of the lanes.
+template <int TILES, int COLUMNS>
+constexpr int SMALL_WARP_SUMS = TILES * (COLUMNS == 1 ? TILE_ROWS : ceil_div(COLUMNS, 8) * 4 * WARP_SIZE);
+
+// How many stages a ring has, so that two blocks of eight warps fit into an SM, or one of 16: 14 KB a warp.
+template <class F, int TILES, int COLUMNS>
+constexpr int small_stages() {
+    const int free_bytes = 14336 - 2 * 4 * SMALL_WARP_SUMS<TILES, COLUMNS>;
+    const int fitting = free_bytes / (TILES * F::STAGE_BYTES + COLUMNS * 128);
+    return fitting < 2 ? 2 : 6 < fitting ? 6 : fitting;
 }
 
 // The copies of one warp into its ring. Every 16 bytes of a stage belong to one lane, whose source addresses grow
 // by a fixed step from stage to stage, so that a copy takes three instructions.
 template <class F, int TILES, int COLUMNS>
 struct SmallPrefetch {
-    static constexpr int STAGES = small_stages<F>(TILES);
+    static constexpr int STAGES = small_stages<F, TILES, COLUMNS>();
     // 16-byte pieces of the weights of a stage, and of one row tile of it.
     static constexpr int TILE_PIECES = F::STAGE_BYTES / 16, PIECES = TILES * TILE_PIECES;
     static constexpr int ROUNDS = ceil_div(PIECES, WARP_SIZE);
@@ -204,13 +224,13 @@ template <class F, int TILES, int COLUMNS>
 __device__ __forceinline__ void matmul_small(const Product& p) {
     DYNAMIC_SHARED(uint8_t, shared);
     using Sums = SmallSums<F, TILES, COLUMNS>;
-    constexpr int NT = Sums::NT, STEP = Sums::STEP, STAGES = small_stages<F>(TILES);
+    constexpr int NT = Sums::NT, STAGES = small_stages<F, TILES, COLUMNS>();
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE, num_warps = blockDim.x / WARP_SIZE;
     const int num_tiles = p.num_tiles(), num_row_tiles = p.num_row_tiles();
     const int stage_bytes = TILES * F::STAGE_BYTES + p.num_tokens * 128;
     uint8_t* const ring = shared + warp * STAGES * stage_bytes;
     // Two sets of the sums of all warps, as one is still read while the next is written.
-    constexpr int WARP_SUMS = TILES * NT * 4 * WARP_SIZE;
+    constexpr int WARP_SUMS = SMALL_WARP_SUMS<TILES, COLUMNS>;
     float* const partial = reinterpret_cast<float*>(shared + num_warps * STAGES * stage_bytes);
 
     SmallPrefetch<F, TILES, COLUMNS> prefetch(p, ring, stage_bytes);
@@ -230,29 +250,24 @@ __device__ __forceinline__ void matmul_small(const Product& p) {
             slot_at = slot_at + stage_bytes == STAGES * stage_bytes ? 0 : slot_at + stage_bytes;
         }
         float* const sums = partial + set * num_warps * WARP_SUMS;
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-#pragma unroll
-                for (int c = 0; c < 4; c += STEP) {
-                    sums[warp * WARP_SUMS + ((i * NT + n) * 4 + c) * WARP_SIZE + lane] = acc.sums[i][n][c];
-                }
-            }
-        }
+        acc.put(sums + warp * WARP_SUMS, lane);
         __syncthreads();
         // A thread adds up two rows of one token.
-        for (int task = threadIdx.x; task < TILES * NT * 2 * WARP_SIZE; task += blockDim.x) {
-            const int from = task % WARP_SIZE, parity = task / WARP_SIZE % 2, part = task / WARP_SIZE / 2;
-            const int token = part % NT * 8 + from % 4 * 2 + parity, row_tile = group * TILES + part / NT;
+        constexpr int LANES = COLUMNS == 1 ? 8 : WARP_SIZE;
+        constexpr int TOKENS = COLUMNS == 1 ? 1 : 2;
+        for (int task = threadIdx.x; task < TILES * NT * TOKENS * LANES; task += blockDim.x) {
+            const int from = task % LANES, parity = task / LANES % TOKENS, part = task / LANES / TOKENS;
+            const int g = COLUMNS == 1 ? from : from / 4;
+            const int token = COLUMNS == 1 ? 0 : part % NT * 8 + from % 4 * 2 + parity;
+            const int row_tile = group * TILES + part / NT;
             if (token < p.num_tokens && row_tile < num_row_tiles) {
                 float low = 0.0f, high = 0.0f;
                 for (int w = 0; w < num_warps; w++) {
-                    const float* const of_warp = sums + w * WARP_SUMS + (part * 4 + parity) * WARP_SIZE + from;
+                    const float* const of_warp = sums + w * WARP_SUMS + (part * 2 * TOKENS + parity) * LANES + from;
                     low += of_warp[0];
-                    high += of_warp[2 * WARP_SIZE];
+                    high += of_warp[TOKENS * LANES];
                 }
-                put_rows(p, token, row_tile, from / 4, low, high);
+                put_rows(p, token, row_tile, g, low, high);
             }
         }
     }

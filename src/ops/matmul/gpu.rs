@@ -144,7 +144,10 @@ impl GpuMatrix {
         let row_bytes = row_bytes(dtype, num_cols)?;
         for MatrixSource { data, num_rows, .. } in sources {
             if Some(data.len()) != row_bytes.checked_mul(*num_rows) {
-                bail!("{num_rows} rows of {num_cols} {dtype:?} weights are not {} bytes", data.len());
+                bail!(
+                    "{num_rows} rows of {num_cols} {dtype:?} weights are not {} bytes",
+                    data.len()
+                );
             }
         }
         let weights = match packed_format(dtype) {

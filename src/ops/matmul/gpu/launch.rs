@@ -47,7 +47,11 @@ pub(super) enum Plan {
 }
 
 impl Plan {
-    pub(super) fn new(weights: Weights, num_tokens: usize, (num_rows, num_cols): (usize, usize)) -> Self {
+    pub(super) fn new(
+        weights: Weights,
+        num_tokens: usize,
+        (num_rows, num_cols): (usize, usize),
+    ) -> Self {
         let num_row_tiles = num_rows.div_ceil(TILE_ROWS);
         let num_tiles = num_cols.div_ceil(TILE_COLS);
         if num_tokens <= SMALL_TOKENS {
@@ -115,7 +119,14 @@ impl Segment {
         });
         let y_at = self.first_row * y.dtype.size_in_bytes();
         let y_buffer = y.buffer.slice(y_at..y.buffer.len());
-        let product = Product { segment: self, x, y: &y_buffer, y_stride: y.num_cols, bias: bias.as_ref(), output };
+        let product = Product {
+            segment: self,
+            x,
+            y: &y_buffer,
+            y_stride: y.num_cols,
+            bias: bias.as_ref(),
+            output,
+        };
         match plan {
             Plan::Small { columns, tiles, num_warps } => {
                 product.small(&matrix.gpu, (columns, tiles), num_warps)
@@ -172,13 +183,12 @@ impl Product<'_> {
             8 => 2 + tiles,
             _ => 4 + tiles,
         };
-        let num_token_tiles = columns.div_ceil(8);
         let weight_bytes = tiles * self.segment.stage_bytes();
+        let warp_sums = tiles * if columns == 1 { TILE_ROWS } else { columns.div_ceil(8) * 4 * 32 };
         // As `small_stages`.
-        let num_stages = (3840 / weight_bytes).clamp(3, 6);
+        let num_stages = (14336 - 2 * 4 * warp_sums) / (weight_bytes + columns * TILE_COLS * 2);
         let stage_bytes = weight_bytes + self.x.num_rows * TILE_COLS * 2;
-        let sum_bytes = 2 * tiles * num_token_tiles * 4 * 32 * 4;
-        let shared_bytes = num_warps * (num_stages * stage_bytes + sum_bytes);
+        let shared_bytes = num_warps * (num_stages.clamp(2, 6) * stage_bytes + 2 * 4 * warp_sums);
         // 16 warps are a block to themselves, because of their registers.
         let per_multiprocessor = (SHARED_BYTES / (shared_bytes + 1024)).clamp(1, 16 / num_warps);
         let num_groups = self.segment.num_kernel_rows().div_ceil(TILE_ROWS).div_ceil(tiles);

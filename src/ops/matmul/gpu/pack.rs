@@ -42,7 +42,9 @@ impl RowTile {
             let quants = &mut self.quants[row * width..(row + 1) * width];
             // Where nothing is written below, scales are zero and integers need only be numbers.
             quants.fill(0);
-            for (index, bytes) in data.unwrap_or_default().chunks_exact(dtype.type_size()).enumerate() {
+            for (index, bytes) in
+                data.unwrap_or_default().chunks_exact(dtype.type_size()).enumerate()
+            {
                 read_block(dtype, bytes, &mut block);
                 let first = index * block_len;
                 quants[first..first + block_len].copy_from_slice(&block.quants[..block_len]);
@@ -53,7 +55,8 @@ impl RowTile {
                 }
             }
         }
-        let tiles = to[..self.num_tiles * format.tile_bytes()].chunks_exact_mut(format.tile_bytes());
+        let tiles =
+            to[..self.num_tiles * format.tile_bytes()].chunks_exact_mut(format.tile_bytes());
         for (tile, to) in tiles.enumerate() {
             for lane in 0..LANES {
                 put_integers(format, self.pairs(format, tile, lane), lane, to);
