@@ -115,6 +115,10 @@ fn compile_for_the_host(sources: &Sources, out: &Path) {
     let compile = |source: &Path, output: &Path| {
         let mut command = Command::new(&compiler);
         command.args(["-std=c++17", "-O2", "-fPIC", "-x", "c++", "-I", "kernels/include"]);
+        // Shared memory is read as other types than it was written, and products are rounded.
+        command.args(["-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden"]);
+        // Functions of one name in several kernel files stay apart, as they do on a card.
+        command.arg("-fno-weak");
         command.arg("-c").arg(source).arg("-o").arg(output);
         command
     };

@@ -109,6 +109,10 @@ pub struct EngineOptions {
     pub block_size: usize,
     /// Memory for the KV cache; decided from what is free if absent.
     pub kv_cache_memory: Option<ByteSize>,
+    /// The part of a GPU's memory that the server may take.
+    pub gpu_memory_utilization: f64,
+    /// How a GPU is told what to do.
+    pub execution: Execution,
     /// How keys and values are stored.
     pub kv_cache_dtype: KvCacheDtype,
     /// Whether requests share the blocks of equal prefixes.
@@ -144,6 +148,15 @@ pub enum KvCacheDtype {
     Bf16,
     /// Single precision.
     F32,
+}
+
+/// How a GPU is told what to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Execution {
+    /// Decode steps are recorded once and replayed.
+    Recorded,
+    /// Every kernel is launched by itself.
+    Eager,
 }
 
 /// Whether requests share the blocks of equal prefixes.
@@ -271,6 +284,35 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// Puts in place of defaults what suits a GPU: it computes thousands of tokens in the time that
+    /// a processor needs for a few.
+    #[must_use]
+    pub fn fit_to_gpu(mut self) -> Self {
+        let Self { engine, settings, .. } = &mut self;
+        for (key, value, default) in [
+            ("max-num-seqs", &mut engine.max_num_seqs, 256),
+            ("max-num-batched-tokens", &mut engine.max_num_batched_tokens, 4096),
+            (
+                "max-prefill-tokens-while-decoding",
+                &mut engine.max_prefill_tokens_while_decoding,
+                1024,
+            ),
+        ] {
+            if settings.source(key) == Source::Default {
+                *value = default;
+                settings.adjust(key, default);
+            }
+        }
+        // One of the two may have been set to what does not go with the other's default.
+        if engine.max_num_batched_tokens < engine.max_num_seqs {
+            match settings.source("max-num-seqs") {
+                Source::Default => engine.max_num_seqs = engine.max_num_batched_tokens,
+                _ => engine.max_num_batched_tokens = engine.max_num_seqs,
+            }
+        }
+        self
+    }
+
     /// Checks what no single flag can check of itself.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 pub mod embedding;
 pub mod gather_rows;
 pub mod gguf_blocks;
+mod grid;
 pub mod indices;
 pub mod matmul;
 mod operand;
@@ -15,6 +16,6 @@ pub mod rms_norm;
 pub mod rope;
 mod rows;
 pub mod sample;
-mod silu_mul;
+pub mod silu_mul;
 mod simd;
 pub mod tensor;

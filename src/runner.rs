@@ -4,6 +4,7 @@
 //! run, and where their keys and values live, comes from the scheduler.
 
 pub mod batch;
+mod gpu_steps;
 pub mod load;
 pub mod memory;
 pub mod model_runner;

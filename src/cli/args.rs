@@ -10,8 +10,8 @@ use clap::{ArgAction, Args};
 
 use crate::config::{
     self, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EmbeddingPooling,
-    EngineOptions, HttpConfig, KvCacheDtype, LogConfig, LogFormat, LogLevel, ModelConfig,
-    PrefixCaching, Settings, Source,
+    EngineOptions, Execution, HttpConfig, KvCacheDtype, LogConfig, LogFormat, LogLevel,
+    ModelConfig, PrefixCaching, Settings, Source,
 };
 
 const AFTER_HELP: &str = "\
@@ -134,12 +134,12 @@ struct EngineFlags {
     #[arg(long, env = "QWEN_SERVER_THREADS", value_name = "N", value_parser = at_least_one(1024))]
     threads: Option<usize>,
 
-    /// Sequences that run at once; further requests wait
+    /// Sequences that run at once; further requests wait [on a GPU: 256]
     #[arg(long, env = "QWEN_SERVER_MAX_NUM_SEQS", value_name = "N")]
     #[arg(default_value_t = 64, value_parser = at_least_one(8192))]
     max_num_seqs: usize,
 
-    /// Tokens computed per step
+    /// Tokens computed per step [on a GPU: 4096]
     ///
     /// Prompts longer than this are computed in pieces. A larger value reads prompts a little
     /// faster, a smaller one keeps running answers more even.
@@ -147,12 +147,20 @@ struct EngineFlags {
     #[arg(default_value_t = 256, value_parser = at_least_one(1 << 20))]
     max_num_batched_tokens: usize,
 
-    /// Of those, tokens of prompts while answers are being generated
+    /// Of those, tokens of prompts while answers are being generated [on a GPU: 1024]
     ///
     /// Keeps running answers even while a long prompt is read.
     #[arg(long, env = "QWEN_SERVER_MAX_PREFILL_TOKENS_WHILE_DECODING", value_name = "TOKENS")]
     #[arg(default_value_t = 96, value_parser = at_least_one(1 << 20))]
     max_prefill_tokens_while_decoding: usize,
+
+    /// Launch every kernel of a GPU by itself instead of recording decode steps as CUDA graphs
+    ///
+    /// Slower; for finding faults.
+    #[arg(long, env = "QWEN_SERVER_ENFORCE_EAGER", value_name = "BOOL")]
+    #[arg(default_value_t = false, default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    enforce_eager: bool,
 
     /// Requests that may wait; further ones are answered with status 429
     #[arg(long, env = "QWEN_SERVER_MAX_QUEUE", value_name = "N")]
@@ -173,6 +181,13 @@ struct MemoryFlags {
     /// what is free]
     #[arg(long, env = "QWEN_SERVER_KV_CACHE_MEMORY", value_name = "SIZE")]
     kv_cache_memory: Option<ByteSize>,
+
+    /// The part of a GPU's memory that the server may take, from 0.05 to 1
+    ///
+    /// What the weights and the largest step leave of it becomes KV cache.
+    #[arg(long, env = "QWEN_SERVER_GPU_MEMORY_UTILIZATION", value_name = "PART")]
+    #[arg(default_value_t = 0.9, value_parser = part_of_a_whole)]
+    gpu_memory_utilization: f64,
 
     /// How keys and values are stored
     #[arg(long, env = "QWEN_SERVER_KV_CACHE_DTYPE", value_name = "DTYPE")]
@@ -252,6 +267,12 @@ impl ServeArgs {
                 max_queue: engine.max_queue,
                 block_size: memory.block_size,
                 kv_cache_memory: memory.kv_cache_memory,
+                gpu_memory_utilization: memory.gpu_memory_utilization,
+                execution: if engine.enforce_eager {
+                    Execution::Eager
+                } else {
+                    Execution::Recorded
+                },
                 kv_cache_dtype: memory.kv_cache_dtype,
                 prefix_caching: if shares_prefixes {
                     PrefixCaching::Enabled
@@ -289,6 +310,11 @@ impl EngineFlags {
             _ => {}
         }
     }
+}
+
+fn part_of_a_whole(text: &str) -> Result<f64, String> {
+    let part = text.parse::<f64>().map_err(|_| "expected a number".to_owned())?;
+    if (0.05..=1.0).contains(&part) { Ok(part) } else { Err("expected 0.05 to 1".to_owned()) }
 }
 
 fn at_least_one(max: u64) -> RangedU64ValueParser<usize> {

@@ -1,10 +1,12 @@
 //! `serve`: joins weights, engine and HTTP, and waits for a signal to stop.
 
+mod device;
 mod plan;
 mod served_model;
 
 use std::future::Future;
 use std::io::{IsTerminal, stderr};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
@@ -19,9 +21,9 @@ use tokio::sync::oneshot;
 use super::{Hinted, hub_from_environment};
 use crate::cli::progress::DownloadProgress;
 use crate::config::{
-    ByteSize, Config, DeviceChoice, EngineOptions, KvCacheDtype, LogConfig, LogFormat, LogLevel,
-    PrefixCaching,
+    ByteSize, Config, EngineOptions, KvCacheDtype, LogConfig, LogFormat, LogLevel, PrefixCaching,
 };
+use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
 use crate::engine::{EngineConfig, EngineHandle, Health, spawn};
 use crate::http::{AppState, HttpLimits, serve};
@@ -56,7 +58,11 @@ struct Server {
 
 impl Server {
     fn start(config: &Config) -> Result<Self> {
-        refuse_unavailable_device(config.engine.device)?;
+        let opened = device::open(config.engine.device)?;
+        let config = &match &opened.device {
+            Device::Cpu => config.clone(),
+            Device::Gpu(_) => config.clone().fit_to_gpu(),
+        };
         keep_freed_memory();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(HTTP_THREADS)
@@ -67,15 +73,20 @@ impl Server {
 
         let resolved =
             resolve(&config.model.model, &hub_from_environment()?, &mut DownloadProgress::new())?;
-        let planned = PlannedModel::open(&resolved.gguf, load_options(config))
-            .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
-        let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
-        eprintln!("{}", plan::describe(config, &resolved, &planned, &served));
+        let planned =
+            PlannedModel::open(&resolved.gguf, load_options(config, opened.device.clone()))
+                .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
+        let planned = Arc::new(planned);
+        let names = config.model.names(&resolved.name);
+        eprintln!("{}", plan::describe(config, &resolved, &planned, (&names, &opened)));
 
-        metrics::install(&served.name);
+        metrics::install(&names[0]);
         let engine_config = engine_config(&config.engine, &planned);
+        // The tokenizer is built while the weights are packed.
+        let to_load = Arc::clone(&planned);
         let (engine, engine_thread) =
-            spawn(engine_config, move || load(&planned).map_err(|error| format!("{error:#}")));
+            spawn(engine_config, move || load(&to_load).map_err(|error| format!("{error:#}")));
+        let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
         let state = AppState::new(engine.clone(), served, http_limits(config));
         state.next_seed.store(config.engine.seed, Ordering::Relaxed);
         Ok(Self { runtime, listener, state, engine, engine_thread })
@@ -149,15 +160,6 @@ fn install_logging(config: LogConfig) {
     logging::install(level, format);
 }
 
-fn refuse_unavailable_device(device: DeviceChoice) -> Result<()> {
-    let DeviceChoice::Cuda(number) = device else { return Ok(()) };
-    Err(Hinted {
-        message: format!("this build cannot compute on `cuda:{number}`"),
-        hint: "leave `--device` away, or pass `--device cpu`, to compute on the processor".into(),
-    }
-    .into())
-}
-
 /// Takes the address first: a port that is in use should be known before a model is loaded.
 async fn listen(config: &Config) -> Result<TcpListener> {
     let (host, port) = (config.http.host.as_str(), config.http.port);
@@ -168,9 +170,12 @@ async fn listen(config: &Config) -> Result<TcpListener> {
     })
 }
 
-fn load_options(config: &Config) -> LoadOptions {
+fn load_options(config: &Config, device: Device) -> LoadOptions {
     let engine = &config.engine;
     LoadOptions {
+        device,
+        gpu_memory_utilization: engine.gpu_memory_utilization,
+        execution: engine.execution,
         kv_cache_bytes: engine.kv_cache_memory.map(ByteSize::bytes),
         kv_cache_dtype: match engine.kv_cache_dtype {
             KvCacheDtype::F16 => DType::F16,

@@ -240,7 +240,10 @@ where
     R: Runner,
     F: FnOnce() -> Result<R, String>,
 {
-    let core = EngineCore::new(config.scheduler(), make_runner()?);
+    let runner = make_runner()?;
+    let num_blocks = runner.num_blocks().unwrap_or(config.num_blocks);
+    let config = EngineConfig { num_blocks, ..config.clone() };
+    let core = EngineCore::new(config.scheduler(), runner);
     lifecycle.send_replace(Lifecycle::Running);
     let stall_timeout = config.stall_timeout;
     let max_failed_steps = config.max_failed_steps;
@@ -394,6 +397,9 @@ impl<R: Runner> EngineThread<'_, R> {
         let orphans = self.outbox.active.fail_sequences(&failed.lost, &reason, now());
         self.abort_sequences(orphans);
         self.publish_stats();
+        if self.core.runner().is_broken() {
+            return Err(format!("the device is lost: {reason}"));
+        }
         if self.failures < self.max_failed_steps { Ok(()) } else { Err(reason) }
     }
 

@@ -1,6 +1,8 @@
 //! Embedding: `out[i] = table[ids[i]]`, with the rows kept as the file has them and dequantised on
 //! the way out.
 
+mod gpu;
+
 use candle_core::quantized::GgmlDType;
 use candle_core::{Result, Tensor as CpuTensor, bail};
 
@@ -65,11 +67,11 @@ impl EmbeddingTable {
 /// Looks rows up: `[ids.len(), num_cols]`.
 ///
 /// # Errors
-/// If an id is not below the number of rows.
+/// If an id is not below the number of rows; on a card its row is NaN instead.
 pub fn embedding(table: &EmbeddingTable, ids: &Indices) -> Result<Tensor> {
     match &table.resident {
         None => embedding_on_cpu(table, ids).map(Tensor::Cpu),
-        Some(_) => bail!("embedding has no kernel"),
+        Some(resident) => gpu::embedding(table, resident, ids).map(Tensor::Gpu),
     }
 }
 

@@ -189,8 +189,10 @@ fn read_nibbles(bytes: &[u8], quants: &mut [u8]) {
 
 /// Bit `i` of the word is the fifth bit of weight `i`.
 fn add_fifth_bits(bytes: &[u8], quants: &mut [u8]) {
-    for (i, q) in quants.iter_mut().take(32).enumerate() {
-        *q |= (bytes[i / 8] >> (i % 8) & 1) << 4;
+    for (eight, &byte) in quants.chunks_exact_mut(8).zip(&bytes[..4]) {
+        for (i, q) in eight.iter_mut().enumerate() {
+            *q |= (byte >> i & 1) << 4;
+        }
     }
 }
 

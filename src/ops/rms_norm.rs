@@ -1,6 +1,8 @@
 //! Root-mean-square norm: `x / sqrt(mean(x^2) + eps) * weight`, per row.
 #![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
 
+mod gpu;
+
 use candle_core::Tensor as CpuTensor;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, bail};
 
@@ -14,7 +16,7 @@ use super::tensor::Tensor;
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     match x {
         Tensor::Cpu(x) => rms_norm_on_cpu(x, weight.cpu()?, eps).map(Tensor::Cpu),
-        Tensor::Gpu(_) => bail!("rms_norm has no kernel"),
+        Tensor::Gpu(x) => gpu::rms_norm(x, weight.gpu()?, eps).map(Tensor::Gpu),
     }
 }
 
@@ -30,7 +32,10 @@ pub fn add_rms_norm(
             let (sum, normed) = add_rms_norm_on_cpu(x, residual.cpu()?, weight.cpu()?, eps)?;
             Ok((Tensor::Cpu(sum), Tensor::Cpu(normed)))
         }
-        Tensor::Gpu(_) => bail!("add_rms_norm has no kernel"),
+        Tensor::Gpu(x) => {
+            let (sum, normed) = gpu::add_rms_norm(x, residual.gpu()?, weight.gpu()?, eps)?;
+            Ok((Tensor::Gpu(sum), Tensor::Gpu(normed)))
+        }
     }
 }
 

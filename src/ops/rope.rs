@@ -9,13 +9,15 @@
 //!
 //! Queries come back rotated; keys are rotated and written to the cache, values written as they are.
 
+mod gpu;
+
 use candle_core::Tensor as CpuTensor;
 use candle_core::{CpuStorage, CustomOp2, InplaceOp2, InplaceOp3, Layout, Result, Shape, bail};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::operand::contiguous;
-use super::paged_attention::{AttentionMetadata, CpuKvCache, KvCache, KvCacheShape};
+use super::paged_attention::{AttentionMetadata, CpuKvCache, KvCache, KvCacheShape, PADDING_SLOT};
 use super::rows::for_each_row_mut;
 use super::tensor::Tensor;
 use crate::device::Device;
@@ -161,7 +163,7 @@ pub fn rope_and_cache(
 ) -> Result<Tensor> {
     match kv {
         KvCache::Cpu(kv) => rope_and_cache_on_cpu(qkv.cpu()?, table, kv, meta).map(Tensor::Cpu),
-        KvCache::Gpu(_) => bail!("rope_and_cache has no kernel"),
+        KvCache::Gpu(kv) => gpu::rope_and_cache(qkv.gpu()?, table, kv, meta).map(Tensor::Gpu),
     }
 }
 
@@ -173,15 +175,11 @@ fn rope_and_cache_on_cpu(
 ) -> Result<CpuTensor> {
     let (num_tokens, width) = qkv.dims2()?;
     let shape = kv.shape()?;
-    let kv_width = shape.num_kv_heads * shape.head_dim;
-    if table.head_dim != shape.head_dim {
-        bail!("heads of {} are rotated as heads of {}", shape.head_dim, table.head_dim);
-    }
-    if width <= 2 * kv_width || width % shape.head_dim != 0 {
-        bail!("rows of {width} values hold no queries beside {kv_width} keys and values");
-    }
+    let q_width = num_query_heads(width, table, shape)? * shape.head_dim;
     check_tokens(meta, num_tokens, table.max_positions(), shape)?;
-    let q_width = width - 2 * kv_width;
+    if let Some(slot) = meta.slot_mapping.iter().find(|slot| **slot == PADDING_SLOT) {
+        bail!("cache slot {slot} is beyond those of the cache");
+    }
     let (positions, slots) = (&meta.positions, &meta.slot_mapping);
     let cos_sin = table.cos_sin.cpu()?;
     kv.k.inplace_op3(qkv, cos_sin, &CacheKeys { shape, q_width, positions, slots })?;
@@ -190,6 +188,19 @@ fn rope_and_cache_on_cpu(
     qkv.apply_op2_no_bwd(cos_sin, &rotate)
 }
 
+/// How many heads of queries a row of queries, keys and values holds.
+fn num_query_heads(width: usize, table: &RopeTable, shape: KvCacheShape) -> Result<usize> {
+    let kv_width = shape.num_kv_heads * shape.head_dim;
+    if table.head_dim != shape.head_dim {
+        bail!("heads of {} are rotated as heads of {}", shape.head_dim, table.head_dim);
+    }
+    if width <= 2 * kv_width || width % shape.head_dim != 0 {
+        bail!("rows of {width} values hold no queries beside {kv_width} keys and values");
+    }
+    Ok((width - 2 * kv_width) / shape.head_dim)
+}
+
+/// A slot may also be [`PADDING_SLOT`].
 fn check_tokens(
     meta: &AttentionMetadata,
     num_tokens: usize,
@@ -205,7 +216,8 @@ fn check_tokens(
         bail!("position {position} is beyond the {max_positions} of the rotary table");
     }
     let num_slots = shape.num_blocks * shape.block_size;
-    if let Some(slot) = meta.slot_mapping.iter().find(is_outside(num_slots)) {
+    let slots = meta.slot_mapping.iter().filter(|slot| **slot != PADDING_SLOT);
+    if let Some(slot) = slots.clone().find(is_outside(num_slots)) {
         bail!("cache slot {slot} is beyond the {num_slots} of the cache");
     }
     Ok(())

@@ -1,10 +1,44 @@
 //! The gated activation of SwiGLU: `silu(gate) * up`, with `silu(x) = x / (1 + e^-x)`.
 //!
-//! It has no pass of its own: [`super::matmul::gated_matmul`] applies it to sums that are still in
-//! the cache.
+//! On the CPU it has no pass of its own: [`super::matmul::gated_matmul`] applies it to sums that are
+//! still in the cache.
 #![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
 
+use candle_core::{DType, Result, bail};
+
+use super::grid::over_rows;
 use super::simd::{Kernel, LANES, Simd, load_padded, store_clipped};
+use super::tensor::GpuTensor;
+use crate::device::gpu;
+
+/// Values that a thread computes, where rows are multiples of it.
+const PACK: usize = 8;
+
+/// The activation of rows of all gates, then all ups, on a card: `kernels/mlp/silu_mul.cu`.
+///
+/// # Errors
+/// If the rows are not `bf16` or of odd length, or there is no memory.
+pub fn silu_mul(gate_up: &GpuTensor) -> Result<GpuTensor> {
+    let GpuTensor { gpu, buffer, dtype, num_rows, num_cols } = gate_up;
+    if *dtype != DType::BF16 || num_cols % 2 != 0 {
+        bail!("gates and ups are rows of {num_cols} {dtype:?} values, not of pairs of BF16");
+    }
+    let num_pairs = num_cols / 2;
+    let out = GpuTensor::scratch(gpu, DType::BF16, (*num_rows, num_pairs))?;
+    let (function, threads_per_row) = match num_pairs.is_multiple_of(PACK) {
+        true => ("silu_mul_8", num_pairs / PACK),
+        false => ("silu_mul_1", num_pairs),
+    };
+    let args = [
+        gpu::Arg::Buffer(buffer),
+        gpu::Arg::Buffer(&out.buffer),
+        gpu::Arg::I32(*num_rows as i32),
+        gpu::Arg::I32(num_pairs as i32),
+    ];
+    let kernel = gpu::Kernel { module: "silu_mul", function };
+    gpu.launch(kernel, over_rows(*num_rows, threads_per_row), &args)?;
+    Ok(out)
+}
 
 /// Element by element; all three of one length.
 pub(super) struct SiluMul<'a> {
@@ -31,9 +65,10 @@ impl Kernel for SiluMul<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::gpu::Gpu;
     use crate::ops::simd::Isa;
 
-    fn silu_mul(isa: Isa, gate: &[f32], up: &[f32]) -> Vec<f32> {
+    fn silu_mul_on_cpu(isa: Isa, gate: &[f32], up: &[f32]) -> Vec<f32> {
         let mut out = vec![0.0; gate.len()];
         isa.run(SiluMul { gate, up, out: &mut out });
         out
@@ -46,7 +81,7 @@ mod tests {
                 let value = |i: usize| ((i * 7919) % 4001) as f32 * 0.02 - 40.0;
                 let gate: Vec<f32> = (0..len).map(value).collect();
                 let up: Vec<f32> = (len..2 * len).map(value).collect();
-                for (i, out) in silu_mul(isa, &gate, &up).into_iter().enumerate() {
+                for (i, out) in silu_mul_on_cpu(isa, &gate, &up).into_iter().enumerate() {
                     let (gate, up) = (f64::from(gate[i]), f64::from(up[i]));
                     let expected = gate / (1.0 + (-gate).exp()) * up;
                     let error = (expected - f64::from(out)).abs();
@@ -60,10 +95,38 @@ mod tests {
     fn extreme_gates_stay_finite_and_nan_stays_nan() {
         let gates = [-1e30, -100.0, 0.0, 100.0, 1e30, f32::NAN];
         for isa in Isa::available() {
-            let out = silu_mul(isa, &gates, &[1.0; 6]);
+            let out = silu_mul_on_cpu(isa, &gates, &[1.0; 6]);
             assert!(out[0].abs() < 1e-7 && out[1].abs() < 1e-35, "{isa:?}: {out:?}");
             assert_eq!(out[2..5], [0.0, 100.0, 1e30], "{isa:?}");
             assert!(out[5].is_nan(), "{isa:?}");
         }
+    }
+
+    #[test]
+    fn a_card_matches_the_formula_in_f64() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let extremes = [-1e30, -100.0, -88.5, -0.0, 0.0, 89.0, 100.0, 1e30];
+        for (num_rows, len) in [(1, 4864), (3, 18_944), (2, 37), (5, 8), (7, 1), (0, 64)] {
+            let value = |i: usize| match i % 97 {
+                n @ 0..8 => extremes[n],
+                _ => ((i * 7919) % 4001) as f32 * 0.02 - 40.0,
+            };
+            let values: Vec<f32> = (0..num_rows * 2 * len).map(value).collect();
+            let shape = (num_rows, 2 * len);
+            let x = GpuTensor::from_slice(&gpu, &values, DType::BF16, shape).unwrap();
+            let rounded = x.to_vec().unwrap();
+            let found = silu_mul(&x).unwrap().to_vec().unwrap();
+            for (row, found) in rounded.chunks(2 * len).zip(found.chunks(len)) {
+                for ((&gate, &up), &found) in row[..len].iter().zip(&row[len..]).zip(found) {
+                    let (gate, up, found) = (f64::from(gate), f64::from(up), f64::from(found));
+                    let expected = gate / (1.0 + (-gate).exp()) * up;
+                    // Half a unit of bf16; no smaller than what exponentials can be told apart.
+                    let is_close = (found - expected).abs() <= 0.004 * expected.abs() + 1e-30;
+                    assert!(is_close, "{num_rows} x {len}: {found}, not {expected}");
+                }
+            }
+        }
+        let odd = GpuTensor::from_slice(&gpu, &[1.0; 3], DType::BF16, (1, 3)).unwrap();
+        assert!(silu_mul(&odd).is_err());
     }
 }

@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use candle_core::DType;
 
-use super::memory::{MemoryPlan, MemoryRequest, plan};
-use super::model_runner::ModelRunner;
+use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, StepLimits};
+use super::memory::{CacheShare, MemoryPlan, MemoryRequest, plan};
+use super::model_runner::{LOGITS_ROWS_MAX, LayerCaches, ModelRunner};
+use crate::config::Execution;
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
 use crate::models::{ModelConfig, registry};
@@ -17,8 +19,14 @@ use crate::weights::checkpoint::Checkpoint;
 const UNKNOWN_MEMORY_BYTES: u64 = 4 << 30;
 
 /// What the user decides about a model's memory and threads.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct LoadOptions {
+    /// Where the model runs.
+    pub device: Device,
+    /// The part of a card's memory that the server may take.
+    pub gpu_memory_utilization: f64,
+    /// How a card is told what to do.
+    pub execution: Execution,
     /// Memory for keys and values; `None` lets the plan decide.
     pub kv_cache_bytes: Option<u64>,
     /// How keys and values are stored.
@@ -54,6 +62,7 @@ impl PlannedModel {
         registry::check_architecture(metadata.str("general.architecture")?)?;
         let config = ModelConfig::from_checkpoint(&checkpoint)?;
         let weight_bytes = checkpoint.gguf().tensors().map(|tensor| tensor.num_bytes as u64).sum();
+        let (available_bytes, cache_share) = memory(&options)?;
         let request = MemoryRequest {
             kv_cache_bytes: options.kv_cache_bytes,
             max_model_len: options.max_model_len,
@@ -61,8 +70,10 @@ impl PlannedModel {
             bytes_per_value: options.kv_cache_dtype.size_in_bytes(),
             max_num_seqs: options.max_num_seqs,
             max_num_batched_tokens: options.max_num_batched_tokens,
-            available_bytes: host_memory::available_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES),
+            available_bytes,
             weight_bytes,
+            cache_share,
+            logits_bytes: logits_bytes(&options.device, config.vocab_size),
         };
         let plan = plan(&config, &request)?;
         Ok(Self { checkpoint, config, plan, options })
@@ -71,24 +82,85 @@ impl PlannedModel {
     /// Repacks the weights on all threads and allocates the cache; `on_layer` hears how many of
     /// the layers are done.
     pub fn load(&self, mut on_layer: impl FnMut(usize) + Send) -> anyhow::Result<ModelRunner> {
-        let device = Device::Cpu;
+        let device = &self.options.device;
         let pool = Arc::new(ThreadPool::new(self.options.num_threads));
         let max_model_len = self.plan.max_model_len;
         let model = pool.install(|| {
-            registry::load(&self.checkpoint, &self.config, max_model_len, &device, &mut on_layer)
+            registry::load(&self.checkpoint, &self.config, max_model_len, device, &mut on_layer)
         })?;
         tracing::info!(weight_bytes = model.num_weight_bytes(), "weights packed");
         // The packed weights replace the file's pages; the embedding's come back row by row.
         self.checkpoint.gguf().release_pages();
+        let num_blocks = self.blocks_that_fit()?;
         let shape = KvCacheShape {
-            num_blocks: self.plan.num_blocks as usize,
+            num_blocks: num_blocks as usize,
             num_kv_heads: self.config.num_key_value_heads,
             block_size: self.options.block_size,
             head_dim: self.config.head_dim,
         };
-        let kv = (0..self.config.num_hidden_layers)
-            .map(|_| KvCache::new(shape, self.options.kv_cache_dtype, &device))
+        let layers = (0..self.config.num_hidden_layers)
+            .map(|_| KvCache::new(shape, self.options.kv_cache_dtype, device))
             .collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(ModelRunner::new(model, kv, self.options.block_size, pool))
+        let kv = LayerCaches { layers, num_blocks, block_size: self.options.block_size };
+        let runner = ModelRunner::new(model, kv, pool);
+        Ok(match device {
+            Device::Cpu => runner,
+            Device::Gpu(gpu) => {
+                let limits = StepLimits {
+                    max_num_batched_tokens: self.options.max_num_batched_tokens,
+                    max_num_seqs: self.options.max_num_seqs,
+                    max_model_len,
+                    block_size: self.options.block_size,
+                    vocab_size: self.config.vocab_size,
+                };
+                runner.on_gpu(GpuSteps::new(gpu, limits, self.options.execution)?)
+            }
+        })
     }
+}
+
+impl PlannedModel {
+    /// The planned blocks, or fewer if others took a card's memory while the weights were loaded.
+    fn blocks_that_fit(&self) -> anyhow::Result<u32> {
+        let Device::Gpu(gpu) = &self.options.device else { return Ok(self.plan.num_blocks) };
+        let (free, _) = gpu.memory_info()?;
+        let free = (free as u64).saturating_sub(self.plan.workspace_bytes);
+        let fitting = free / self.plan.block_bytes.max(1);
+        let num_blocks = u32::try_from(fitting).unwrap_or(u32::MAX).min(self.plan.num_blocks);
+        if num_blocks == 0 {
+            anyhow::bail!(
+                "the weights leave no memory for a KV cache; use a smaller or more quantised model, \
+                 or raise `--gpu-memory-utilization`"
+            );
+        }
+        if num_blocks < self.plan.num_blocks {
+            tracing::warn!(
+                num_blocks,
+                planned = self.plan.num_blocks,
+                "the KV cache is smaller than planned"
+            );
+        }
+        Ok(num_blocks)
+    }
+}
+
+/// Logits of the rows that are in memory at once, and what sampling makes of them.
+fn logits_bytes(device: &Device, vocab_size: usize) -> u64 {
+    let num_rows = match device {
+        Device::Cpu => LOGITS_ROWS_MAX,
+        Device::Gpu(_) => GPU_LOGITS_ROWS_MAX,
+    };
+    (num_rows * vocab_size * 2 * size_of::<f32>()) as u64
+}
+
+/// Bytes that the server may take, and which part of them the cache gets.
+fn memory(options: &LoadOptions) -> anyhow::Result<(u64, CacheShare)> {
+    let Device::Gpu(gpu) = &options.device else {
+        let available = host_memory::available_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES);
+        return Ok((available, CacheShare::Quarter));
+    };
+    let (free, total) = gpu.memory_info()?;
+    let wanted = (total as f64 * options.gpu_memory_utilization) as u64;
+    // What others have of the card counts as taken.
+    Ok((wanted.saturating_sub((total - free) as u64), CacheShare::Rest))
 }

@@ -2,6 +2,15 @@
 
 use crate::models::ModelConfig;
 
+/// How much of what is free the KV cache gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheShare {
+    /// A quarter: other programs need memory too, and pages cost nothing until they are written.
+    Quarter,
+    /// All that the activations leave: the card is the server's.
+    Rest,
+}
+
 /// What the plan has to be made from.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryRequest {
@@ -21,6 +30,10 @@ pub struct MemoryRequest {
     pub available_bytes: u64,
     /// Memory that the weights will take.
     pub weight_bytes: u64,
+    /// Memory for logits.
+    pub logits_bytes: u64,
+    /// What the cache gets of the rest, if the user did not fix it.
+    pub cache_share: CacheShare,
 }
 
 /// How memory is divided.
@@ -87,9 +100,8 @@ pub enum MemoryError {
 
 /// Divides the memory.
 ///
-/// Without `--kv-cache-memory` the cache gets a quarter of what the weights leave free, and no
-/// more than `max_num_seqs` sequences of full length could ever use. Its pages cost nothing until
-/// they are written.
+/// Without `--kv-cache-memory` the cache gets its share of what the weights leave free, and no more
+/// than `max_num_seqs` sequences of full length could ever use.
 pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan, MemoryError> {
     let context = config.max_position_embeddings;
     if let Some(asked) = request.max_model_len
@@ -105,7 +117,11 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
         (wanted_len as u64).div_ceil(block_size).saturating_mul(request.max_num_seqs as u64);
     let kv_cache_bytes = request.kv_cache_bytes.unwrap_or_else(|| {
         let free = request.available_bytes.saturating_sub(request.weight_bytes);
-        (free / 4).min(useful_blocks.saturating_mul(block_bytes))
+        let share = match request.cache_share {
+            CacheShare::Quarter => free / 4,
+            CacheShare::Rest => free.saturating_sub(workspace_bytes(config, request)),
+        };
+        share.min(useful_blocks.saturating_mul(block_bytes))
     });
     let num_blocks = kv_cache_bytes / block_bytes.max(1);
     if num_blocks == 0 {
@@ -132,8 +148,7 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
 /// Activations alive at once: the residual stream twice, an MLP's input and output, and logits.
 fn workspace_bytes(config: &ModelConfig, request: &MemoryRequest) -> u64 {
     let per_token = 4 * config.hidden_size + 3 * config.intermediate_size;
-    let logits = super::model_runner::LOGITS_ROWS_MAX * config.vocab_size * 2;
-    4 * (request.max_num_batched_tokens as u64 * per_token as u64 + logits as u64)
+    4 * request.max_num_batched_tokens as u64 * per_token as u64 + request.logits_bytes
 }
 
 #[cfg(test)]
@@ -166,6 +181,8 @@ mod tests {
             max_num_batched_tokens: 256,
             available_bytes: 8 << 30,
             weight_bytes: 500 << 20,
+            logits_bytes: 32 * 151_936 * 8,
+            cache_share: CacheShare::Quarter,
         }
     }
 
@@ -194,6 +211,20 @@ mod tests {
         assert!(matches!(plan(&config(), &request), Err(MemoryError::BeyondContext { .. })));
         let request = MemoryRequest { kv_cache_bytes: Some(1000), max_model_len: None, ..request };
         assert!(matches!(plan(&config(), &request), Err(MemoryError::NoBlock { .. })));
+    }
+
+    #[test]
+    fn a_card_is_filled() {
+        let request = MemoryRequest {
+            cache_share: CacheShare::Rest,
+            max_num_seqs: 256,
+            available_bytes: 40 << 30,
+            ..request()
+        };
+        let plan = plan(&config(), &request).expect("a plan");
+        let used = plan.kv_cache_bytes() + plan.weight_bytes + plan.workspace_bytes;
+        assert!(used <= 40 << 30);
+        assert!((40 << 30) - used < plan.block_bytes);
     }
 
     #[test]

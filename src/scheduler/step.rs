@@ -175,4 +175,15 @@ pub trait Runner {
         step: &SchedulerOutput,
         masks: &TokenMasks,
     ) -> Result<Vec<SeqOutput>, Self::Error>;
+
+    /// Blocks that the cache really has, if they became fewer than was planned.
+    fn num_blocks(&self) -> Option<u32> {
+        None
+    }
+
+    /// Whether the last error left the device unusable. The engine ends then, so that whoever
+    /// watches over the process starts it anew.
+    fn is_broken(&self) -> bool {
+        false
+    }
 }

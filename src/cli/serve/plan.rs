@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 
 use indicatif::HumanBytes;
 
-use crate::chat::model::ServedModel;
+use super::device::Opened;
 use crate::config::{Config, PrefixCaching, Source};
+use crate::device::Device;
 use crate::ops::matmul::instruction_set;
 use crate::runner::load::PlannedModel;
 use crate::weights::resolve::ResolvedModel;
@@ -15,7 +16,7 @@ pub(super) fn describe(
     config: &Config,
     resolved: &ResolvedModel,
     planned: &PlannedModel,
-    served: &ServedModel,
+    (names, opened): (&[String], &Opened),
 ) -> String {
     let (plan, engine) = (&planned.plan, &config.engine);
     let num_slots = u64::from(plan.num_blocks) * engine.block_size as u64;
@@ -29,13 +30,12 @@ pub(super) fn describe(
         PrefixCaching::Enabled => "equal prefixes shared",
         PrefixCaching::Disabled => "nothing shared",
     };
-    let names: Vec<&str> = served.names().collect();
     let weights = planned.checkpoint.gguf();
     let lines = [
         ("model", format!("{}, {}", planned.config.architecture, weights.quantization())),
         ("file", resolved.gguf.display().to_string()),
         ("answers to", names.join(", ")),
-        ("device", format!("cpu, {} threads, {}", engine.num_threads, instruction_set())),
+        ("device", device(config, opened)),
         ("weights", HumanBytes(plan.weight_bytes).to_string()),
         ("workspace", format!("about {}", HumanBytes(plan.workspace_bytes))),
         (
@@ -69,6 +69,25 @@ pub(super) fn describe(
         let _ = writeln!(text, "{label:>12}  {meaning}");
     }
     text
+}
+
+fn device(config: &Config, opened: &Opened) -> String {
+    match &opened.device {
+        Device::Cpu => {
+            let why =
+                opened.why_not_gpu.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
+            format!("cpu, {} threads, {}{why}", config.engine.num_threads, instruction_set())
+        }
+        Device::Gpu(gpu) => {
+            let properties = gpu.properties();
+            let (major, minor) = properties.capability;
+            let utilization = config.engine.gpu_memory_utilization * 100.0;
+            format!(
+                "{}, compute capability {major}.{minor}, {utilization:.0} % of its memory",
+                properties.name
+            )
+        }
+    }
 }
 
 fn setting(config: &Config, key: &str) -> String {

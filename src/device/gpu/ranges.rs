@@ -27,6 +27,16 @@ impl FreeRanges {
         Some(start)
     }
 
+    /// Takes exactly these bytes, if all are free.
+    pub(super) fn take_range(&mut self, wanted: Range<usize>) -> bool {
+        let contains = |free: &Range<usize>| free.start <= wanted.start && wanted.end <= free.end;
+        let Some(index) = self.free.iter().position(contains) else { return false };
+        let found = self.free.remove(index);
+        let parts = [found.start..wanted.start, wanted.end..found.end];
+        self.free.splice(index..index, parts.into_iter().filter(|part| part.start < part.end));
+        true
+    }
+
     /// Gives a range back that was taken.
     pub(super) fn give_back(&mut self, range: Range<usize>) {
         let index = self.free.partition_point(|free| free.start < range.start);
@@ -61,6 +71,18 @@ mod tests {
         assert_eq!(ranges.take(30), None);
         ranges.give_back(25..50);
         assert_eq!(ranges.take(60), Some(0));
+    }
+
+    #[test]
+    fn a_range_can_be_taken_by_its_place() {
+        let mut ranges = FreeRanges::new(100);
+        assert!(ranges.take_range(30..50));
+        assert!(!ranges.take_range(40..60));
+        assert_eq!(ranges.take(40), Some(50));
+        assert!(ranges.take_range(0..30));
+        ranges.give_back(30..50);
+        assert!(ranges.take_range(30..50));
+        assert_eq!(ranges.take(11), None);
     }
 
     proptest! {

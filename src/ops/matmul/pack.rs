@@ -39,38 +39,56 @@ pub(super) fn pack_dense(element_bytes: usize, rows: &[&[u8]], panel: &mut [u8])
     }
 }
 
-/// One row of one block; see the drawing in `format`.
+/// One row of one block; see the drawing in `format`. Four columns are one word: no operation below
+/// carries from one byte to the next, because every integer has fewer bits than its place.
 fn put_integers(bits: usize, integers: &[u8], row: usize, to: &mut [u8]) {
-    for (group, four) in integers.chunks_exact(4).enumerate() {
-        for (i, &q) in four.iter().enumerate() {
-            let lane = row * 4 + i;
-            match bits {
-                2 => put_pair(q, group, lane, to),
-                3 => {
-                    put_pair(q & 3, group, lane, to);
-                    to[2 * GROUP_BYTES + lane] |= (q >> 2) << group;
-                }
-                4 => put_nibble(q, group, lane, to),
-                5 => {
-                    put_nibble(q & 15, group, lane, to);
-                    to[4 * GROUP_BYTES + lane] |= (q >> 4) << group;
-                }
-                6 => {
-                    put_nibble(q & 15, group, lane, to);
-                    put_pair(q >> 4, group, lane, &mut to[4 * GROUP_BYTES..]);
-                }
-                _ => to[group * GROUP_BYTES + lane] = q,
-            }
+    let mut words = [0_u32; GROUPS];
+    for (word, four) in words.iter_mut().zip(integers.as_chunks::<4>().0) {
+        *word = u32::from_le_bytes(*four);
+    }
+    let mut put = |vector: usize, word: u32| {
+        let at = vector * GROUP_BYTES + row * 4;
+        to[at..at + 4].copy_from_slice(&word.to_le_bytes());
+    };
+    match bits {
+        2 => put_pairs(words, 0, put),
+        3 => {
+            put_pairs(words.map(|word| word & lanes(3)), 0, &mut put);
+            put(2, plane(words.map(|word| word >> 2 & lanes(1))));
         }
+        4 => put_nibbles(words, put),
+        5 => {
+            put_nibbles(words.map(|word| word & lanes(15)), &mut put);
+            put(4, plane(words.map(|word| word >> 4 & lanes(1))));
+        }
+        6 => {
+            put_nibbles(words.map(|word| word & lanes(15)), &mut put);
+            put_pairs(words.map(|word| word >> 4 & lanes(3)), 4, put);
+        }
+        _ => words.into_iter().enumerate().for_each(|(group, word)| put(group, word)),
     }
 }
 
-fn put_nibble(q: u8, group: usize, lane: usize, to: &mut [u8]) {
-    to[group % 4 * GROUP_BYTES + lane] |= q << (group / 4 * 4);
+/// The same byte four times.
+const fn lanes(byte: u32) -> u32 {
+    byte * 0x0101_0101
 }
 
-fn put_pair(q: u8, group: usize, lane: usize, to: &mut [u8]) {
-    to[group / 4 * GROUP_BYTES + lane] |= q << (group % 4 * 2);
+fn put_nibbles(words: [u32; GROUPS], mut put: impl FnMut(usize, u32)) {
+    for i in 0..4 {
+        put(i, words[i] | words[i + 4] << 4);
+    }
+}
+
+fn put_pairs(words: [u32; GROUPS], first: usize, mut put: impl FnMut(usize, u32)) {
+    for i in 0..2 {
+        let [a, b, c, d] = [0, 1, 2, 3].map(|group| words[4 * i + group] << (2 * group));
+        put(first + i, a | b | c | d);
+    }
+}
+
+fn plane(words: [u32; GROUPS]) -> u32 {
+    words.into_iter().enumerate().fold(0, |plane, (group, word)| plane | word << group)
 }
 
 /// The scales of a file block whose first packed block, row and number of runs are given.
