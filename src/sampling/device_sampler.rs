@@ -50,13 +50,21 @@ impl DeviceSampler {
         self.rows.upload(&rows, num_launched)
     }
 
-    /// Starts what was uploaded. May be recorded, and the recording replayed after other uploads
-    /// that are launched with as many rows, until [`RowSampler::num_moves`] changes.
+    /// Starts what was uploaded.
     ///
     /// # Errors
     /// If the logits are not those of the vocabulary, or the launch fails.
     pub fn launch(&self, logits: &GpuTensor) -> Result<()> {
         self.rows.launch(logits)
+    }
+
+    /// The same for a recording, which may be replayed after other uploads that are launched with
+    /// as many rows, until [`RowSampler::num_moves`] changes.
+    ///
+    /// # Errors
+    /// As [`DeviceSampler::launch`].
+    pub fn launch_for_recording(&self, logits: &GpuTensor) -> Result<()> {
+        self.rows.launch_for_recording(logits)
     }
 
     /// The kernels' side: their results on the card, and whether a recording is still good.
@@ -310,7 +318,11 @@ mod tests {
         for (len, num_rows) in
             [(1, 1), (5, 5), (255, 3), (300, 5), (2048, 5), (4097, 4), (20_000, 3)]
         {
-            let logits: Vec<_> = (0..num_rows).map(|row| model_like(len, row)).collect();
+            let mut logits: Vec<_> = (0..num_rows).map(|row| model_like(len, row)).collect();
+            // One of them without ties.
+            for (position, logit) in logits[0].iter_mut().enumerate() {
+                *logit += rng::uniform(8, 8, position) as f32;
+            }
             let sets = parameter_sets();
             let requests = sets.into_iter().enumerate().flat_map(|(number, params)| {
                 (0..num_rows as usize)
@@ -484,7 +496,10 @@ mod tests {
         let requests: Vec<_> = parameter_sets()
             .into_iter()
             .enumerate()
-            .map(|(index, params)| request(SamplingParams { logprobs: Some(3), ..params }, index))
+            .map(|(index, params)| {
+                let logprobs = index.is_multiple_of(3).then_some(3);
+                request(SamplingParams { logprobs, ..params }, index)
+            })
             .collect();
         let tensor = upload(&gpu, &logits);
         let wanted: Vec<_> = requests
@@ -517,9 +532,10 @@ mod tests {
             .collect();
         let (mut recorded, mut plain) = (sampler(&gpu, 2, 3000), sampler(&gpu, 2, 3000));
         recorded.upload(&[(0, Wanted::Token(&steps[0], None))], 2).unwrap();
-        recorded.launch(&tensor).unwrap();
-        let ((), graph) =
-            gpu.capture(|| recorded.launch(&tensor).map_err(|_| GpuError::NotBuilt)).unwrap();
+        recorded.launch_for_recording(&tensor).unwrap();
+        let ((), graph) = gpu
+            .capture(|| recorded.launch_for_recording(&tensor).map_err(|_| GpuError::NotBuilt))
+            .unwrap();
         for pair in steps.windows(2) {
             let wanted = [(1, Wanted::Token(&pair[0], None)), (0, Wanted::Token(&pair[1], None))];
             recorded.upload(&wanted, 2).unwrap();
