@@ -96,7 +96,7 @@ impl DeviceSampler {
     }
 }
 
-fn sample_row<'a>(logits_row: usize, wanted: Wanted<'a>) -> SampleRow<'a> {
+fn sample_row(logits_row: usize, wanted: Wanted<'_>) -> SampleRow<'_> {
     let (request, mask) = match wanted {
         Wanted::Token(request, mask) => (request, mask),
         Wanted::Logprobs(token, num_top) => {
@@ -439,6 +439,21 @@ mod tests {
         assert_eq!(case.compare(&gpu, "ties"), 108);
     }
 
+    /// Goal: a small top-k, which is bounded by the best token of each chunk, keeps exactly k.
+    /// Method: chunks with one good token each, all about as likely.
+    #[test]
+    fn top_k_takes_one_token_of_each_chunk() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let mut row = vec![-20.0; 256 * 40];
+        for chunk in 0..40 {
+            row[256 * chunk + 7 * chunk % 256] = (chunk * 17 % 40) as f32 * 0.05;
+        }
+        let requests = [1, 2, 5, 20, 39, 40, 41].into_iter().flat_map(|top_k| {
+            (0..10).map(move |i| request(params(2.0, top_k, 1.0, 0.0), top_k as usize * 10 + i))
+        });
+        Case::new(vec![row], requests.collect()).compare(&gpu, "chunks");
+    }
+
     #[test]
     fn broken_rows_fail_alone() {
         let Some(gpu) = Gpu::for_tests() else { return };
@@ -510,7 +525,8 @@ mod tests {
         let mut sampler = sampler(&gpu, 16, 5000);
         let together = sampler.sample(&tensor, &wanted).unwrap();
         for (wanted, expected) in wanted.iter().zip(&together) {
-            assert_eq!(sampler.sample(&tensor, &[*wanted]).unwrap(), [expected.clone()]);
+            let alone = sampler.sample(&tensor, &[*wanted]).unwrap();
+            assert_eq!(alone[0], *expected);
         }
         let backwards: Vec<_> = wanted.iter().rev().copied().collect();
         sampler.upload(&backwards, 16).unwrap();
