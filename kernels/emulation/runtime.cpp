@@ -7,6 +7,7 @@
 #include "emulation.h"
 
 #include <link.h>
+#include <signal.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -136,8 +137,13 @@ struct Launch {
 
 std::atomic<unsigned> num_host_threads{1};
 std::atomic<unsigned> order_seed{0};
-// Gives this library a thread-local storage block, which a thread that touches it surely has.
-thread_local volatile int touched = 1;
+// Where the stacks of the fibers are that this OS thread runs. Its initial value is not zero, so that it
+// does not lie where `__shared__` variables do, see find_static_shared.
+struct Running {
+    volatile int touched;
+    const unsigned char* stacks;
+};
+thread_local Running running{1, nullptr};
 
 }  // namespace
 
@@ -235,6 +241,37 @@ void fiber_main() {
     }
 }
 
+struct sigaction handlers_before[NSIG];
+
+// What a kernel does to memory that is not there is an error of the kernel, not the end of the program.
+void on_fault(int signal, siginfo_t* info, void*) {
+    const unsigned char here = 0;
+    if (!running.stacks || &here < running.stacks || running.stacks + MAX_THREADS * STACK_BYTES <= &here) {
+        // Not a fiber's: it happens again, and then others handle it.
+        sigaction(signal, &handlers_before[signal], nullptr);
+        return;
+    }
+    char text[96];
+    if (signal == SIGFPE) {
+        snprintf(text, sizeof text, "divides an integer by zero");
+    } else if (info->si_addr) {
+        snprintf(text, sizeof text, "accesses the address %p, where there is no memory", info->si_addr);
+    } else {
+        snprintf(text, sizeof text, "accesses a null pointer, or memory that is not aligned to the size of the access");
+    }
+    fail(this_fiber(), text);
+}
+
+void handle_faults() {
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    // The handler does not return: it must not leave the signal blocked.
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;
+    for (const int signal : {SIGSEGV, SIGBUS, SIGFPE}) {
+        sigaction(signal, &action, &handlers_before[signal]);
+    }
+}
+
 // A place on a stack to start from. Stacks of neighbours start at other cache lines.
 void start(Fiber& fiber, unsigned number) {
     unsigned char* const base = reinterpret_cast<unsigned char*>(&fiber);
@@ -273,6 +310,7 @@ class Worker {
     void run_blocks(Launch& launch) {
         const EmulatedLaunch& config = launch.config;
         find_static_shared();
+        running.stacks = stacks;
         block->launch = &launch;
         block->num_threads = config.block[0] * config.block[1] * config.block[2];
         block->num_warps = (block->num_threads + LANES - 1) / LANES;
@@ -281,11 +319,12 @@ class Worker {
         while (!launch.has_failed.load(std::memory_order_relaxed)) {
             const uint64_t number = launch.next_block.fetch_add(1);
             if (num_blocks <= number) {
-                return;
+                break;
             }
             // The device promises no order of blocks.
             run_block(launch.order & 1 ? number : num_blocks - 1 - number);
         }
+        running.stacks = nullptr;
     }
 
    private:
@@ -301,7 +340,7 @@ class Worker {
     // `__shared__` variables are thread-local without an initial value: the zeroed end of this
     // library's thread-local storage holds nothing else.
     void find_static_shared() {
-        touched = 1;
+        running.touched = 1;
         dl_iterate_phdr(
             [](dl_phdr_info* info, size_t, void* data) {
                 const uintptr_t here = reinterpret_cast<uintptr_t>(&fiber_main);
@@ -562,6 +601,8 @@ void launch(const EmulatedLaunch& config, const char* kernel, Entry entry, void*
     if (config.error && config.error_len) {
         config.error[0] = 0;
     }
+    static std::once_flag once;
+    std::call_once(once, handle_faults);
     Launch launch{config, kernel, entry, args, order_seed};
     if (!is_possible(launch)) {
         return;
