@@ -116,7 +116,7 @@ starts_without_a_card() {
     timeout 60 "$binary" serve --model models/tiny/mixed.gguf --port 0 2>"$log" &
     local server=$!
     for _ in $(seq 100); do
-        if grep -q "NVIDIA" "$log" && grep -q "listening" "$log"; then break; fi
+        if grep -q "NVIDIA" "$log" && grep -q "ready on" "$log"; then break; fi
         sleep 0.1
     done
     kill "$server" 2>/dev/null || true

@@ -6,6 +6,8 @@
 
 mod backend;
 #[cfg(feature = "cuda")]
+mod cublas;
+#[cfg(feature = "cuda")]
 mod driver;
 #[cfg(feature = "emulation")]
 mod emulator;
@@ -14,7 +16,7 @@ mod ranges;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use self::backend::Backend;
+use self::backend::{Backend, Product};
 pub use self::backend::{Graph, Properties};
 use self::ranges::FreeRanges;
 
@@ -129,6 +131,25 @@ impl Arg<'_> {
             Self::F32(value) => u64::from(value.to_bits()),
         }
     }
+}
+
+/// A dense product, see [`Gpu::multiply`].
+#[derive(Clone, Copy, Debug)]
+pub struct DenseOperands<'a> {
+    /// Activations.
+    pub x: &'a DeviceBuffer,
+    /// Weights.
+    pub w: &'a DeviceBuffer,
+    /// The result.
+    pub y: &'a DeviceBuffer,
+    /// Rows of `x` and `y`.
+    pub num_tokens: usize,
+    /// Rows of `w`, columns of `y`.
+    pub num_rows: usize,
+    /// Columns of `x` and `w`.
+    pub num_cols: usize,
+    /// Values from one row of `w` to the next.
+    pub row_stride: usize,
 }
 
 /// One GPU. Cheap to clone; all clones are the same card, memory and stream.
@@ -309,6 +330,34 @@ impl Gpu {
         }
         let args: Vec<u64> = args.iter().map(|arg| arg.bits()).collect();
         self.shared.backend.launch(kernel, config, &args)
+    }
+
+    /// Multiplies dense `bf16` matrices, `y = x wᵀ`, through the vendor's library after everything
+    /// before it: `x` `[num_tokens, num_cols]`, `w` `[num_rows, row_stride]`, and `y`
+    /// `[num_tokens, num_rows]` in `f32` or `bf16`, as its size says. Returns false, and does
+    /// nothing, if there is no library.
+    ///
+    /// # Errors
+    /// If the library fails.
+    ///
+    /// # Panics
+    /// If a buffer is too small for its shape.
+    pub fn multiply(&self, operands: &DenseOperands<'_>) -> Result<bool, GpuError> {
+        let DenseOperands { x, w, y, num_tokens, num_rows, num_cols, row_stride } = *operands;
+        assert!(num_cols <= row_stride, "rows of {num_cols} values, {row_stride} apart");
+        assert!(2 * num_tokens * num_cols <= x.len() && 2 * num_rows * row_stride <= w.len());
+        let element_bytes = y.len() / (num_tokens * num_rows).max(1);
+        assert!(matches!(element_bytes, 2 | 4) && num_tokens * num_rows * element_bytes == y.len());
+        self.shared.backend.multiply(&Product {
+            x: x.address(),
+            w: w.address(),
+            y: y.address(),
+            num_tokens,
+            num_rows,
+            num_cols,
+            row_stride,
+            is_f32: element_bytes == 4,
+        })
     }
 
     /// Fills a buffer with zeros after everything before it.
