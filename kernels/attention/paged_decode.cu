@@ -422,9 +422,10 @@ __device__ __forceinline__ void merge_warps(State<HEAD_DIM>& state, float* share
 // True for the block that comes last of those of a sequence's partitions; it sees what the others wrote.
 __device__ __forceinline__ bool is_last_partition(const Item& item, const Args& args) {
     __shared__ bool is_last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        // Also orders what the other threads wrote before the barrier.
+        __threadfence();
         const unsigned counter = (item.seq * args.num_kv_heads + item.pages.kv_head) * MAX_ROW_TILES + item.row_tile;
         // Starts again at zero after the last.
         is_last = atomicInc(args.counters + counter, item.num_partitions - 1) == item.num_partitions - 1;
