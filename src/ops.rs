@@ -15,6 +15,7 @@ pub mod paged_attention;
 pub mod rms_norm;
 pub mod rope;
 mod rows;
+pub mod sample;
 pub mod silu_mul;
 mod simd;
 pub mod tensor;

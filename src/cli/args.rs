@@ -10,8 +10,8 @@ use clap::{ArgAction, Args};
 
 use crate::config::{
     self, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EmbeddingPooling,
-    EngineOptions, HttpConfig, KvCacheDtype, LogConfig, LogFormat, LogLevel, ModelConfig,
-    PrefixCaching, Settings, Source,
+    EngineOptions, Execution, HttpConfig, KvCacheDtype, LogConfig, LogFormat, LogLevel,
+    ModelConfig, PrefixCaching, Settings, Source,
 };
 
 const AFTER_HELP: &str = "\
@@ -154,6 +154,14 @@ struct EngineFlags {
     #[arg(default_value_t = 96, value_parser = at_least_one(1 << 20))]
     max_prefill_tokens_while_decoding: usize,
 
+    /// Launch every kernel of a GPU by itself instead of recording decode steps as CUDA graphs
+    ///
+    /// Slower; for finding faults.
+    #[arg(long, env = "QWEN_SERVER_ENFORCE_EAGER", value_name = "BOOL")]
+    #[arg(default_value_t = false, default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    enforce_eager: bool,
+
     /// Requests that may wait; further ones are answered with status 429
     #[arg(long, env = "QWEN_SERVER_MAX_QUEUE", value_name = "N")]
     #[arg(default_value_t = 1024, value_parser = at_least_one(1 << 20))]
@@ -260,6 +268,11 @@ impl ServeArgs {
                 block_size: memory.block_size,
                 kv_cache_memory: memory.kv_cache_memory,
                 gpu_memory_utilization: memory.gpu_memory_utilization,
+                execution: if engine.enforce_eager {
+                    Execution::Eager
+                } else {
+                    Execution::Recorded
+                },
                 kv_cache_dtype: memory.kv_cache_dtype,
                 prefix_caching: if shares_prefixes {
                     PrefixCaching::Enabled
