@@ -22,13 +22,13 @@ struct Dense {
         return p.weights + (row * p.row_stride + tile * TILE_COLS + piece % 8 * 8) * 2;
     }
 
-    __device__ __forceinline__ static int step(int num_tiles, int) { return num_tiles * TILE_COLS * 2; }
+    __device__ __forceinline__ static unsigned step(int num_tiles, int) { return num_tiles * TILE_COLS * 2; }
 
     __device__ __forceinline__ static void copy(
-        uint8_t* stage, const uint8_t* from, const Product& p, int row_tile, int tile, int piece) {
-        const int row = row_tile * TILE_ROWS + piece / 8, column = tile * TILE_COLS + piece % 8 * 8;
-        const bool valid = row < p.num_rows && column < p.row_stride;
-        cp_async_16(stage + piece / 8 * 128 + activation_piece<32>(piece / 8, piece % 8) * 16, from, valid);
+        uint8_t* stage, const uint8_t* from, const Product& p, int first_row_tile, int tile, int index) {
+        const int row = index / 8, piece = index % 8;
+        const bool valid = first_row_tile * TILE_ROWS + row < p.num_rows && tile * TILE_COLS + piece * 8 < p.row_stride;
+        cp_async_16(stage + row * 128 + activation_piece<32>(row, piece) * 16, from, valid);
     }
 
     struct Fragment {

@@ -56,7 +56,7 @@ struct LargeStage {
                 const int row_tile = first_row_tile + i / TILE_PIECES, piece = i % TILE_PIECES;
                 // Beyond the last row tile the last one once more; nobody stores its sums.
                 const uint8_t* const from = F::source(p, ::min(row_tile, last_row_tile), tile, piece);
-                F::copy(stage + i / TILE_PIECES * F::STAGE_BYTES, from, p, row_tile, tile, piece);
+                F::copy(stage, from, p, first_row_tile, tile, i);
             }
         }
         const int piece = threadIdx.x % 8, column = tile * TILE_COLS + piece * 8;
