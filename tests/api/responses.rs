@@ -296,6 +296,11 @@ async fn a_response_can_be_continued_read_and_deleted() {
     assert_eq!(server.get(&format!("{PATH}/{id}")).await.error(404)["code"], "response_not_found");
     assert_eq!(delete(&server, &format!("{PATH}/{id}")).await.0, 404);
     server.get(&format!("{PATH}/%ff")).await.error(404);
+    let gone = server.post(&format!("{PATH}/{id}/cancel"), json!({})).await.error(404);
+    assert_eq!(
+        (&gone["param"], &gone["code"]),
+        (&json!("response_id"), &json!("response_not_found"))
+    );
     let error = server.post(PATH, body).await.error(400);
     assert_eq!(error["code"], "previous_response_not_found");
     assert_eq!(error["param"], "previous_response_id");
@@ -469,4 +474,28 @@ async fn a_stream_that_the_server_cuts_says_so() {
     let body = json!({"model": MODEL, "input": "Go on.", "stream": true});
     let (answer, ()) = tokio::join!(server.post(PATH, body), abort);
     failed(&answer);
+}
+
+#[tokio::test]
+async fn nothing_is_made_in_the_background() {
+    let server = FakeServer::start();
+    let body = with(ask("x"), json!({"background": true}));
+    let error = server.post(PATH, body).await.error(400);
+    assert_eq!(
+        (&error["param"], &error["type"]),
+        (&json!("background"), &json!("invalid_request_error"))
+    );
+    let response = server.post(PATH, with(ask("x"), json!({"background": false}))).await.ok();
+    assert_eq!(response["background"], false);
+    let path = format!("{PATH}/{}/cancel", response["id"].as_str().unwrap());
+    // Official clients send no body, and no content type.
+    let request = Request::post(&path).body(Body::empty()).unwrap();
+    assert_eq!(server.send(request).await.status(), 400);
+    let error = server.post(&path, json!({})).await.error(400);
+    assert_eq!(
+        (&error["param"], &error["type"]),
+        (&json!("background"), &json!("invalid_request_error"))
+    );
+    server.get(&path).await.error(405);
+    server.post(&format!("{PATH}/%ff/cancel"), json!({})).await.error(404);
 }
