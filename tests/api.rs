@@ -18,6 +18,8 @@ mod described;
 mod embeddings;
 #[path = "api/errors.rs"]
 mod errors;
+#[path = "api/examples.rs"]
+mod examples;
 #[path = "api/extras.rs"]
 mod extras;
 #[path = "api/fuzz.rs"]
