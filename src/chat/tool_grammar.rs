@@ -377,10 +377,10 @@ mod tests {
     }
 
     fn coder_call(name: &str, parameters: &[(&str, &str)]) -> String {
-        let parameters: String = parameters
+        let parameters = parameters
             .iter()
-            .map(|(name, value)| format!("<parameter={name}>\n{value}\n</parameter>\n"))
-            .collect();
+            .map(|(name, value)| format!("<parameter={name}>\n{value}\n</parameter>\n"));
+        let parameters = parameters.collect::<Vec<_>>().concat();
         format!("<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>")
     }
 

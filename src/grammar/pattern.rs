@@ -1,5 +1,7 @@
 //! Regular expressions as terminals of Lark.
 
+use std::fmt::Write as _;
+
 use llguidance::regex_to_lark;
 
 /// Classes such as `\d` mean ASCII, because that is what every engine that may check the output
@@ -8,7 +10,10 @@ pub(super) const ASCII_CLASSES: &str = "dws";
 
 /// Any text with `text` in it.
 pub fn text_pattern(text: &str) -> String {
-    let escaped: String = text.chars().map(|c| format!("\\u{{{:X}}}", u32::from(c))).collect();
+    let mut escaped = String::new();
+    for c in text.chars() {
+        let _ = write!(escaped, "\\u{{{:X}}}", u32::from(c));
+    }
     format!("/(?s:.*){escaped}(?s:.*)/")
 }
 

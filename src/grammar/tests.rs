@@ -383,7 +383,8 @@ fn constraints_that_lead_deep_end_on_any_stack() {
     let deep = chain_of_references(14_000);
     world.error(&Constraint::Json(deep.clone()));
     let rules = |define: &str| -> String {
-        (0..20_000).map(|rule| format!("a{rule} {define} a{}\n", rule + 1)).collect()
+        let rule = |rule| format!("a{rule} {define} a{}\n", rule + 1);
+        (0..20_000).map(rule).collect::<Vec<_>>().concat()
     };
     let (ebnf, lark) = (rules("::="), rules(":"));
     let terminals = lark.replace('a', "A");

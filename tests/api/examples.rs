@@ -66,10 +66,14 @@ impl Spec {
         check_names(&self.0["required_by_type"][kind], value, kind);
         match value {
             Value::Object(members) => {
-                members.values().for_each(|value| self.check_required_by_type(value));
+                for value in members.values() {
+                    self.check_required_by_type(value);
+                }
             }
             Value::Array(items) => {
-                items.iter().for_each(|value| self.check_required_by_type(value));
+                for value in items {
+                    self.check_required_by_type(value);
+                }
             }
             _ => {}
         }
@@ -207,7 +211,9 @@ async fn published_examples_work_or_are_refused_by_name() {
             }
         } else {
             let ours = answer.chunks();
-            ours.iter().for_each(|chunk| spec.check_required(&format!("chunk of {route}"), chunk));
+            for chunk in &ours {
+                spec.check_required(&format!("chunk of {route}"), chunk);
+            }
             for example in [events.first(), events.last()].into_iter().flatten() {
                 let is_end = |chunk: &Value| !chunk["choices"][0]["finish_reason"].is_null();
                 let like = ours.iter().find(|chunk| is_end(chunk) == is_end(example)).unwrap();

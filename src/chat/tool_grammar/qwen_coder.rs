@@ -71,18 +71,15 @@ pub(super) fn rule(name: &str, tool: &Tool) -> Result<String, Flaw> {
         let is_required = required.contains(&key.as_str());
         let _ = write!(head, " {name}_{index}{}", if is_required { "" } else { "?" });
         let open = quoted(&format!("<parameter={key}>\n"));
-        let (value, definition) = match text(property, &part)? {
+        let (value, definition) = if let Some(text) = text(property, &part)? {
             // One terminal with its end, or the end would be taken for text.
-            Some(text) => {
-                let terminal = format!("{}_{index}", name.to_uppercase());
-                (terminal.clone(), format!("{terminal}: {}\n", ended(&text)))
-            }
-            None => {
-                let json = json(property, schema, &part)?;
-                let rule = format!("{name}_{index}_value");
-                let end = quoted(&format!("\n{END}\n"));
-                (format!("{rule} {end}"), format!("{rule}: %json {json}\n"))
-            }
+            let terminal = format!("{}_{index}", name.to_uppercase());
+            (terminal.clone(), format!("{terminal}: {}\n", ended(&text)))
+        } else {
+            let json = json(property, schema, &part)?;
+            let rule = format!("{name}_{index}_value");
+            let end = quoted(&format!("\n{END}\n"));
+            (format!("{rule} {end}"), format!("{rule}: %json {json}\n"))
         };
         let _ = write!(rules, "{name}_{index}: {open} {value}\n{definition}");
     }
