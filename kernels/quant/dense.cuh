@@ -15,7 +15,9 @@ struct Dense {
     static constexpr int RUN = 32;
     static constexpr int GROUPS = 1;
     static constexpr int GROUP_PRODUCTS = TILE_PRODUCTS;
-    static constexpr int STAGE_BYTES = TILE_ROWS * TILE_COLS * 2;
+    static constexpr int TILE_BYTES = TILE_ROWS * TILE_COLS * 2;
+    static constexpr int SUPER_BYTES = 0;
+    static constexpr int STAGE_BYTES = TILE_BYTES;
 
     __device__ __forceinline__ static const uint8_t* source(const Product& p, int row_tile, int tile, int piece) {
         const long long row = row_tile * TILE_ROWS + piece / 8;

@@ -9,7 +9,7 @@
 // all values; cos_sin f32 [max_positions, head_dim]; positions and slots u32 [num_tokens];
 // q bf16 [num_tokens, num_heads * head_dim]; k_cache and v_cache bf16, f16 or e4m3
 // [num_blocks, num_kv_heads, block_size, head_dim], slot = block * block_size + place in the block.
-// A token with slot 0xffffffff pads the batch: nothing is written to the cache.
+// A token with slot 0xffffffff pads the batch: nothing is written to the cache. Its position is one of the table.
 //
 // A thread takes WIDTH pairs of one head: 8, or 1 where head_dim is no multiple of 16.
 // Grid: (threads of a token / blockDim.x, tokens). f16 and e4m3 saturate at their largest numbers. Keys and
