@@ -40,7 +40,9 @@ impl Sources {
         collect(root, &mut all);
         all.sort();
         let is = |path: &Path, extension| path.extension().is_some_and(|found| found == extension);
-        let headers = all.iter().filter(|path| is(path, "cuh") || is(path, "h"));
+        // The options are here.
+        let this = PathBuf::from("build.rs");
+        let headers = all.iter().filter(|path| is(path, "cuh") || is(path, "h")).chain([&this]);
         Self {
             headers_changed: headers
                 .map(|path| changed(path))
@@ -118,7 +120,10 @@ fn compile_for_the_host(sources: &Sources, out: &Path) {
         // Shared memory is read as other types than it was written, and products are rounded.
         command.args(["-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden"]);
         // Functions of one name in several kernel files stay apart, as they do on a card.
-        command.arg("-fno-weak");
+        command.args(["-fno-weak", "-w"]);
+        // What is an error on a card, or undefined there, stops the kernel here.
+        command.arg("-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero");
+        command.arg("-fsanitize-undefined-trap-on-error");
         command.arg("-c").arg(source).arg("-o").arg(output);
         command
     };

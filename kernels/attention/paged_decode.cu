@@ -3,7 +3,8 @@
 //   out[i] = sum over j <= p of softmax_j(scale * q[i] . k[j]) * v[j],   p = seq_len - query_len + i
 //
 // q, out      [num_tokens, num_kv_heads * group, HEAD_DIM] bf16
-// k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16 or f16), block_size a multiple of 8
+// k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16, f16 or e4m3), block_size a multiple of
+//             8; scale_log2 = scale * log2(e) and value_scale include what 8 bits are scaled by
 // partial_*   [num_partials, num_heads, HEAD_DIM] f32 and [num_partials, num_heads, 2] (maximum, sum), where
 //             num_partials is at least the sum of query_len * partitions over the sequences
 // counters    [num_seqs, num_kv_heads, MAX_ROW_TILES], zero before and after
@@ -24,8 +25,9 @@
 // No warp waits for another before the end of the partition. Then the warps' results are merged in
 // shared memory; the block that completes the last partition of a sequence merges those of all.
 //
-// Cost: the keys and values are read once, 4 * HEAD_DIM bytes per token and KV head, and the partial
-// outputs written and read, 8 * group * HEAD_DIM per partition (at most a tenth of it). 7B (4 KV heads of
+// Cost: the keys and values are read once, 4 * HEAD_DIM bytes per token and KV head (half of it in 8
+// bits), and the partial outputs written and read, 8 * group * HEAD_DIM per partition (an eighth of it
+// at most, and mostly within the L2 cache). 7B (4 KV heads of
 // 128), 64 sequences of 2,048 tokens: 268 MB a layer, 62 us at 4.3 TB/s. 4 * group * HEAD_DIM operations per
 // token and KV head, 7 per byte there: bound by memory. One short sequence is bound by latency: metadata,
 // block table, keys, one after the other.

@@ -4,10 +4,12 @@
 //   out[i] = sum over j <= p of softmax_j(scale * q[i] . k[j]) * v[j],   p = seq_len - query_len + i
 //
 // q, out      [num_tokens, num_kv_heads * group, HEAD_DIM] bf16
-// k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16 or f16), block_size a multiple of 8
+// k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16, f16 or e4m3), block_size a multiple of
+//             8; scale_log2 = scale * log2(e) and value_scale include what 8 bits are scaled by
 // tiles       [num_tiles], each the work of one block per KV head
 // partial_*   [num_slots, num_kv_heads, ROWS, HEAD_DIM] f32 and [.., ROWS, 2] (maximum, sum)
-// grid        (num_kv_heads, num_tiles), THREADS threads, shared memory for the tiles of q, k and v
+// grid        (num_kv_heads, num_tiles), THREADS threads, shared memory for the tiles of q, k and v in 16 bits
+//             and, behind them, for copies of k and v in 8 bits
 //
 // A block takes ROWS rows, which are the queries from `first query` on times the `group` query heads of
 // its KV head, so that all of them share one reading of the keys. It goes over the keys in tiles of KEYS
@@ -23,8 +25,8 @@
 //
 // Cost: 4 * HEAD_DIM operations per (query head, query, visible key): for n new tokens of n
 // 2 * num_heads * HEAD_DIM * n^2. 4,096 tokens, 28 heads of 128: 120 Gop a layer, 0.15 ms at 790 TFLOP/s,
-// 0.39 ms at the 312 of an A100. Bytes: q and out once, keys once per tile of queries: from L2, 16 bytes
-// per 4,096 operations at ROWS = 128. So it is bound by the tensor cores.
+// 0.39 ms at the 312 of an A100. Bytes: q and out once, keys once per tile of queries, from the L2 cache, a
+// byte per 128 operations. So it is bound by the tensor cores.
 
 #include "pages.cuh"
 

@@ -330,7 +330,9 @@ mod tests {
             "ends while others wait at __syncthreads",
             "of its warp waits for it at __shfl_sync",
             "waits for ever at barrier 1",
-            "thread (9, 0, 0): accesses",
+            "thread (9, 0, 0): accesses the address",
+            "thread (9, 0, 0): accesses memory that is not aligned",
+            "indexes an array outside of its bounds",
         ];
         for (mistake, expected) in (1..).zip(expected) {
             let error = run("planted_exchange", 32, mistake).unwrap_err();

@@ -170,6 +170,14 @@ fn matches_the_processor_on_long_sequences() {
 }
 
 #[test]
+fn matches_the_processor_on_more_sequences_than_a_cache_counts() {
+    let Some(gpu) = Gpu::for_tests() else { return };
+    let setup = Setup { num_heads: 5, num_kv_heads: 1, ..QWEN };
+    let lens: Vec<_> = (0..=NUM_COUNTED_SEQS).map(|i| (i * 37 % 300 + 1, 1)).collect();
+    check(&gpu, setup, &lens);
+}
+
+#[test]
 fn matches_the_processor_in_the_shapes_of_models() {
     let Some(gpu) = Gpu::for_tests().filter(|gpu| !gpu.is_emulated()) else { return };
     let models =
