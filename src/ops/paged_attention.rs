@@ -95,8 +95,8 @@ impl AttentionMetadata {
             let num_entries = self.block_table.len();
             bail!("block_table has {num_entries} entries for {num_seqs} sequences of {row_len}");
         }
-        if let Some(pair) = starts.windows(2).find(|pair| pair[1] < pair[0]) {
-            bail!("query_start_loc falls from {} to {}", pair[0], pair[1]);
+        if let Some(&[start, end]) = starts.windows(2).find(|pair| pair[1] < pair[0]) {
+            bail!("query_start_loc falls from {start} to {end}");
         }
         Ok(())
     }
