@@ -78,7 +78,8 @@ pub fn convert(
     set_tool_choice(&mut chat, request.tool_choice.as_ref())?;
     set_thinking(&mut chat, request.thinking.as_ref())?;
     set_output(&mut chat, &mut fields, request.output_config.as_ref())?;
-    Ok(Converted { chat, fields, ignored, origins: conversation.origins, renamed: &RENAMED })
+    let origins = conversation.origins;
+    Ok(Converted { chat, fields, ignored, origins, renamed: &RENAMED, parent: None })
 }
 
 fn tools(tools: &[Value], ignored: &mut Vec<String>) -> Result<Vec<Value>, PromptError> {
