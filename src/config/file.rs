@@ -255,7 +255,7 @@ mod tests {
         let file = ConfigFile::parse("x.toml", text, &command()).unwrap();
         let matches = file.apply(command()).get_matches_from(["serve"]);
         let aliases: Vec<&String> = matches.get_many("alias").unwrap().collect();
-        assert_eq!(aliases, ["qwen-*=mine", "old=mine"]);
+        assert_eq!(aliases, ["old=mine", "qwen-*=mine"]);
         let message = error("[aliases]\nx = 1");
         assert!(message.contains("`alias` must be a string, but is an integer"), "{message}");
     }

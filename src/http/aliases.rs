@@ -7,10 +7,10 @@ use axum::http::Uri;
 use axum::http::uri::PathAndQuery;
 
 /// OpenAI's endpoints.
-const COMPATIBLE: [&str; 3] =
+pub(super) const COMPATIBLE: [&str; 3] =
     ["/compatible-mode/v1/", "/compatible-api/v1/", "/api/v2/apps/protocols/compatible-mode/v1/"];
 /// Anthropic's.
-const ANTHROPIC: &str = "/apps/anthropic/v1/messages";
+pub(super) const ANTHROPIC: &str = "/apps/anthropic/v1/messages";
 /// What is DashScope's own.
 const NATIVE: &str = "/api/v1/";
 

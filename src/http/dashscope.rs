@@ -7,6 +7,6 @@ mod inspection;
 mod refused;
 
 pub(super) use embedding::create as embed;
-pub(super) use generation::{multimodal, text};
+pub(super) use generation::{media, text};
 pub(super) use inspection::{models, tokenize};
 pub(super) use refused::refusal;

@@ -49,10 +49,7 @@ pub fn router(state: AppState) -> Router {
         .route("/openapi.json", get(openapi::description))
         .route("/docs", get(openapi::page))
         .route("/api/v1/services/aigc/text-generation/generation", post(dashscope::text))
-        .route(
-            "/api/v1/services/aigc/multimodal-generation/generation",
-            post(dashscope::multimodal),
-        )
+        .route("/api/v1/services/aigc/multimodal-generation/generation", post(dashscope::media))
         .route("/api/v1/services/embeddings/text-embedding/text-embedding", post(dashscope::embed))
         .route("/api/v1/tokenizer", post(dashscope::tokenize))
         .route("/api/v1/models", get(dashscope::models))

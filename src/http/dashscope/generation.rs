@@ -33,7 +33,7 @@ pub(in crate::http) async fn text(
     create(Endpoint::Text, state, request_id, body).await
 }
 
-pub(in crate::http) async fn multimodal(
+pub(in crate::http) async fn media(
     State(state): State<AppState>,
     Extension(request_id): Extension<RequestId>,
     body: Body,
