@@ -17,6 +17,8 @@ from dashscope import (
     Tokenization)
 from dashscope.version import __version__ as VERSION
 
+import dashscope_protocols
+
 HOSTED = "qwen-plus-2025-01-25"
 LOCAL = "qwen2.5-coder-0.5b-instruct"
 COLOURS = [{"role": "user", "content": "Name three primary colours, separated by commas."}]
@@ -269,7 +271,6 @@ def case_asynchronous_calls(url):
 def cases():
     found = {name: value for name, value in globals().items() if name.startswith("case_")}
     if VERSION.startswith("2."):
-        import dashscope_protocols
         found |= dashscope_protocols.CASES
     return found
 
