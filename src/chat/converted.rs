@@ -76,7 +76,9 @@ impl Converted {
                         None => message,
                     },
                 );
-                PromptError::TooLong { param: exact.map_or(param, |(_, theirs)| theirs), message }
+                let theirs = exact.map_or(param, |(_, theirs)| theirs);
+                let message = message.replace(&format!("`{param}`"), &format!("`{theirs}`"));
+                PromptError::TooLong { param: theirs, message }
             }
             error => error,
         }

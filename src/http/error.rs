@@ -70,8 +70,7 @@ impl ApiError {
         let (kind, code) = self.kind_and_code();
         let param = match self {
             Self::Invalid { param, .. } => param.clone(),
-            Self::TooLong { param, .. } => Some((*param).to_owned()),
-            Self::Empty(param) => Some((*param).to_owned()),
+            Self::TooLong { param, .. } | Self::Empty(param) => Some((*param).to_owned()),
             Self::ModelNotFound(_) => Some("model".to_owned()),
             Self::ResponseNotFound(_) => Some("response_id".to_owned()),
             Self::PreviousNotFound(_) => Some("previous_response_id".to_owned()),

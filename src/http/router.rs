@@ -24,6 +24,7 @@ use super::{
 /// The whole server as one service.
 pub fn router(state: AppState) -> Router {
     let max_body_bytes = state.limits.max_body_bytes;
+    let max_input_tokens = state.engine.limits().max_model_len.saturating_sub(1);
     let routes = Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/chat/completions/render", post(render::chat))
@@ -54,8 +55,7 @@ pub fn router(state: AppState) -> Router {
         .route("/api/v1/tokenizer", post(dashscope::tokenize))
         .route("/api/v1/models", get(dashscope::models))
         .layer(middleware::from_fn_with_state(state.clone(), with_served_model))
-        .with_state(state.clone());
-    let max_input_tokens = state.engine.limits().max_model_len.saturating_sub(1);
+        .with_state(state);
     let routes = layered(routes, max_body_bytes, max_input_tokens);
     // Paths are looked up behind this.
     let resolve = middleware::map_request(async |request| aliases::resolve(request));

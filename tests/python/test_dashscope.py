@@ -12,9 +12,10 @@ import sys
 
 import pytest
 
+import dashscope
 import dashscope_cases
 import dashscope_protocols
-from conftest import ROOT
+from conftest import MODEL, ROOT, Server, binary_path, model_path
 
 HERE = pathlib.Path(__file__).resolve().parent
 TIMEOUT_S = 300
@@ -52,3 +53,24 @@ def test_first_generation(server, name):
 @pytest.mark.parametrize("name", [*dashscope_cases.cases(), *dashscope_protocols.NAMES])
 def test_second_generation(second, name):
     assert second[name] is None, second[name]
+
+
+def test_names_are_configuration(tmp_path):
+    config = tmp_path / "server.toml"
+    config.write_text(f'[aliases]\n"text-embedding-*" = "{MODEL}"\nmine = "{MODEL}"\n')
+    with Server("--no-dashscope-names", "--config", config) as server:
+        dashscope_cases.use(server.url)
+        answer = dashscope_cases.call(dashscope_cases.COLOURS, model="mine", max_tokens=2)
+        assert answer.headers["x-served-model"] == MODEL
+        assert dashscope_cases.call(dashscope_cases.COLOURS, model="qwen-plus").status_code == 404
+        vectors = dashscope.TextEmbedding.call(model="text-embedding-v4", input="a cat")
+        assert len(vectors.output["embeddings"]) == 1
+        models = server.json("GET", "/v1/models")["data"]
+        assert [model["id"] for model in models] == [MODEL, "mine"]
+
+
+def test_a_name_for_a_model_that_is_not_there_is_refused():
+    command = [binary_path(), "serve", "--model", model_path(), "--alias", "x=nobody", "--port", "0"]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 1 and "`--alias x=nobody`" in done.stderr, done.stderr
