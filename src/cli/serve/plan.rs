@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use indicatif::HumanBytes;
 
 use crate::chat::model::ServedModel;
-use crate::config::{Config, PrefixCaching, Source};
+use crate::config::{Config, HostedNames, PrefixCaching, Source};
 use crate::ops::matmul::instruction_set;
 use crate::runner::load::PlannedModel;
 use crate::weights::resolve::ResolvedModel;
@@ -29,7 +29,10 @@ pub(super) fn describe(
         PrefixCaching::Enabled => "equal prefixes shared",
         PrefixCaching::Disabled => "nothing shared",
     };
-    let names: Vec<&str> = served.names().collect();
+    let mut names: Vec<&str> = served.names().collect();
+    if config.model.hosted_names == HostedNames::Answered {
+        names.push("the names of DashScope's text models");
+    }
     let weights = planned.checkpoint.gguf();
     let lines = [
         ("model", format!("{}, {}", planned.config.architecture, weights.quantization())),
