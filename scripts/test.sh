@@ -78,15 +78,19 @@ counted() {
 
 make_venv() {
     local requirements=tests/python/requirements.txt stamp=.venv/requirements.installed
+    # Another version of a package that is in the first list too, so it lives in its own directory.
+    local second=tests/python/requirements-dashscope2.txt
     ensure_python_venv
-    if cmp -s "$requirements" "$stamp" && .venv/bin/python -c 'import openai, pytest' 2>/dev/null; then
+    if cat "$requirements" "$second" | cmp -s - "$stamp" && .venv/bin/python -c 'import openai, pytest' 2>/dev/null; then
         echo "up to date"
         return
     fi
     rm -rf .venv
     python3 -m venv .venv &&
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" &&
-        cp "$requirements" "$stamp"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+            --target .venv/dashscope2 -r "$second" &&
+        cat "$requirements" "$second" >"$stamp"
 }
 
 check_scripts() {

@@ -8,6 +8,7 @@ pub mod anthropic;
 pub mod best_of;
 pub mod constraint;
 pub mod converted;
+pub mod dashscope;
 pub mod embedding;
 mod encoding;
 mod fields;

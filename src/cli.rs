@@ -184,8 +184,14 @@ mod tests {
     #[test]
     fn every_flag_of_serve_is_a_variable_of_the_same_name() {
         let root = command();
-        let command_line_only =
-            ["no-bare-tool-calls", "no-enable-prefix-caching", "print-config", "help", "version"];
+        let command_line_only = [
+            "no-bare-tool-calls",
+            "no-dashscope-names",
+            "no-enable-prefix-caching",
+            "print-config",
+            "help",
+            "version",
+        ];
         for arg in serve_command(&root).get_arguments() {
             let long = arg.get_long().expect("every argument of `serve` is a flag");
             let variable = arg.get_env().map(|name| name.to_string_lossy().into_owned());

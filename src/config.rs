@@ -4,6 +4,7 @@
 //! The flags themselves, which name the environment variables and the keys of the file too, are
 //! declared in `cli::args`. **Invariant:** nothing else in the program reads the environment.
 
+pub mod aliases;
 pub mod byte_size;
 pub mod device;
 pub mod file;
@@ -14,6 +15,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
+pub use aliases::{Alias, DASHSCOPE_NAMES};
 pub use byte_size::ByteSize;
 pub use device::DeviceChoice;
 pub use file::ConfigFile;
@@ -52,6 +54,10 @@ pub struct ModelConfig {
     pub served_model_names: Vec<String>,
     /// Further names the model answers to.
     pub model_aliases: Vec<String>,
+    /// Names, some with `*`, and the model each stands for.
+    pub aliases: Vec<Alias>,
+    /// Whether the model answers to the names of DashScope's text models.
+    pub hosted_names: HostedNames,
     /// The longest sequence, if shorter than the model allows.
     pub max_model_len: Option<NonZeroUsize>,
     /// What embeddings are made of.
@@ -137,6 +143,15 @@ pub enum EmbeddingPooling {
     Mean,
     /// The final hidden state of the last token.
     Last,
+}
+
+/// Whether a model answers to the names of DashScope's text models.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostedNames {
+    /// It does.
+    Answered,
+    /// They are unknown.
+    Unknown,
 }
 
 /// How keys and values are stored.

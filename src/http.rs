@@ -3,11 +3,14 @@
 //! Start at [`router`]. A handler parses, calls one function of `chat`, submits to the engine and
 //! renders. **Invariant:** whatever goes wrong is answered in OpenAI's shape with a request id.
 
+mod aliases;
 mod anthropic_errors;
 mod body;
 mod chat;
 mod completions;
 mod connection;
+mod dashscope;
+mod dashscope_errors;
 mod embeddings;
 mod error;
 mod extract;

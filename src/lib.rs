@@ -4,6 +4,7 @@ pub mod anthropic;
 pub mod chat;
 pub mod cli;
 pub mod config;
+pub mod dashscope;
 pub mod device;
 pub mod engine;
 pub mod grammar;

@@ -6,10 +6,12 @@
 
 mod added_tokens;
 pub mod bitmask;
+mod borders;
 mod byte_level;
 pub mod detokenizer;
 mod pre_tokenizer;
 pub mod stop;
+pub mod stop_sequence;
 pub mod token;
 pub mod tokenizer;
 mod vocabulary;
@@ -17,5 +19,6 @@ mod vocabulary;
 pub use bitmask::TokenBitmask;
 pub use detokenizer::IncrementalDetokenizer;
 pub use stop::{StopMatcher, StopOutcome, StopStrings};
+pub use stop_sequence::{SequenceMatcher, SequenceOutcome, StopSequences};
 pub use token::TokenId;
 pub use tokenizer::{SpecialTokens, Tokenizer, TokenizerError, TokenizerSpec};

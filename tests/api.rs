@@ -12,6 +12,8 @@ mod completions;
 mod connections;
 #[path = "api/constraints.rs"]
 mod constraints;
+#[path = "api/dashscope.rs"]
+mod dashscope;
 #[path = "api/described.rs"]
 mod described;
 #[path = "api/embeddings.rs"]

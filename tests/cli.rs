@@ -92,11 +92,12 @@ mod arguments {
 
     #[test]
     fn unusable_arguments_exit_with_2() {
-        let cases: [(&[&str], &str); 10] = [
+        let cases: [(&[&str], &str); 11] = [
             (&[], "Usage: qwen-server <COMMAND>"),
             (&["sevre"], "unrecognized subcommand 'sevre'"),
             (&["serve", "--prot", "1"], "unexpected argument '--prot'"),
             (&["serve", "--port", "70000"], "invalid value '70000' for '--port <PORT>'"),
+            (&["serve", "--alias", "x"], "expected NAME=MODEL"),
             (&["serve", "--max-num-seqs", "0"], "0 is not in 1..=8192"),
             (&["serve", "--kv-cache-memory", "4G"], "expected a size such as 24MiB"),
             (&["serve", "--device", "gpu"], "expected auto, cpu or cuda:N"),
@@ -164,7 +165,7 @@ mod configuration {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("server.toml");
         let text = "max-num-seqs = 3\nport = 9001\nlog_format = \"json\"\nserved-model-name = \
-                    [\"a\", \"b\"]\nenable_prefix_caching = false\nkv-cache-memory = \"24MiB\"\n";
+                    [\"a\", \"b\"]\nenable_prefix_caching = false\nkv-cache-memory = \"24MiB\"\n[aliases]\n\"qwen-*\" = \"a\"\n";
         std::fs::write(&file, text).unwrap();
         let output = command(&["serve", "--print-config", "--config"])
             .arg(&file)
@@ -177,6 +178,7 @@ mod configuration {
         assert_setting(&output, "port", "9003", "flag");
         assert_setting(&output, "max-num-seqs", "4", "environment");
         assert_setting(&output, "model-alias", "[\"x\", \"y\"]", "environment");
+        assert_setting(&output, "alias", "[\"qwen-*=a\"]", "file");
         assert_setting(&output, "log-format", "\"json\"", "file");
         assert_setting(&output, "served-model-name", "[\"a\", \"b\"]", "file");
         assert_setting(&output, "kv-cache-memory", "\"24MiB\"", "file");

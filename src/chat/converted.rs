@@ -20,6 +20,8 @@ pub struct Converted {
     pub(super) origins: Vec<Origin>,
     /// Names of fields, ours and the client's, the longer before their beginnings.
     pub(super) renamed: &'static [(&'static str, &'static str)],
+    /// What the client has all other fields below. Tools then look as they do in chats.
+    pub(super) parent: Option<&'static str>,
 }
 
 /// Where a message came from.
@@ -54,7 +56,8 @@ impl Converted {
         names
     }
 
-    fn renamed_error(&self, error: PromptError) -> PromptError {
+    /// The error, said of the client's field.
+    pub(super) fn renamed_error(&self, error: PromptError) -> PromptError {
         match error {
             PromptError::Invalid { param, message } => {
                 let name = self.client_name(&param);
@@ -73,7 +76,9 @@ impl Converted {
                         None => message,
                     },
                 );
-                PromptError::TooLong { param: exact.map_or(param, |(_, theirs)| theirs), message }
+                let theirs = exact.map_or(param, |(_, theirs)| theirs);
+                let message = message.replace(&format!("`{param}`"), &format!("`{theirs}`"));
+                PromptError::TooLong { param: theirs, message }
             }
             error => error,
         }
@@ -84,9 +89,8 @@ impl Converted {
             return name;
         }
         // Definitions of tools are a level deeper in chats.
-        if let Some((index, field)) =
-            param.strip_prefix("tools[").and_then(|rest| rest.split_once("].function"))
-        {
+        let tool = param.strip_prefix("tools[").filter(|_| self.parent.is_none());
+        if let Some((index, field)) = tool.and_then(|rest| rest.split_once("].function")) {
             let field = field.strip_prefix(".parameters").map_or_else(
                 || field.to_owned(),
                 |rest| format!(".{}{rest}", self.parameters_name()),
@@ -100,7 +104,10 @@ impl Converted {
                 return format!("{theirs}{rest}");
             }
         }
-        param.to_owned()
+        match self.parent {
+            Some(parent) => format!("{parent}.{param}"),
+            None => param.to_owned(),
+        }
     }
 
     fn parameters_name(&self) -> &'static str {
@@ -131,6 +138,7 @@ pub(super) fn message(role: Role, content: Option<Content>) -> ChatMessage {
         tool_call_id: None,
         function_call: None,
         reasoning_content: None,
+        partial: None,
         cache_control: None,
     }
 }

@@ -21,14 +21,14 @@ impl ServedModel {
         let content = tokens.iter().filter_map(|token| token.logprobs.as_ref());
         let content = content
             .map(|entry| ChatTokenLogprob {
-                token: self.token_string(entry.token),
+                token: self.token_text(entry.token),
                 logprob: finite(entry.logprob),
                 bytes: self.token_bytes(entry.token).to_vec(),
                 top_logprobs: entry
                     .top
                     .iter()
                     .map(|(id, logprob)| TopLogprob {
-                        token: self.token_string(*id),
+                        token: self.token_text(*id),
                         logprob: finite(*logprob),
                         bytes: self.token_bytes(*id).to_vec(),
                     })
@@ -50,7 +50,7 @@ impl ServedModel {
                 let value = PromptLogprob {
                     logprob: finite(logprob),
                     rank: rank.map(|rank| rank + 1),
-                    decoded_token: self.token_string(id),
+                    decoded_token: self.token_text(id),
                 };
                 position.insert(id, value);
             }
@@ -65,7 +65,8 @@ impl ServedModel {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    fn token_string(&self, id: TokenId) -> String {
+    /// The text of one token; half a character is a replacement character.
+    pub fn token_text(&self, id: TokenId) -> String {
         String::from_utf8_lossy(self.token_bytes(id)).into_owned()
     }
 
@@ -122,13 +123,13 @@ impl CompletionLogprobsWriter {
         // Every byte that does not continue a character begins one.
         let begins = |byte: &&u8| **byte & 0b1100_0000 != 0b1000_0000;
         self.num_chars += model.token_bytes(id).iter().filter(begins).count();
-        out.tokens.push(model.token_string(id));
+        out.tokens.push(model.token_text(id));
         out.token_logprobs.push(entry.map(|entry| finite(entry.logprob)));
         out.top_logprobs.push(entry.map(|entry| {
             let own = (entry.token, entry.logprob);
             let tokens = entry.top.iter().take(self.num_top).copied().chain([own]);
             tokens
-                .map(|(id, logprob)| (model.token_string(id), Value::from(finite(logprob))))
+                .map(|(id, logprob)| (model.token_text(id), Value::from(finite(logprob))))
                 .collect::<Map<_, _>>()
         }));
     }

@@ -33,6 +33,20 @@ pub fn template_messages(messages: &[ChatMessage]) -> Result<Value, PromptError>
     rendered.map(Value::Array)
 }
 
+/// Whether the last message is the beginning of the answer, as `partial` says.
+pub fn is_partial(messages: &[ChatMessage]) -> Result<bool, PromptError> {
+    let marked = messages.iter().rposition(|message| message.partial == Some(true));
+    let Some(index) = marked else { return Ok(false) };
+    let flaw = if index + 1 < messages.len() {
+        "only the last message can be continued"
+    } else if messages[index].role != Role::Assistant {
+        "only a message of the assistant can be continued"
+    } else {
+        return Ok(true);
+    };
+    Err(PromptError::invalid(format!("messages[{index}].partial"), flaw))
+}
+
 /// At most how many values parsing the arguments would yield, without doing so.
 fn max_argument_values(call: &FunctionCall) -> usize {
     let Some(Value::String(text)) = &call.arguments else { return 0 };

@@ -13,6 +13,8 @@ const MAX_STOP_STRINGS: usize = 128;
 const MAX_STOP_STRING_BYTES: usize = 4096;
 /// Most bytes of all stop strings together: a request carries five times as many.
 const MAX_STOP_BYTES: usize = 16 << 10;
+/// Longest stop sequence in tokens: as many may be held back.
+const MAX_STOP_SEQUENCE: usize = 128;
 /// More stop tokens than any client sends; every token is compared with all of them.
 const MAX_STOP_TOKEN_IDS: usize = 128;
 
@@ -145,7 +147,12 @@ pub(super) fn refuse_best_of(fields: &GenerationFields) -> Result<(), PromptErro
 /// The stop strings, at least one byte each.
 pub(super) fn stop_strings(fields: &GenerationFields) -> Result<Vec<String>, PromptError> {
     let strings = match &fields.stop {
-        None => Vec::new(),
+        None | Some(Stop::TokenLists(_)) => Vec::new(),
+        Some(Stop::Tokens(_)) => {
+            let flaw = "a sequence of token ids belongs in a list of sequences; ids that end a \
+                        choice each by itself are `stop_token_ids`";
+            return Err(PromptError::invalid("stop", flaw));
+        }
         Some(Stop::One(string)) => vec![string.clone()],
         Some(Stop::Many(strings)) => strings.clone(),
     };
@@ -172,6 +179,29 @@ pub(super) fn stop_strings(fields: &GenerationFields) -> Result<Vec<String>, Pro
         ));
     }
     Ok(strings)
+}
+
+/// The stop sequences, at least one token each.
+pub(super) fn stop_sequences(
+    fields: &GenerationFields,
+    limits: &PromptLimits,
+) -> Result<Vec<Vec<TokenId>>, PromptError> {
+    let Some(Stop::TokenLists(sequences)) = &fields.stop else { return Ok(Vec::new()) };
+    if MAX_STOP_STRINGS < sequences.len() {
+        let num = sequences.len();
+        let flaw = format!("must hold at most {MAX_STOP_STRINGS} sequences, got {num}");
+        return Err(PromptError::invalid("stop", flaw));
+    }
+    for (index, sequence) in sequences.iter().enumerate() {
+        let param = format!("stop[{index}]");
+        if sequence.is_empty() || MAX_STOP_SEQUENCE < sequence.len() {
+            let num = sequence.len();
+            let flaw = format!("must hold between 1 and {MAX_STOP_SEQUENCE} token ids, got {num}");
+            return Err(PromptError::invalid(param, flaw));
+        }
+        check_token_ids(&param, sequence, limits)?;
+    }
+    Ok(sequences.clone())
 }
 
 /// The request's own stop tokens, each once.

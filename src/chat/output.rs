@@ -1,8 +1,8 @@
 //! Turns what the engine reports about a request into deltas of text, reasoning and calls.
 //!
 //! Pure: events in, updates out. Streams and whole answers are built from the same updates, so
-//! they cannot disagree. **Invariant:** text that could be the beginning of a stop string, and
-//! half characters, are held back, and with them the tokens they came from.
+//! they cannot disagree. **Invariant:** text that could be the beginning of a stop string or
+//! sequence, and half characters, are held back, and with them the tokens they came from.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,7 +11,8 @@ use crate::chat::answer::{AnswerFormat, AnswerReader, Pieces};
 use crate::engine::event::{Event, FinishReason as EngineFinish, SampledToken, TokenLogprobs};
 use crate::openai::generation::{FinishReason, StopReason};
 use crate::text::{
-    IncrementalDetokenizer, SpecialTokens, StopMatcher, StopStrings, TokenId, Tokenizer,
+    IncrementalDetokenizer, SequenceMatcher, SequenceOutcome, SpecialTokens, StopMatcher,
+    StopSequences, StopStrings, TokenId, Tokenizer,
 };
 
 /// How a request wants its output.
@@ -21,6 +22,8 @@ pub struct OutputOptions {
     pub n: u32,
     /// Text that ends a choice.
     pub stop: Arc<StopStrings>,
+    /// Tokens that end a choice when they come in this order.
+    pub stop_sequences: Arc<StopSequences>,
     /// Whether a stop string or token stays in the text.
     pub include_stop_in_output: bool,
     /// Whether special tokens leave text.
@@ -235,6 +238,7 @@ impl RequestOutput {
 struct Choice {
     index: u32,
     detokenizer: IncrementalDetokenizer,
+    sequences: SequenceMatcher,
     matcher: StopMatcher,
     reader: AnswerReader,
     pieces: Pieces,
@@ -250,6 +254,7 @@ impl Choice {
         Self {
             index,
             detokenizer: IncrementalDetokenizer::new(Arc::clone(tokenizer), options.special_tokens),
+            sequences: SequenceMatcher::new(Arc::clone(&options.stop_sequences)),
             matcher: StopMatcher::new(Arc::clone(&options.stop)),
             reader: AnswerReader::new(&options.answer, index),
             pieces: Pieces::default(),
@@ -274,17 +279,33 @@ impl Choice {
                 return None;
             }
         }
-        let piece = self.detokenizer.push(id);
-        if self.take_text(&piece, options) {
+        let outcome = if self.num_tokens <= options.min_tokens {
+            SequenceOutcome { released: vec![id], is_stopped: false }
+        } else {
+            self.sequences.push(id)
+        };
+        if self.take_tokens(&outcome.released, options) {
             return Some(self.end(FinishReason::Stop));
         }
-        if self.reader.is_complete() {
-            return Some(self.end(FinishReason::Stop));
+        if outcome.is_stopped {
+            return Some(self.finish(FinishReason::Stop, options));
         }
         if self.pieces.is_empty() { None } else { Some(self.take_delta(None)) }
     }
 
+    /// Decodes tokens; whether the choice ends with one of them.
+    fn take_tokens(&mut self, ids: &[TokenId], options: &OutputOptions) -> bool {
+        ids.iter().any(|id| {
+            let piece = self.detokenizer.push(*id);
+            self.take_text(&piece, options) || self.reader.is_complete()
+        })
+    }
+
     fn finish(&mut self, reason: FinishReason, options: &OutputOptions) -> Delta {
+        let held = self.sequences.finish();
+        if self.take_tokens(&held, options) {
+            return self.end(FinishReason::Stop);
+        }
         let rest = self.detokenizer.finish();
         if self.take_text(&rest, options) {
             return self.end(FinishReason::Stop);
@@ -353,6 +374,7 @@ mod tests {
         let options = OutputOptions {
             n,
             stop: Arc::new(StopStrings::new(stop.iter().map(ToString::to_string).collect(), false)),
+            stop_sequences: Arc::new(StopSequences::new(vec![vec![1, 2]], false)),
             include_stop_in_output: false,
             special_tokens: SpecialTokens::Skip,
             stop_token_ids: Arc::new([0]),
@@ -416,6 +438,17 @@ mod tests {
         ];
         assert_eq!(feed(&mut output, rest).0, ["1y:1$"]);
         assert!(output.is_finished());
+    }
+
+    #[test]
+    fn a_stop_sequence_ends_its_choice_and_a_broken_one_is_text() {
+        let mut output = output(2, &[], 0);
+        let events = [STARTED, token(0, b'x'), token(0, 1), token(0, b'y'), token(0, 1)];
+        assert_eq!(feed(&mut output, events.into()).0, ["^0", "0x:1", "0\u{1}y:2"]);
+        let (shown, cancelled) = feed(&mut output, vec![token(0, 2), token(0, b'!')]);
+        assert_eq!((shown, cancelled), (vec!["0:2$".to_owned()], vec![0]));
+        let rest = vec![token(1, b'z'), token(1, 1), finished(1, EngineFinish::Length)];
+        assert_eq!(feed(&mut output, rest).0, ["1z:1", "1\u{1}:1$"]);
     }
 
     #[test]

@@ -12,17 +12,17 @@ use crate::chat::answer::AnswerFormat;
 use crate::chat::constraint::{self, Asked};
 use crate::chat::encoding::{encode, split_prompts};
 use crate::chat::fim::{FillIn, fill_in};
-use crate::chat::messages::template_messages;
+use crate::chat::messages::{is_partial, template_messages};
 use crate::chat::model::{Reasoning, ServedModel};
 use crate::chat::options::{
     check_refused, num_candidates, num_choices, priority, refuse_best_of, sampling_options,
-    stop_strings, stop_token_ids, top_count,
+    stop_sequences, stop_strings, stop_token_ids, top_count,
 };
 use crate::chat::output::{OutputOptions, RequestOutput};
 use crate::chat::pinning;
 use crate::chat::reasoning::{self, ReasoningStart};
 use crate::chat::template::RenderOptions;
-use crate::chat::thinking::Thinking;
+use crate::chat::thinking::{PRESERVE, Thinking};
 use crate::chat::tool_call::{BareToolCalls, ToolReading};
 use crate::chat::tool_grammar;
 use crate::chat::tools::{self, ToolUse};
@@ -35,7 +35,7 @@ use crate::openai::chat::ChatCompletionRequest;
 use crate::openai::completion::CompletionRequest;
 use crate::openai::generation::GenerationFields;
 use crate::openai::message::{ChatMessage, Content, Role};
-use crate::text::{SpecialTokens, StopStrings, TokenId};
+use crate::text::{SpecialTokens, StopSequences, StopStrings, TokenId};
 
 /// `max_tokens` of a completion that does not say, by OpenAI's schema.
 const DEFAULT_COMPLETION_TOKENS: usize = 16;
@@ -127,6 +127,18 @@ impl PromptError {
         let message = format!("`{param}`: {flaw}");
         Self::Invalid { param, message }
     }
+
+    /// The same of a field below `parent`.
+    #[must_use]
+    pub(super) fn within(self, parent: &str) -> Self {
+        let Self::Invalid { param, message } = self else { return self };
+        let path = format!("{parent}.{param}");
+        let message = match message.strip_prefix(&format!("`{param}`")) {
+            Some(flaw) => format!("`{path}`{flaw}"),
+            None => message,
+        };
+        Self::Invalid { param: path, message }
+    }
 }
 
 impl From<InvalidParam> for PromptError {
@@ -154,12 +166,17 @@ pub fn prepare_chat(
     if max_tokens == Some(0) {
         return Err(PromptError::invalid(max_tokens_param, "must be at least 1, got 0"));
     }
+    let is_partial = is_partial(&request.messages)?.then_some(true);
     let mut options = render_options(
         request.add_generation_prompt,
-        request.continue_final_message,
+        request.continue_final_message.or(is_partial),
         request.chat_template_kwargs.as_ref(),
     )?;
-    let thinking = Thinking::read(request, context.model.conventions.reasoning)?;
+    let mut thinking = Thinking::read(request, context.model.conventions.reasoning)?;
+    let template = context.model.template.as_ref();
+    if thinking.preserves == Some(true) && !template.is_some_and(|one| one.reads(PRESERVE)) {
+        thinking.ignored.push(PRESERVE);
+    }
     thinking.add_to(&mut options.extra);
     let mut settings = Settings::new(fields, logprobs, context)?;
     let tools = ToolUse::read(request)?;
@@ -369,6 +386,7 @@ pub(super) struct Settings {
     has_own_seed: bool,
     n: u32,
     stop: Arc<StopStrings>,
+    stop_sequences: Arc<StopSequences>,
     num_own_stop_tokens: usize,
     stop_tokens: Arc<[TokenId]>,
     include_stop: bool,
@@ -399,6 +417,7 @@ impl Settings {
         let n = num_choices(fields, &context.limits)?;
         let include_stop = fields.include_stop_str_in_output.unwrap_or(false);
         let stop = Arc::new(StopStrings::new(stop_strings(fields)?, include_stop));
+        let sequences = stop_sequences(fields, &context.limits)?;
         let mut stop_tokens = stop_token_ids(fields, &context.limits)?;
         let num_own_stop_tokens = stop_tokens.len();
         if fields.ignore_eos != Some(true) {
@@ -421,6 +440,7 @@ impl Settings {
             has_own_seed: fields.seed.is_some(),
             n,
             stop,
+            stop_sequences: Arc::new(StopSequences::new(sequences, include_stop)),
             num_own_stop_tokens,
             stop_tokens: stop_tokens.into(),
             include_stop,
@@ -540,6 +560,7 @@ impl Settings {
         let output = OutputOptions {
             n: self.n,
             stop: Arc::clone(&self.stop),
+            stop_sequences: Arc::clone(&self.stop_sequences),
             include_stop_in_output: self.include_stop,
             special_tokens: self.special_tokens,
             stop_token_ids: Arc::clone(&self.stop_tokens),

@@ -36,7 +36,7 @@ impl Prepared {
             frequency_penalty: params.frequency_penalty,
             seed: fields.seed,
             stop: match &fields.stop {
-                None => Vec::new(),
+                None | Some(Stop::Tokens(_) | Stop::TokenLists(_)) => Vec::new(),
                 Some(Stop::One(string)) => vec![string.clone()],
                 Some(Stop::Many(strings)) => strings.clone(),
             },

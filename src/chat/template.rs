@@ -126,6 +126,12 @@ impl ChatTemplate {
         cut_after_message(&rendered, &final_text).ok_or(TemplateError::FinalMessageLost)
     }
 
+    /// Whether the template can be told anything by a variable of this name.
+    pub fn reads(&self, variable: &str) -> bool {
+        let template = self.environment.get_template(NAME);
+        template.is_ok_and(|template| template.undeclared_variables(false).contains(variable))
+    }
+
     fn render_messages(
         &self,
         messages: &serde_json::Value,

@@ -11,12 +11,16 @@ use crate::text::Tokenizer;
 
 /// What templates of models that think call their switch.
 const SWITCH: &str = "enable_thinking";
+/// What templates that can keep earlier thoughts in the prompt call that switch.
+pub(super) const PRESERVE: &str = "preserve_thinking";
 
 /// How much the model may think.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Thinking {
     /// Whether it thinks at all; `None` leaves that to the template.
     pub(super) is_enabled: Option<bool>,
+    /// Whether thoughts of earlier answers stay in the prompt; `None` leaves that to the template.
+    pub(super) preserves: Option<bool>,
     /// Most tokens of thought.
     pub(super) budget: Option<usize>,
     /// The field that says so.
@@ -52,6 +56,7 @@ impl Thinking {
         if reasoning == Reasoning::No {
             let given = [
                 (SWITCH, request.enable_thinking.is_some()),
+                (PRESERVE, request.preserve_thinking == Some(true)),
                 ("thinking_budget", budget.is_some()),
                 ("reasoning_effort", request.reasoning_effort.is_some()),
                 ("reasoning", request.reasoning.is_some()),
@@ -67,6 +72,7 @@ impl Thinking {
         let is_enabled = request.enable_thinking.or(of_template);
         Ok(Self {
             is_enabled: is_enabled.or(effort.map(|effort| effort != Effort(Some(0)))),
+            preserves: request.preserve_thinking,
             budget: budget.or(effort.and_then(|Effort(budget)| budget)),
             budget_param,
             ignored: Vec::new(),
@@ -78,6 +84,9 @@ impl Thinking {
         let is_enabled = if self.is_off() { Some(false) } else { self.is_enabled };
         if let Some(is_enabled) = is_enabled {
             variables.insert(SWITCH.to_owned(), is_enabled.into());
+        }
+        if let Some(preserves) = self.preserves {
+            variables.insert(PRESERVE.to_owned(), preserves.into());
         }
     }
 

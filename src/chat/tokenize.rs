@@ -1,6 +1,7 @@
 //! Tokens for a text or a conversation, and back, without generating anything.
 
 use crate::chat::encoding::encode;
+use crate::chat::messages::is_partial;
 use crate::chat::options::check_token_ids;
 use crate::chat::prompt::{PromptContext, PromptError, render, render_options};
 use crate::chat::tools::read_tools;
@@ -24,9 +25,10 @@ pub fn tokenize(
         (Some(text), None) if text.is_empty() => Vec::new(),
         (Some(text), None) => encode(text, "prompt", context)?,
         (None, Some(messages)) => {
+            let is_partial = is_partial(messages)?.then_some(true);
             let options = render_options(
                 request.add_generation_prompt,
-                request.continue_final_message,
+                request.continue_final_message.or(is_partial),
                 request.chat_template_kwargs.as_ref(),
             )?;
             let tools = request.tools.as_deref().unwrap_or_default();

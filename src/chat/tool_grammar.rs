@@ -211,6 +211,7 @@ mod tests {
         let end = tokenizer.id_of("<|im_end|>").unwrap();
         ServedModel {
             name: "m".to_owned(),
+            patterns: Vec::new(),
             aliases: Vec::new(),
             root: String::new(),
             grammars: GrammarCompiler::new(Arc::clone(&tokenizer), &[end]),

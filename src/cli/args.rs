@@ -9,9 +9,9 @@ use clap::builder::RangedU64ValueParser;
 use clap::{ArgAction, Args};
 
 use crate::config::{
-    self, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EmbeddingPooling,
-    EngineOptions, Execution, HttpConfig, KvCacheDtype, LogConfig, LogFormat, LogLevel,
-    ModelConfig, PrefixCaching, Settings, Source,
+    self, Alias, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice,
+    EmbeddingPooling, EngineOptions, Execution, HostedNames, HttpConfig, KvCacheDtype, LogConfig,
+    LogFormat, LogLevel, ModelConfig, PrefixCaching, Settings, Source,
 };
 
 const AFTER_HELP: &str = "\
@@ -73,6 +73,25 @@ struct ModelFlags {
     #[arg(long, env = "QWEN_SERVER_MODEL_ALIAS", value_name = "NAME")]
     #[arg(action = ArgAction::Append, value_delimiter = ',')]
     model_alias: Vec<String>,
+
+    /// Name, with `*` for any text, and the model it stands for [repeatable]
+    ///
+    /// Answers carry the name that was asked for, and the header `x-served-model` the model that
+    /// served. In the config file these are the entries of the table `[aliases]`.
+    #[arg(long, env = "QWEN_SERVER_ALIAS", value_name = "NAME=MODEL")]
+    #[arg(action = ArgAction::Append, value_delimiter = ',')]
+    alias: Vec<Alias>,
+
+    /// Answer to the names of DashScope's hosted text models, such as qwen-plus
+    #[arg(long, env = "QWEN_SERVER_DASHSCOPE_NAMES", value_name = "BOOL")]
+    #[arg(default_value_t = true, default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    #[arg(overrides_with = "no_dashscope_names")]
+    dashscope_names: bool,
+
+    /// Answer only to names that were given to this server
+    #[arg(long, overrides_with = "dashscope_names")]
+    no_dashscope_names: bool,
 
     /// Longest sequence in tokens, prompt and answer together [default: the model's own limit]
     #[arg(long, env = "QWEN_SERVER_MAX_MODEL_LEN", value_name = "TOKENS")]
@@ -244,6 +263,12 @@ impl ServeArgs {
                 model: model.model,
                 served_model_names: model.served_model_name,
                 model_aliases: model.model_alias,
+                aliases: model.alias,
+                hosted_names: if model.dashscope_names && !model.no_dashscope_names {
+                    HostedNames::Answered
+                } else {
+                    HostedNames::Unknown
+                },
                 max_model_len: model.max_model_len.and_then(NonZeroUsize::new),
                 embedding_pooling: model.embedding_pooling,
                 bare_tool_calls: if model.bare_tool_calls && !model.no_bare_tool_calls {

@@ -44,6 +44,7 @@ impl ConfigFile {
         })?;
         let mut entries: Vec<Entry> = Vec::with_capacity(table.len());
         for (given, value) in table {
+            let (given, value) = unfold_aliases(given, value);
             let key = given.replace('_', "-");
             let Some((_, arg)) = setting_args(command).find(|(long, _)| *long == key) else {
                 let suggestion = suggestion(&key, command);
@@ -90,6 +91,21 @@ impl ConfigFile {
             command = command.mut_arg(id, |arg| arg.default_values(values));
         }
         command
+    }
+}
+
+/// The table `[aliases]` as the list that the repeatable `--alias` would be.
+fn unfold_aliases(key: String, value: toml::Value) -> (String, toml::Value) {
+    match value {
+        toml::Value::Table(table) if key == "aliases" => {
+            let entries = table.into_iter().map(|(name, model)| match model {
+                toml::Value::String(model) => format!("{name}={model}").into(),
+                // Refused for its type by the name of the table.
+                other => other,
+            });
+            ("alias".to_owned(), toml::Value::Array(entries.collect()))
+        }
+        value => (key, value),
     }
 }
 
@@ -198,6 +214,7 @@ mod tests {
                 .long("model-alias")
                 .env("TEST_FILE_MODEL_ALIAS")
                 .action(ArgAction::Append),
+            Arg::new("alias").long("alias").action(ArgAction::Append),
             Arg::new("print_config").long("print-config").action(ArgAction::SetTrue),
         ])
     }
@@ -230,6 +247,17 @@ mod tests {
         let matches = again.apply(super::tests::command()).get_matches_from(["serve"]);
         assert_eq!(matches.get_one::<u16>("port"), Some(&10));
         assert_eq!(matches.get_many::<String>("model_alias").unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_table_of_aliases_is_a_list_of_them() {
+        let text = "port = 9\n[aliases]\n\"qwen-*\" = 'mine'\nold = 'mine'";
+        let file = ConfigFile::parse("x.toml", text, &command()).unwrap();
+        let matches = file.apply(command()).get_matches_from(["serve"]);
+        let aliases: Vec<&String> = matches.get_many("alias").unwrap().collect();
+        assert_eq!(aliases, ["old=mine", "qwen-*=mine"]);
+        let message = error("[aliases]\nx = 1");
+        assert!(message.contains("`alias` must be a string, but is an integer"), "{message}");
     }
 
     #[test]

@@ -30,10 +30,6 @@ pub(super) async fn create(
     body: ApiJson<EmbeddingRequest>,
 ) -> Result<Response, ApiError> {
     check_model(&body.value.model, &state)?;
-    let log = RequestLog::new(&request_id);
-    if state.engine.is_loading() {
-        return Err(ApiError::Loading);
-    }
     let ignored = ignored_header(&body.ignored);
     let format = body.value.encoding_format.unwrap_or_default();
     let name = body.value.model.clone();
@@ -45,11 +41,7 @@ pub(super) async fn create(
     });
     let requests = requests.await??;
     let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
-    let usage = Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() };
-    let mut log = log.begin(usage);
-    let pooled = stream::iter(requests).map(|request| pooled(&state, request));
-    let vectors: Result<Vec<Vec<f32>>, ApiError> = pooled.buffered(MAX_AT_ONCE).try_collect().await;
-    log.end(if vectors.is_ok() { "finished" } else { "failed" });
+    let vectors = vectors(&state, &request_id, requests).await?;
     let embedding = |(index, vector)| Embedding {
         object: "embedding",
         index,
@@ -57,15 +49,39 @@ pub(super) async fn create(
     };
     let mut response = Json(EmbeddingList {
         object: "list",
-        data: vectors?.into_iter().enumerate().map(embedding).collect(),
+        data: vectors.into_iter().enumerate().map(embedding).collect(),
         model: name,
         usage: EmbeddingUsage { prompt_tokens, total_tokens: prompt_tokens },
     })
     .into_response();
     response.headers_mut().extend(ignored);
-    let pooling = HeaderValue::from_static(pooling_name(state.model.pooling));
-    response.headers_mut().insert(HeaderName::from_static("x-embedding-pooling"), pooling);
+    response.headers_mut().extend([pooling_header(&state)]);
     Ok(response)
+}
+
+/// Says what vectors are made of.
+pub(super) fn pooling_header(state: &AppState) -> (HeaderName, HeaderValue) {
+    let pooling = HeaderValue::from_static(pooling_name(state.model.pooling));
+    (HeaderName::from_static("x-embedding-pooling"), pooling)
+}
+
+/// The vectors of inputs, in order, with a line in the log about them all.
+pub(super) async fn vectors(
+    state: &AppState,
+    request_id: &RequestId,
+    requests: Vec<Request>,
+) -> Result<Vec<Vec<f32>>, ApiError> {
+    let log = RequestLog::new(request_id);
+    if state.engine.is_loading() {
+        return Err(ApiError::Loading);
+    }
+    let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
+    let usage = Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() };
+    let mut log = log.begin(usage);
+    let pooled = stream::iter(requests).map(|request| pooled(state, request));
+    let vectors: Result<Vec<Vec<f32>>, ApiError> = pooled.buffered(MAX_AT_ONCE).try_collect().await;
+    log.end(if vectors.is_ok() { "finished" } else { "failed" });
+    vectors
 }
 
 /// The vector of one input. Dropping this future takes the input back from the engine.

@@ -26,6 +26,10 @@ pub(super) enum ApiError {
     Invalid { message: String, param: Option<String> },
     #[error("{message}")]
     TooLong { message: String, param: &'static str },
+    #[error("`{0}`: Required parameter \"{0}\" missing from request.")]
+    Empty(&'static str),
+    #[error("{0}")]
+    Unsupported(&'static str),
     #[error("the model `{0}` does not exist")]
     ModelNotFound(String),
     #[error("there is no response `{0}`: it never was, was not stored, or its time is over")]
@@ -66,7 +70,7 @@ impl ApiError {
         let (kind, code) = self.kind_and_code();
         let param = match self {
             Self::Invalid { param, .. } => param.clone(),
-            Self::TooLong { param, .. } => Some((*param).to_owned()),
+            Self::TooLong { param, .. } | Self::Empty(param) => Some((*param).to_owned()),
             Self::ModelNotFound(_) => Some("model".to_owned()),
             Self::ResponseNotFound(_) => Some("response_id".to_owned()),
             Self::PreviousNotFound(_) => Some("previous_response_id".to_owned()),
@@ -80,6 +84,8 @@ impl ApiError {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::Invalid { .. }
+            | Self::Empty(_)
+            | Self::Unsupported(_)
             | Self::TooLong { .. }
             | Self::BodyUnreadable
             | Self::PreviousNotFound(_) => StatusCode::BAD_REQUEST,
@@ -102,6 +108,9 @@ impl ApiError {
         match self {
             Self::Invalid { .. } | Self::BodyUnreadable => ("invalid_request_error", None),
             Self::TooLong { .. } => ("invalid_request_error", Some("context_length_exceeded")),
+            Self::Empty("model") => ("invalid_request_error", Some("empty_model")),
+            Self::Empty(_) => ("invalid_request_error", Some("empty_input")),
+            Self::Unsupported(_) => ("invalid_request_error", Some("unsupported_operation")),
             Self::ModelNotFound(_) => ("invalid_request_error", Some("model_not_found")),
             Self::ResponseNotFound(_) => ("invalid_request_error", Some("response_not_found")),
             Self::PreviousNotFound(_) => {

@@ -25,7 +25,7 @@ const MAX_LARGE_BODIES: usize = 4;
 static LARGE_BODIES: Semaphore = Semaphore::const_new(MAX_LARGE_BODIES);
 
 /// The right to keep a large body; a small one needs none.
-type Permit = Option<SemaphorePermit<'static>>;
+pub(super) type Permit = Option<SemaphorePermit<'static>>;
 
 /// A JSON body of type `T`.
 pub(super) struct ApiJson<T> {
@@ -39,7 +39,7 @@ pub(super) struct ApiJson<T> {
 /// What every endpoint may be told about fields it does not know.
 #[derive(Deserialize)]
 pub(super) struct Strictness {
-    strict_params: Option<bool>,
+    pub(super) strict_params: Option<bool>,
 }
 
 impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for ApiJson<T> {
@@ -118,7 +118,7 @@ pub(super) fn refuse_ignored(names: &[String], strict: Option<bool>) -> Result<(
 
 /// Waits until a body of this size may be parsed. The permit stays with the body until its prompt
 /// is made, because that is what takes memory.
-async fn permit(num_bytes: usize, state: &AppState) -> Result<Permit, ApiError> {
+pub(super) async fn permit(num_bytes: usize, state: &AppState) -> Result<Permit, ApiError> {
     if num_bytes <= state.limits.max_inline_body_bytes {
         return Ok(None);
     }
@@ -143,7 +143,7 @@ pub(super) fn ignored_header(ignored: &[String]) -> Option<(HeaderName, HeaderVa
     Some((HeaderName::from_static("x-ignored-params"), value))
 }
 
-async fn read(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
+pub(super) async fn read(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
     if !is_json(request.headers()) {
         return Err(ApiError::UnsupportedMediaType);
     }

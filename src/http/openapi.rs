@@ -30,10 +30,12 @@ mod tests {
     use serde::de::DeserializeOwned;
     use serde_json::Value;
 
+    use super::super::aliases;
     use super::super::body::Body;
     use super::super::extract::Strictness;
     use super::*;
     use crate::anthropic::MessagesRequest;
+    use crate::dashscope::{EmbeddingInput, EmbeddingParameters, Input, NoParameters, Parameters};
     use crate::openai::chat::ChatCompletionRequest;
     use crate::openai::completion::{CompletionRequest, FimRequest};
     use crate::openai::embedding::EmbeddingRequest;
@@ -78,6 +80,10 @@ mod tests {
             ("EmbeddingRequest", known::<EmbeddingRequest, Strictness>()),
             ("TokenizeRequest", known::<TokenizeRequest, Strictness>()),
             ("DetokenizeRequest", known::<DetokenizeRequest, Strictness>()),
+            ("DashScopeInput", known::<Input, NoParameters>()),
+            ("DashScopeParameters", known::<Parameters, GenerationFields>()),
+            ("DashScopeEmbeddingInput", known::<EmbeddingInput, NoParameters>()),
+            ("DashScopeEmbeddingParameters", known::<EmbeddingParameters, Strictness>()),
         ];
         for (name, known) in &requests {
             let schema = &spec["components"]["schemas"][*name];
@@ -85,7 +91,10 @@ mod tests {
         }
         for (path, operations) in spec["paths"].as_object().unwrap() {
             let body = &operations["post"]["requestBody"]["content"]["application/json"]["schema"];
-            if let Some(reference) = body["$ref"].as_str() {
+            // DashScope has what is read as a body of its own inside of its bodies.
+            let inner = body["properties"].as_object().into_iter().flatten();
+            for schema in inner.map(|(_, schema)| schema).chain([body]) {
+                let Some(reference) = schema["$ref"].as_str() else { continue };
                 let is_compared = requests.iter().any(|(name, _)| reference.ends_with(name));
                 assert!(is_compared, "{path}: compare {reference} with its type here");
             }
@@ -112,12 +121,34 @@ mod tests {
             .unwrap()
             .iter()
             .flat_map(|(path, operations)| {
-                let methods = operations.as_object().unwrap().keys();
+                let keys = operations.as_object().unwrap().keys();
+                let methods = keys.filter(|key| *key != "servers");
                 methods.map(|method| (path.clone(), method.clone()))
             })
             .collect();
         assert_eq!(routes, described);
         assert_eq!(spec["info"]["version"], env!("CARGO_PKG_VERSION"));
+    }
+
+    /// An alias is another server of the same path.
+    #[test]
+    fn every_alias_is_described() {
+        let bases = aliases::COMPATIBLE.map(|prefix| prefix.strip_suffix("/v1/").unwrap());
+        let anthropic = aliases::ANTHROPIC.strip_suffix("/v1/messages").unwrap();
+        for (path, item) in spec()["paths"].as_object().unwrap() {
+            let servers = item["servers"].as_array().into_iter().flatten();
+            let servers: Vec<&str> =
+                servers.map(|server| server["url"].as_str().unwrap()).collect();
+            let mut expected = Vec::new();
+            if path.starts_with("/v1/") {
+                expected.push("/");
+                expected.extend(bases);
+            }
+            if path.starts_with("/v1/messages") {
+                expected.push(anthropic);
+            }
+            assert_eq!(servers, expected, "{path}");
+        }
     }
 
     #[test]

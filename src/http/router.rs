@@ -3,24 +3,28 @@
 use std::any::Any;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request};
-use axum::middleware;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{HeaderName, HeaderValue, Method};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
+use super::aliases;
 use super::anthropic_errors::with_anthropic_errors;
+use super::dashscope_errors::with_dashscope_errors;
 use super::error::ApiError;
 use super::request_id::with_request_id;
 use super::state::AppState;
 use super::{
-    chat, completions, embeddings, fim, health, messages, models, openapi, render, responses,
-    tokenize,
+    chat, completions, dashscope, embeddings, fim, health, messages, models, openapi, render,
+    responses, tokenize,
 };
 
 /// The whole server as one service.
 pub fn router(state: AppState) -> Router {
     let max_body_bytes = state.limits.max_body_bytes;
+    let max_input_tokens = state.engine.limits().max_model_len.saturating_sub(1);
     let routes = Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/chat/completions/render", post(render::chat))
@@ -46,12 +50,38 @@ pub fn router(state: AppState) -> Router {
         .route("/metrics", get(health::metrics))
         .route("/openapi.json", get(openapi::description))
         .route("/docs", get(openapi::page))
+        .route("/api/v1/services/aigc/text-generation/generation", post(dashscope::text))
+        .route("/api/v1/services/aigc/multimodal-generation/generation", post(dashscope::media))
+        .route("/api/v1/services/embeddings/text-embedding/text-embedding", post(dashscope::embed))
+        .route("/api/v1/tokenizer", post(dashscope::tokenize))
+        .route("/api/v1/models", get(dashscope::models))
+        .layer(middleware::from_fn_with_state(state.clone(), with_served_model))
         .with_state(state);
-    layered(routes, max_body_bytes)
+    let routes = layered(routes, max_body_bytes, max_input_tokens);
+    // Paths are looked up behind this.
+    let resolve = middleware::map_request(async |request| aliases::resolve(request));
+    Router::new().fallback_service(routes).layer(resolve)
+}
+
+/// Names the model that served, which may be called something else in the answer.
+async fn with_served_model(
+    State(state): State<AppState>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let is_post = request.method() == Method::POST;
+    let mut response = next.run(request).await;
+    if is_post
+        && response.status().is_success()
+        && let Ok(name) = HeaderValue::from_str(&state.model.name)
+    {
+        response.headers_mut().insert(HeaderName::from_static("x-served-model"), name);
+    }
+    response
 }
 
 /// Makes every answer of `routes` one that clients understand.
-fn layered(routes: Router, max_body_bytes: usize) -> Router {
+fn layered(routes: Router, max_body_bytes: usize, max_input_tokens: usize) -> Router {
     // The last layer is the outermost: an id also for what panics or has no route.
     routes
         .fallback(not_found)
@@ -59,11 +89,16 @@ fn layered(routes: Router, max_body_bytes: usize) -> Router {
         .layer(DefaultBodyLimit::max(max_body_bytes))
         .layer(CatchPanicLayer::custom(on_panic))
         .layer(middleware::from_fn(with_anthropic_errors))
+        .layer(middleware::from_fn_with_state(max_input_tokens, with_dashscope_errors))
         .layer(middleware::from_fn(with_request_id))
 }
 
 async fn not_found(request: Request) -> ApiError {
-    ApiError::NotFound(request.uri().path().to_owned())
+    let path = request.uri().path();
+    match dashscope::refusal(path) {
+        Some(advice) => ApiError::Unsupported(advice),
+        None => ApiError::NotFound(path.to_owned()),
+    }
 }
 
 async fn method_not_allowed(request: Request) -> ApiError {
@@ -96,7 +131,7 @@ mod tests {
         async fn panicking() -> &'static str {
             panic!("secret detail")
         }
-        let routes = layered(Router::new().route("/", get(panicking)), 0);
+        let routes = layered(Router::new().route("/", get(panicking)), 0, 0);
         let response = routes.oneshot(Request::new(Body::empty())).await.unwrap();
         assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
         assert!(response.headers().contains_key("x-request-id"));

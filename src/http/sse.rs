@@ -2,7 +2,10 @@
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::time::Duration;
 
+use axum::body::{Body, Bytes};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -19,6 +22,8 @@ use crate::openai::stream::ChunkUsage;
 
 /// What ends a stream that did not fail.
 const DONE: &str = "[DONE]";
+/// A comment, which clients skip.
+const KEEP_ALIVE: &[u8] = b":keep-alive\n\n";
 
 /// Turns updates into the chunks of an endpoint.
 pub(super) trait RenderChunks: Send + 'static {
@@ -37,6 +42,11 @@ pub(super) trait RenderChunks: Send + 'static {
         None
     }
 
+    /// The status of the chunk, where clients are told one.
+    fn status(_: &Self::Chunk) -> u16 {
+        200
+    }
+
     /// Chunks that tell of an error midway; `None` for OpenAI's error body.
     fn fail(&mut self, _: &ApiError, _: Usage) -> Option<Vec<Self::Chunk>> {
         None
@@ -51,16 +61,24 @@ pub(super) trait RenderChunks: Send + 'static {
 /// An event of a stream, in text.
 struct SentEvent {
     name: Option<&'static str>,
+    status: u16,
     data: String,
 }
 
 impl SentEvent {
     fn of<R: RenderChunks>(chunk: &R::Chunk) -> Self {
-        Self { name: R::name(chunk), data: to_json(chunk) }
+        Self { name: R::name(chunk), status: R::status(chunk), data: to_json(chunk) }
     }
 
     fn bare(data: String) -> Self {
-        Self { name: None, data }
+        Self { name: None, status: 200, data }
+    }
+
+    /// As DashScope frames it: no blank behind a colon, because its clients compare the names.
+    fn into_native_frame(self, id: u64) -> Bytes {
+        let Self { name, status, data } = self;
+        let name = name.unwrap_or("result");
+        format!("id:{id}\nevent:{name}\n:HTTP_STATUS/{status}\ndata:{data}\n\n").into()
     }
 
     fn into_event(self) -> Event {
@@ -120,6 +138,47 @@ pub(super) async fn response<R: RenderChunks>(
     let name = HeaderName::from_static("x-accel-buffering");
     response.headers_mut().insert(name, HeaderValue::from_static("no"));
     Ok(response)
+}
+
+/// The same, framed as DashScope's native streams are.
+pub(super) async fn native_response<R: RenderChunks>(
+    generation: Generation,
+    renderer: R,
+    limits: &HttpLimits,
+) -> Result<Response, ApiError> {
+    let mut producer = Producer::new(generation, renderer);
+    if let Ok(begun) = timeout(limits.keep_alive, producer.begin()).await {
+        begun?;
+    }
+    let headers = [
+        (CONTENT_TYPE, "text/event-stream;charset=UTF-8"),
+        (CACHE_CONTROL, "no-cache"),
+        (HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    let body = Body::from_stream(native_frames(producer, limits.keep_alive));
+    Ok((headers, body).into_response())
+}
+
+fn native_frames<R: RenderChunks>(
+    producer: Producer<R>,
+    keep_alive: Duration,
+) -> impl Stream<Item = Result<Bytes, Infallible>> {
+    stream::unfold((producer, 0), move |(mut producer, id)| async move {
+        loop {
+            if let Some(event) = producer.ready.pop_front() {
+                let id = id + 1;
+                return Some((Ok(event.into_native_frame(id)), (producer, id)));
+            }
+            match timeout(keep_alive, producer.refill()).await {
+                Err(_) => return Some((Ok(Bytes::from_static(KEEP_ALIVE)), (producer, id))),
+                Ok(refilled) => {
+                    if let Err(error) = refilled? {
+                        producer.fail(&error);
+                    }
+                }
+            }
+        }
+    })
 }
 
 struct Producer<R> {

@@ -26,6 +26,7 @@ pub struct ChatCompletionRequest {
     pub chat_template_kwargs: Option<Map<String, Value>>,
     pub enable_thinking: Option<bool>,
     pub thinking_budget: Option<i64>,
+    pub preserve_thinking: Option<bool>,
     pub reasoning_effort: Option<String>,
     pub reasoning: Option<ReasoningOptions>,
     pub add_generation_prompt: Option<bool>,
@@ -95,7 +96,7 @@ pub struct ChatLogprobs {
     pub refusal: Option<Vec<ChatTokenLogprob>>,
 }
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ChatTokenLogprob {
     pub token: String,
     pub logprob: f32,
@@ -103,7 +104,7 @@ pub struct ChatTokenLogprob {
     pub top_logprobs: Vec<TopLogprob>,
 }
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TopLogprob {
     pub token: String,
     pub logprob: f32,

@@ -48,10 +48,17 @@ pub struct GenerationFields {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a string or a list of strings")]
+#[serde(
+    untagged,
+    expecting = "expected a string, a list of strings or a list of lists of token ids"
+)]
 pub enum Stop {
     One(String),
     Many(Vec<String>),
+    /// DashScope's native form of a single sequence.
+    Tokens(Vec<u32>),
+    /// Sequences of tokens, as DashScope has them.
+    TokenLists(Vec<Vec<u32>>),
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

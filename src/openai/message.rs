@@ -12,6 +12,8 @@ pub struct ChatMessage {
     pub tool_call_id: Option<String>,
     pub function_call: Option<FunctionCall>,
     pub reasoning_content: Option<String>,
+    /// As DashScope has it: the message is the beginning of the answer.
+    pub partial: Option<bool>,
     /// As some clients put it on a message instead of a part.
     pub cache_control: Option<Value>,
 }

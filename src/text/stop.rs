@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::text::borders::Borders;
+
 /// What may be shown after a piece of text came in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StopOutcome {
@@ -99,48 +101,22 @@ impl StopMatcher {
     }
 }
 
-/// One stop string in a Knuth-Morris-Pratt automaton: constant time per byte, no look back.
+/// One stop string: constant time per byte, no look back.
 #[derive(Debug)]
 struct Pattern {
     text: String,
-    /// `borders[i]`: length of the longest proper prefix of `text[..=i]`, in bytes, that is also
-    /// its suffix.
-    borders: Vec<u32>,
+    borders: Borders,
 }
 
 impl Pattern {
     fn new(text: String) -> Self {
-        let bytes = text.as_bytes();
-        let mut borders = vec![0; bytes.len()];
-        let mut border = 0;
-        for index in 1..bytes.len() {
-            while 0 < border && bytes[border] != bytes[index] {
-                border = borders[border - 1] as usize;
-            }
-            if bytes[border] == bytes[index] {
-                border += 1;
-            }
-            borders[index] = border as u32;
-        }
+        let borders = Borders::new(text.as_bytes());
         Self { text, borders }
     }
 
-    /// Whether the text up to and with `byte` ends with the whole stop string, of which it ended
-    /// with `num_matched` bytes before.
+    /// See [`Borders::advance`].
     fn advance(&self, num_matched: &mut u32, byte: u8) -> bool {
-        let bytes = self.text.as_bytes();
-        if bytes.is_empty() {
-            return false;
-        }
-        // After a whole match the search goes on behind its longest border.
-        let is_over = |num: u32| num as usize == bytes.len() || bytes[num as usize] != byte;
-        while 0 < *num_matched && is_over(*num_matched) {
-            *num_matched = self.borders[*num_matched as usize - 1];
-        }
-        if bytes[*num_matched as usize] == byte {
-            *num_matched += 1;
-        }
-        *num_matched as usize == bytes.len()
+        self.borders.advance(self.text.as_bytes(), num_matched, &byte)
     }
 }
 

@@ -17,6 +17,12 @@ const PATHS: [&str; 8] = [
     "/detokenize",
 ];
 
+const NATIVE_PATHS: [&str; 3] = [
+    "/api/v1/services/aigc/text-generation/generation",
+    "/api/v1/services/embeddings/text-embedding/text-embedding",
+    "/api/v1/tokenizer",
+];
+
 const FIELDS: [&str; 40] = [
     "input",
     "encoding_format",
@@ -132,6 +138,29 @@ fn body() -> impl Strategy<Value = Value> {
     })
 }
 
+/// The same as the body, the input and the parameters of a native request.
+async fn check_native(server: &FakeServer, body: &[u8]) {
+    let mut requests = vec![body.to_vec()];
+    if let Ok(value) = serde_json::from_slice::<Value>(body) {
+        let prompt = json!({"prompt": "say:hi;"});
+        let wrapped = [
+            json!({"model": MODEL, "input": value, "parameters": {"max_tokens": 3}}),
+            json!({"model": MODEL, "input": prompt, "parameters": value}),
+        ];
+        requests.extend(wrapped.map(|request| request.to_string().into_bytes()));
+    }
+    for path in NATIVE_PATHS {
+        for request in &requests {
+            let answer = server.post_text(path, request.clone()).await;
+            if answer.status != 200 {
+                assert!(answer.status.is_client_error(), "{}: {request:?}", answer.text);
+                let body = answer.json();
+                assert!(["code", "message", "request_id"].iter().all(|key| body[key].is_string()));
+            }
+        }
+    }
+}
+
 fn check(bodies: &[Vec<u8>]) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -144,6 +173,9 @@ fn check(bodies: &[Vec<u8>]) {
                     answer.error(answer.status.as_u16());
                 }
             }
+        }
+        for body in bodies {
+            check_native(&server, body).await;
         }
         let answer = server.post(PATHS[0], chat("still here")).await.ok();
         assert_eq!(answer["choices"][0]["message"]["content"], "still here");

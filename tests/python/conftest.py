@@ -106,6 +106,15 @@ class Server:
     def log_tail(self):
         return pathlib.Path(self.log.name).read_text(errors="replace")[-4000:]
 
+    def mark_log(self):
+        """Where the log ends now."""
+        return len(pathlib.Path(self.log.name).read_text(errors="replace"))
+
+    def outcomes_since(self, mark):
+        """How each request ended that has ended since."""
+        text = pathlib.Path(self.log.name).read_text(errors="replace")[mark:]
+        return re.findall(r'request finished.*outcome="?(\w+)', text)
+
     def wait_until_ready(self):
         deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:

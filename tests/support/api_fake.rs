@@ -13,8 +13,9 @@ use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use qwen_server::chat::fim::FimTokens;
-use qwen_server::chat::model::{Conventions, Reasoning, ServedModel};
+use qwen_server::chat::model::{Conventions, NamePattern, Reasoning, ServedModel};
 use qwen_server::chat::template::{ChatTemplate, TemplateTokens};
+use qwen_server::config::DASHSCOPE_NAMES;
 use qwen_server::engine::request::{GenerationDefaults, Pooling};
 use qwen_server::engine::{EngineConfig, spawn};
 use qwen_server::grammar::GrammarCompiler;
@@ -133,6 +134,7 @@ pub(crate) fn model(conventions: Conventions) -> ServedModel {
     ServedModel {
         name: MODEL.into(),
         aliases: vec!["org/alias".into()],
+        patterns: DASHSCOPE_NAMES.map(NamePattern::new).into(),
         root: "/models/fake".into(),
         grammars: GrammarCompiler::new(Arc::clone(&tokenizer), &[IM_END]),
         fim: FimTokens::find(&tokenizer),

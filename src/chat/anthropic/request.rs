@@ -83,6 +83,7 @@ pub fn convert(
         ignored: Vec::new(),
         origins: conversation.origins,
         renamed: &RENAMED,
+        parent: None,
     })
 }
 

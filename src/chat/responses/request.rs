@@ -94,7 +94,8 @@ pub fn convert(
         prompt_cache_options: request.prompt_cache_options.clone(),
         ..ChatCompletionRequest::default()
     };
-    Ok(Converted { chat, fields, ignored, origins: conversation.origins, renamed: &RENAMED })
+    let origins = conversation.origins;
+    Ok(Converted { chat, fields, ignored, origins, renamed: &RENAMED, parent: None })
 }
 
 fn refuse_unsupported(

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use indicatif::HumanBytes;
 
 use super::device::Opened;
-use crate::config::{Config, PrefixCaching, Source};
+use crate::config::{Config, HostedNames, PrefixCaching, Source};
 use crate::device::Device;
 use crate::ops::matmul::instruction_set;
 use crate::runner::load::PlannedModel;
@@ -30,6 +30,10 @@ pub(super) fn describe(
         PrefixCaching::Enabled => "equal prefixes shared",
         PrefixCaching::Disabled => "nothing shared",
     };
+    let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
+    if config.model.hosted_names == HostedNames::Answered {
+        names.push("the names of DashScope's text models");
+    }
     let weights = planned.checkpoint.gguf();
     let lines = [
         ("model", format!("{}, {}", planned.config.architecture, weights.quantization())),

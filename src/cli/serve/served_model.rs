@@ -5,11 +5,14 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use crate::chat::fim::FimTokens;
-use crate::chat::model::{Conventions, Reasoning, ServedModel};
+use crate::chat::model::{Conventions, NamePattern, Reasoning, ServedModel};
 use crate::chat::reasoning;
 use crate::chat::template::{ChatTemplate, TemplateTokens};
 use crate::chat::tool_call::{BareToolCalls, ToolCallFormat};
-use crate::config::{BareCalls, EmbeddingPooling, ModelConfig};
+use crate::cli::Hinted;
+use crate::config::{
+    Alias, BareCalls, DASHSCOPE_NAMES, EmbeddingPooling, HostedNames, ModelConfig,
+};
 use crate::engine::request::Pooling;
 use crate::grammar::GrammarCompiler;
 use crate::sampling::params::GenerationDefaults;
@@ -48,10 +51,12 @@ pub(super) fn build(
         .context("the chat template in the model file is unusable")?;
     let fim = FimTokens::find(&tokenizer).filter(|_| is_coder(metadata, resolved));
     let tokenizer = Arc::new(tokenizer);
-    let mut names = config.names(&resolved.name).into_iter();
+    let (names, patterns) = names(config, resolved)?;
+    let mut names = names.into_iter();
     Ok(ServedModel {
         name: names.next().unwrap_or_else(|| resolved.name.clone()),
         aliases: names.collect(),
+        patterns,
         root: config.model.clone(),
         grammars: GrammarCompiler::new(Arc::clone(&tokenizer), &eos_token_ids),
         tokenizer,
@@ -66,6 +71,35 @@ pub(super) fn build(
         sampling_defaults: sampling_defaults(resolved),
         conventions,
     })
+}
+
+/// The names that are listed, the one for answers first, and those with a `*`. A name for another
+/// model than this one would be answered by the wrong model.
+fn names(
+    config: &ModelConfig,
+    resolved: &ResolvedModel,
+) -> Result<(Vec<String>, Vec<NamePattern>)> {
+    let mut names = config.names(&resolved.name);
+    let is_this_one =
+        |model: &String| names.contains(model) || [&resolved.name, &config.model].contains(&model);
+    if let Some(alias) = config.aliases.iter().find(|alias| !is_this_one(&alias.model)) {
+        let message = format!("`--alias {alias}`: this server has no model `{}`", alias.model);
+        let hint = format!("it has `{}`", names.join("`, `"));
+        return Err(Hinted { message, hint }.into());
+    }
+    let (with_star, plain): (Vec<&Alias>, Vec<&Alias>) =
+        config.aliases.iter().partition(|alias| alias.name.contains('*'));
+    for alias in plain {
+        if !names.contains(&alias.name) {
+            names.push(alias.name.clone());
+        }
+    }
+    let mut patterns: Vec<NamePattern> =
+        with_star.into_iter().map(|alias| NamePattern::new(&alias.name)).collect();
+    if config.hosted_names == HostedNames::Answered {
+        patterns.extend(DASHSCOPE_NAMES.map(NamePattern::new));
+    }
+    Ok((names, patterns))
 }
 
 /// Every Qwen2.5 has the tokens to fill in the middle in its vocabulary; only Coders learned them.
