@@ -24,8 +24,8 @@ const SPLIT_TILES: usize = 8;
 const FOUR_TILES: usize = 8 * BUSY_BLOCKS;
 /// Row tiles above which a warp takes two of them at a time that need no unpacking.
 const DENSE_TWO_TILES: usize = 4 * BUSY_BLOCKS;
-/// Bytes of shared memory that the blocks of a multiprocessor share.
-const SHARED_BYTES: usize = 226 << 10;
+/// Bytes of a multiprocessor's shared memory that each block takes for itself.
+const BLOCK_BYTES: usize = 1024;
 
 const DENSE_SMALL: [&str; 7] = [
     "matmul_dense_small_n1_r1",
@@ -64,14 +64,16 @@ impl Plan {
         let columns = columns.unwrap_or(SMALL_TOKENS);
         let is_packed = matches!(weights, Weights::Packed(_));
         let two = if is_packed { BUSY_BLOCKS } else { DENSE_TWO_TILES };
+        // Where all row tiles are taken at once, more warps share one.
+        let most = if is_packed { 2 * BUSY_BLOCKS } else { BUSY_BLOCKS };
+        let num_warps = if num_row_tiles <= most { 16 } else { 8 };
         let tiles = match num_row_tiles {
+            // There is no room for the stages of so many.
+            _ if columns == 16 && num_warps == 16 => 1,
             n if columns == 1 && weights.has_four_tiles() && FOUR_TILES < n => 4,
             n if two < n => 2,
             _ => 1,
         };
-        // Where all row tiles are taken at once, more warps share one.
-        let most = if is_packed { 2 * BUSY_BLOCKS } else { BUSY_BLOCKS };
-        let num_warps = if num_row_tiles <= most { 16 } else { 8 };
         Self::Small { columns, tiles, num_warps }
     }
 
@@ -203,11 +205,13 @@ impl Product<'_> {
         let weight_bytes = tiles * self.segment.stage_bytes();
         let warp_sums = tiles * if columns == 1 { TILE_ROWS } else { columns.div_ceil(8) * 4 * 32 };
         // As `small_stages`.
-        let num_stages = (14336 - 2 * 4 * warp_sums) / (weight_bytes + columns * TILE_COLS * 2);
+        let num_stages = (10240 - 2 * 4 * warp_sums) / (weight_bytes + columns * TILE_COLS * 2);
         let stage_bytes = weight_bytes + self.x.num_rows * TILE_COLS * 2;
         let shared_bytes = num_warps * (num_stages.clamp(2, 6) * stage_bytes + 2 * 4 * warp_sums);
         // 16 warps are a block to themselves, because of their registers.
-        let per_multiprocessor = (SHARED_BYTES / (shared_bytes + 1024)).clamp(1, 16 / num_warps);
+        let all_shared_bytes = gpu.properties().max_shared_bytes + BLOCK_BYTES;
+        let fitting = all_shared_bytes / (shared_bytes + BLOCK_BYTES);
+        let per_multiprocessor = fitting.clamp(1, 16 / num_warps);
         let num_groups = self.segment.num_kernel_rows().div_ceil(TILE_ROWS).div_ceil(tiles);
         let num_blocks = num_groups.min(gpu.num_multiprocessors() * per_multiprocessor);
         let config = LaunchConfig {
