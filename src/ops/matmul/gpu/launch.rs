@@ -262,9 +262,10 @@ impl Product<'_> {
         let sums;
         let (module, function) = match self.segment.weights {
             Weights::Packed(format) => {
-                sums = match format.has_min() {
-                    true => Some(self.sums(gpu, format.run_len(), sum_stride)?),
-                    false => None,
+                sums = if format.has_min() {
+                    Some(self.sums(gpu, format.run_len(), sum_stride)?)
+                } else {
+                    None
                 };
                 args.push(sums.as_ref().map_or(Arg::Null, Arg::Buffer));
                 ("matmul_large", format.large[index])
