@@ -102,12 +102,11 @@ fn compile_for_cards(sources: &Sources, out: &Path) {
         command.arg("-o").arg(output).arg(source);
         command
     });
-    let mut table = String::from("&[\n");
-    for path in &fatbins {
-        let name = stem(path);
-        table.push_str(&format!("    ({name:?}, include_bytes!({:?})),\n", path.display()));
-    }
-    table.push_str("]\n");
+    let lines: Vec<String> = fatbins
+        .iter()
+        .map(|path| format!("    ({:?}, include_bytes!({:?})),\n", stem(path), path.display()))
+        .collect();
+    let table = format!("&[\n{}]\n", lines.concat());
     fs::write(out.join("fatbins.rs"), table).expect("the build folder is writable");
 }
 
@@ -150,9 +149,9 @@ fn find_nvcc() -> PathBuf {
 fn run(command: &mut Command, what: &str) {
     let output = command.output().unwrap_or_else(|error| {
         panic!(
-            "cannot start {:?} for {what}: {error}; run `scripts/cuda-home.sh` and set CUDA_HOME to \
+            "cannot start `{}` for {what}: {error}; run `scripts/cuda-home.sh` and set CUDA_HOME to \
              what it prints, or install CUDA 13 (kernels) or g++ (emulation)",
-            command.get_program()
+            command.get_program().display()
         )
     });
     let text = String::from_utf8_lossy(&output.stderr);

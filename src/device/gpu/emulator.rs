@@ -267,10 +267,10 @@ fn find(kernel: Kernel) -> Result<Entry, GpuError> {
     });
     let name = CString::new(format!("emulate_{}", kernel.function)).expect("no zeros in a name");
     let library = std::ptr::with_exposed_provenance_mut::<c_void>(library);
-    // SAFETY: the handle is open for the life of the program.
     let entry = if library.is_null() {
         std::ptr::null_mut()
     } else {
+        // SAFETY: the handle is open for the life of the program.
         unsafe { libc::dlsym(library, name.as_ptr()) }
     };
     if entry.is_null() {
