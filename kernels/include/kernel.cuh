@@ -56,6 +56,14 @@ __device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
+// The same number, which the compiler keeps in a register instead of finding it anew each time.
+__device__ __forceinline__ int kept(int value) {
+#ifdef __CUDACC__
+    asm("" : "+r"(value));
+#endif
+    return value;
+}
+
 // A barrier of its own (1 to 15) for some warps of a block: `num_threads` of them wait for each other.
 __device__ __forceinline__ void named_barrier(int id, int num_threads) {
 #ifdef __CUDACC__

@@ -38,7 +38,7 @@ namespace quant {
 enum class Scales {
     HALF,           // tile [g][group of 32][row g, g + 8] f16
     HALF_MIN,       // tile [g][group of 32][row g, g + 8] {scale, minimum} f16
-    SUPER_MIN,      // tile [g][group of 32][row g, g + 8] {scale, minimum} u8; super [g][row g, g + 8] {scale, minimum} f16
+    SUPER_MIN,      // tile [g][group of 32][row g, g + 8] {scale, minimum} u8; super [g][row g, g + 8] the same in f16
     SUPER_HALVES,   // tile [g][group of 16][row g, g + 8] u8, 128 more than the scale; super [g][row g, g + 8] f16
     SUPER_NIBBLES,  // tile [g][group of 16][row g, g + 8] low nibble scale, high minimum; super as SUPER_MIN
 };
@@ -66,7 +66,8 @@ __device__ __forceinline__ int activation_piece(int token, int piece) {
 
 // The B fragments of a token from its 128 bytes in shared memory.
 template <int RUN>
-__device__ __forceinline__ void load_activations(uint32_t (&b)[TILE_PRODUCTS][2], const uint8_t* row, int token, int t) {
+__device__ __forceinline__ void load_activations(
+    uint32_t (&b)[TILE_PRODUCTS][2], const uint8_t* row, int token, int t) {
     if constexpr (RUN == 32) {
         for (int half = 0; half < 2; half++) {
             const uint4 v = load_16(row + activation_piece<32>(token, 4 * half + t) * 16);
@@ -150,7 +151,8 @@ struct Format {
         constexpr int PIECES = TILE_BYTES / 16;
         const uint8_t* const tiles = p.weights + row_tile * row_tile_bytes(p.num_tiles());
         if (SUPER_BYTES != 0 && PIECES <= piece) {
-            return tiles + (long long)p.num_tiles() * TILE_BYTES + tile / SUPER_TILES * SUPER_BYTES + (piece - PIECES) * 16;
+            const uint8_t* const supers = tiles + (long long)p.num_tiles() * TILE_BYTES;
+            return supers + tile / SUPER_TILES * SUPER_BYTES + (piece - PIECES) * 16;
         }
         return tiles + (long long)tile * TILE_BYTES + piece * 16;
     }
@@ -160,8 +162,9 @@ struct Format {
         return TILE_BYTES / 16 <= piece ? num_tiles / SUPER_TILES * SUPER_BYTES : num_tiles * TILE_BYTES;
     }
 
-    // Issues the copy of piece `index` of the row tiles from `first_row_tile`, which lie one after the other in a stage.
-    __device__ __forceinline__ static void copy(uint8_t* stage, const uint8_t* from, const Product&, int, int, int index) {
+    // Issues the copy of piece `index` of the row tiles of a stage, which lie one after the other.
+    __device__ __forceinline__ static void copy(
+        uint8_t* stage, const uint8_t* from, const Product&, int, int, int index) {
         cp_async_16(stage + index * 16, from);
     }
 
@@ -228,7 +231,8 @@ struct Format {
             } else if constexpr (SCALES == Scales::SUPER_MIN) {
                 return times_byte<0>(high_f16(super[half]), scales[group], 2 * half + 1);
             } else {
-                return times_byte<0>(high_f16(super[half]), scales[group / 2] >> 4 & 0x0f0f0f0f, 2 * (group % 2) + half);
+                const uint32_t nibbles = scales[group / 2] >> 4 & 0x0f0f0f0f;
+                return times_byte<0>(high_f16(super[half]), nibbles, 2 * (group % 2) + half);
             }
         }
 
@@ -264,7 +268,8 @@ struct Format {
                 const uint32_t low = unpack_pair<BITS == 8 ? 4 : BITS>(words, 4 * j + i);
                 if constexpr (BITS == 8) {
                     // Both steps are exact: multiples of 16 down to -144, then -128 to 127.
-                    const uint32_t high = fma_bf16x2(unpack_high_pair(words + 4, 4 * j + i), ONE, both(bf16_of_integer(BIAS)));
+                    const uint32_t raw = unpack_high_pair(words + 4, 4 * j + i);
+                    const uint32_t high = fma_bf16x2(raw, ONE, both(bf16_of_integer(BIAS)));
                     a[i] = fma_bf16x2(low, ONE, high);
                 } else {
                     a[i] = fma_bf16x2(low, ONE, both(bf16_of_integer(BIAS)));

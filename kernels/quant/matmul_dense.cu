@@ -8,13 +8,13 @@
 
 using namespace quant;
 
-#define DENSE_SMALL(COLUMNS, TILES)                                                                           \
-    extern "C" __global__ void __launch_bounds__(512, 1) matmul_dense_small_n##COLUMNS##_r##TILES(            \
-        const uint8_t* weights, const bf16* x, const float* bias, void* y, int num_tokens, int num_rows,      \
-        int num_cols, int row_stride, int y_stride, int output) {                                             \
-        matmul_small<Dense, TILES, COLUMNS>(                                                                  \
-            {weights, x, bias, y, num_tokens, num_rows, num_cols, row_stride, y_stride, output});             \
-    }                                                                                                         \
+#define DENSE_SMALL(COLUMNS, TILES)                                                                       \
+    extern "C" __global__ void __launch_bounds__(512, 1) matmul_dense_small_n##COLUMNS##_r##TILES(        \
+        const uint8_t* weights, const bf16* x, const float* bias, void* y, int num_tokens, int num_rows,  \
+        int num_cols, int row_stride, int y_stride, int output) {                                         \
+        matmul_small<Dense, TILES, COLUMNS>(                                                              \
+            {weights, x, bias, y, num_tokens, num_rows, num_cols, row_stride, y_stride, output});         \
+    }                                                                                                     \
     KERNEL(matmul_dense_small_n##COLUMNS##_r##TILES);
 
 DENSE_SMALL(1, 1)
@@ -24,15 +24,16 @@ DENSE_SMALL(8, 2)
 DENSE_SMALL(16, 1)
 DENSE_SMALL(16, 2)
 
-#define DENSE_LARGE(TOKENS, WARPS_N, STAGES)                                                                  \
-    extern "C" __global__ void __launch_bounds__(LARGE_THREADS, LARGE_BLOCKS<TOKENS>) matmul_dense_large_n##TOKENS(              \
-        const uint8_t* weights, const bf16* x, const float* bias, void* y, int num_tokens, int num_rows,      \
-        int num_cols, int row_stride, int y_stride, int output, float* partial, unsigned* counters,           \
-        int split_tiles) {                                                                                    \
-        matmul_large<Dense, TOKENS, WARPS_N, STAGES>(                                                         \
-            {weights, x, bias, y, num_tokens, num_rows, num_cols, row_stride, y_stride, output},              \
-            {nullptr, partial, counters, 0, split_tiles});                                                    \
-    }                                                                                                         \
+#define DENSE_LARGE(TOKENS, WARPS_N, STAGES)                                                              \
+    extern "C" __global__ void __launch_bounds__(LARGE_THREADS, LARGE_BLOCKS<TOKENS>)                     \
+    matmul_dense_large_n##TOKENS(                                                                         \
+        const uint8_t* weights, const bf16* x, const float* bias, void* y, int num_tokens, int num_rows,  \
+        int num_cols, int row_stride, int y_stride, int output, float* partial, unsigned* counters,       \
+        int split_tiles) {                                                                                \
+        matmul_large<Dense, TOKENS, WARPS_N, STAGES>(                                                     \
+            {weights, x, bias, y, num_tokens, num_rows, num_cols, row_stride, y_stride, output},          \
+            {nullptr, partial, counters, 0, split_tiles});                                                \
+    }                                                                                                     \
     KERNEL(matmul_dense_large_n##TOKENS);
 
 DENSE_LARGE(32, 1, 5)

@@ -9,9 +9,9 @@
 //
 // Operations of a stage of a warp of 128 tokens: 64 mma, 128 FFMA to scale the sums of 32 columns in f32 (the integers
 // stay exact, as in matmul_small), twice that with minima or a scale for 16 columns; in all 369 instructions for
-// Q4_0, 388 for Q5_0, 463 for Q8_0, 581 for Q4_K, 584 for Q6_K (sm_90a). At the tensor cores' rate for mma.sync on Hopper,
-// about 6 cycles each on a quarter of an SM, 64 mma take 390 cycles: what has no minima is bound by them, the rest
-// by issue, at two thirds of that rate. Scaling the weights to bf16 before the product would save the FFMA, for
+// Q4_0, 388 for Q5_0, 463 for Q8_0, 581 for Q4_K, 584 for Q6_K (sm_90a). At the tensor cores' rate for mma.sync on
+// Hopper, about 6 cycles each on a quarter of an SM, 64 mma take 390 cycles: what has no minima is bound by them, the
+// rest by issue, at two thirds of that rate. Scaling the weights to bf16 before the product would save the FFMA, for
 // an error as large as that of bf16 weights; not taken. With 64 tokens a stage has 32 mma and 259 (Q4_0) to 399
 // (Q4_K) instructions, with 32 tokens 16 mma and 155 to 242.
 //
@@ -114,7 +114,8 @@ struct LargeCopy {
                 cp_async_16(to + thread % SUPER_PIECES * 16, supers + unsigned(tile) / SUPER_TILES * F::SUPER_BYTES);
             }
         }
-        uint8_t* const to = stage + Stage::WEIGHT_BYTES + thread / 8 * 128 + activation_piece<F::RUN>(thread / 8, thread % 8) * 16;
+        const int x_piece = activation_piece<F::RUN>(thread / 8, thread % 8);
+        uint8_t* const to = stage + Stage::WEIGHT_BYTES + thread / 8 * 128 + x_piece * 16;
         const bool valid = tile * TILE_COLS + thread % 8 * 8 < p.num_cols;
 #pragma unroll
         for (int i = 0; i < TOKENS; i += LARGE_THREADS / 8) {
@@ -145,7 +146,8 @@ struct LargeSums {
         for (int i = 0; i < TILES; i++) w[i].load(stage + (row_tile + i) * F::STAGE_BYTES, lane);
         // The order of bytes depends on the token's lowest bits, which are those of g.
         const uint8_t* const x = stage + Stage::WEIGHT_BYTES + (token + g) * 128;
-        const float* const x_sums = reinterpret_cast<const float*>(stage + Stage::WEIGHT_BYTES + Stage::X_BYTES) + token + 2 * t;
+        const uint8_t* const all_sums = stage + Stage::WEIGHT_BYTES + Stage::X_BYTES;
+        const float* const x_sums = reinterpret_cast<const float*>(all_sums) + token + 2 * t;
         constexpr int STEP = F::RUN == 32 ? 2 : 1;  // products that one load of activations serves
 #pragma unroll
         for (int first = 0; first < TILE_PRODUCTS; first += STEP) {

@@ -89,7 +89,8 @@ struct SmallSums {
 
     __device__ __forceinline__ void add_quantised(
         const uint8_t* stage, const uint32_t (&b)[NT][TILE_PRODUCTS][2], int lane) {
-        // Of tokens 2t and 2t + 1 the sum over each scale group, times BIAS where there is no minimum, the same for all rows.
+        // Of tokens 2t and 2t + 1 the sum over each scale group, times BIAS where there is no minimum; the same in
+        // both rows.
         constexpr uint32_t FACTOR = both(bf16_of_integer(F::HAS_MIN ? 1 : F::BIAS));
         const uint32_t factors[4] = {FACTOR, FACTOR, FACTOR, FACTOR};
         float x_sums[NT][F::GROUPS][4];
@@ -142,10 +143,11 @@ struct SmallSums {
 template <int TILES, int COLUMNS>
 constexpr int SMALL_WARP_SUMS = TILES * (COLUMNS == 1 ? TILE_ROWS : ceil_div(COLUMNS, 8) * 4 * WARP_SIZE);
 
-// How many stages a ring has, so that two blocks of eight warps fit into an SM, or one of 16: 14 KB a warp.
+// How many stages a ring has, so that two blocks of eight warps fit into an SM, or one of 16, also of an A100, which has
+// 163 KB: 10 KB a warp. That is 80 to 160 KB on the way to an SM, and 40 are needed.
 template <class F, int TILES, int COLUMNS>
 constexpr int small_stages() {
-    const int free_bytes = 14336 - 2 * 4 * SMALL_WARP_SUMS<TILES, COLUMNS>;
+    const int free_bytes = 10240 - 2 * 4 * SMALL_WARP_SUMS<TILES, COLUMNS>;
     const int fitting = free_bytes / (TILES * F::STAGE_BYTES + COLUMNS * 128);
     return fitting < 2 ? 2 : 6 < fitting ? 6 : fitting;
 }
@@ -176,7 +178,8 @@ struct SmallPrefetch {
           stage_bytes(stage_bytes_),
           x_at(kept(TILES * F::STAGE_BYTES + lane / 8 * 128 + activation_piece<F::RUN>(lane / 8, lane % 8) * 16)),
           num_tokens_behind(kept(p.num_tokens - lane / 8)), first_at(kept(warp * STAGES * stage_bytes)),
-          end_at(kept(first_at + STAGES * stage_bytes)), group(blockIdx.x), tile(warp), stage_at(first_at), shared(shared_) {
+          end_at(kept(first_at + STAGES * stage_bytes)), group(blockIdx.x), tile(warp), stage_at(first_at),
+          shared(shared_) {
         // A warp without a tile has no stages.
         if (num_tiles <= warp) group = num_groups;
         begin_group();

@@ -10,14 +10,6 @@ namespace quant {
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_COLS = 64;
 
-// The same number, which the compiler keeps in a register instead of finding it anew each time.
-__device__ __forceinline__ int kept(int value) {
-#ifdef __CUDACC__
-    asm("" : "+r"(value));
-#endif
-    return value;
-}
-
 enum Output : int {
     STORE_BF16 = 0,
     STORE_F32 = 1,

@@ -24,8 +24,8 @@ const SPLIT_TILES: usize = 8;
 const FOUR_TILES: usize = 8 * BUSY_BLOCKS;
 /// Row tiles above which a warp takes two of them at a time that need no unpacking.
 const DENSE_TWO_TILES: usize = 4 * BUSY_BLOCKS;
-/// Bytes of shared memory that the blocks of a multiprocessor share.
-const SHARED_BYTES: usize = 226 << 10;
+/// Bytes of a multiprocessor's shared memory that each block takes for itself.
+const BLOCK_BYTES: usize = 1024;
 
 const DENSE_SMALL: [&str; 7] = [
     "matmul_dense_small_n1_r1",
@@ -64,14 +64,16 @@ impl Plan {
         let columns = columns.unwrap_or(SMALL_TOKENS);
         let is_packed = matches!(weights, Weights::Packed(_));
         let two = if is_packed { BUSY_BLOCKS } else { DENSE_TWO_TILES };
+        // Where all row tiles are taken at once, more warps share one.
+        let most = if is_packed { 2 * BUSY_BLOCKS } else { BUSY_BLOCKS };
+        let num_warps = if num_row_tiles <= most { 16 } else { 8 };
         let tiles = match num_row_tiles {
+            // There is no room for the stages of so many.
+            _ if columns == 16 && num_warps == 16 => 1,
             n if columns == 1 && weights.has_four_tiles() && FOUR_TILES < n => 4,
             n if two < n => 2,
             _ => 1,
         };
-        // Where all row tiles are taken at once, more warps share one.
-        let most = if is_packed { 2 * BUSY_BLOCKS } else { BUSY_BLOCKS };
-        let num_warps = if num_row_tiles <= most { 16 } else { 8 };
         Self::Small { columns, tiles, num_warps }
     }
 
@@ -97,6 +99,37 @@ impl Weights {
     /// Whether there is a kernel that takes four row tiles at a time, for one token.
     pub(super) fn has_four_tiles(self) -> bool {
         matches!(self, Self::Packed(format) if format.bits < 8)
+    }
+
+    /// Bytes of a tile and its superscales in shared memory, as `STAGE_BYTES`.
+    fn stage_bytes(self) -> usize {
+        match self {
+            Self::Packed(format) => format.tile_bytes() + format.super_bytes(),
+            Self::Dense { .. } => TILE_ROWS * TILE_COLS * 2,
+        }
+    }
+
+    /// Shared memory that a warp of `matmul_small` has: its ring, and two sets of its sums.
+    pub(super) fn warp_bytes(self, (columns, tiles): (usize, usize), num_tokens: usize) -> usize {
+        let weight_bytes = tiles * self.stage_bytes();
+        let warp_sums = tiles * if columns == 1 { TILE_ROWS } else { columns.div_ceil(8) * 4 * 32 };
+        // As `small_stages`.
+        let num_stages = (10240 - 2 * 4 * warp_sums) / (weight_bytes + columns * TILE_COLS * 2);
+        num_stages.clamp(2, 6) * (weight_bytes + num_tokens * TILE_COLS * 2) + 2 * 4 * warp_sums
+    }
+
+    /// Shared memory that a block of `matmul_large` has, by tokens of a block.
+    pub(super) fn block_bytes(self, tokens: usize) -> usize {
+        let index = tokens.ilog2() as usize - 5;
+        let (num_stages, sum_bytes) = match self {
+            Self::Packed(format) if format.has_min() => {
+                ([8, 8, 6][index], TILE_COLS / format.run_len() * tokens * 4)
+            }
+            Self::Packed(_) => ([8, 8, 6][index], 0),
+            Self::Dense { .. } => ([5, 6, 5][index], 0),
+        };
+        let weight_bytes = LARGE_ROWS / TILE_ROWS * self.stage_bytes();
+        num_stages * (weight_bytes + tokens * TILE_COLS * 2 + sum_bytes)
     }
 }
 
@@ -151,14 +184,6 @@ impl Segment {
             Plan::Large { tokens, split_tiles } => product.large(matrix, tokens, split_tiles),
         }
     }
-
-    /// Bytes of a tile and its superscales in shared memory, as `STAGE_BYTES`.
-    fn stage_bytes(&self) -> usize {
-        match self.weights {
-            Weights::Packed(format) => format.tile_bytes() + format.super_bytes(),
-            Weights::Dense { .. } => TILE_ROWS * TILE_COLS * 2,
-        }
-    }
 }
 
 struct Product<'a> {
@@ -200,14 +225,12 @@ impl Product<'_> {
             8 => 2 + tiles,
             _ => 4 + tiles,
         };
-        let weight_bytes = tiles * self.segment.stage_bytes();
-        let warp_sums = tiles * if columns == 1 { TILE_ROWS } else { columns.div_ceil(8) * 4 * 32 };
-        // As `small_stages`.
-        let num_stages = (14336 - 2 * 4 * warp_sums) / (weight_bytes + columns * TILE_COLS * 2);
-        let stage_bytes = weight_bytes + self.x.num_rows * TILE_COLS * 2;
-        let shared_bytes = num_warps * (num_stages.clamp(2, 6) * stage_bytes + 2 * 4 * warp_sums);
+        let weights = self.segment.weights;
+        let shared_bytes = num_warps * weights.warp_bytes((columns, tiles), self.x.num_rows);
         // 16 warps are a block to themselves, because of their registers.
-        let per_multiprocessor = (SHARED_BYTES / (shared_bytes + 1024)).clamp(1, 16 / num_warps);
+        let all_shared_bytes = gpu.properties().max_shared_bytes + BLOCK_BYTES;
+        let fitting = all_shared_bytes / (shared_bytes + BLOCK_BYTES);
+        let per_multiprocessor = fitting.clamp(1, 16 / num_warps);
         let num_groups = self.segment.num_kernel_rows().div_ceil(TILE_ROWS).div_ceil(tiles);
         let num_blocks = num_groups.min(gpu.num_multiprocessors() * per_multiprocessor);
         let config = LaunchConfig {
@@ -235,25 +258,20 @@ impl Product<'_> {
         };
         let sum_stride = self.x.num_rows.next_multiple_of(tokens);
         let index = tokens.ilog2() as usize - 5;
-        let mut stage_bytes =
-            LARGE_ROWS / TILE_ROWS * self.segment.stage_bytes() + tokens * TILE_COLS * 2;
         let mut args = self.args();
-        let (module, function, num_stages, sums);
-        if let Weights::Packed(format) = self.segment.weights {
-            (module, function) = ("matmul_large", format.large[index]);
-            num_stages = [8, 8, 6][index];
-            sums = format
-                .has_min()
-                .then(|| self.sums(gpu, format.run_len(), sum_stride))
-                .transpose()?;
-            if format.has_min() {
-                stage_bytes += TILE_COLS / format.run_len() * tokens * 4;
+        let sums;
+        let (module, function) = match self.segment.weights {
+            Weights::Packed(format) => {
+                sums = if format.has_min() {
+                    Some(self.sums(gpu, format.run_len(), sum_stride)?)
+                } else {
+                    None
+                };
+                args.push(sums.as_ref().map_or(Arg::Null, Arg::Buffer));
+                ("matmul_large", format.large[index])
             }
-            args.push(sums.as_ref().map_or(Arg::Null, Arg::Buffer));
-        } else {
-            (module, function) = ("matmul_dense", DENSE_LARGE[index]);
-            num_stages = [5, 6, 5][index];
-        }
+            Weights::Dense { .. } => ("matmul_dense", DENSE_LARGE[index]),
+        };
         args.push(partial.as_ref().map_or(Arg::Null, Arg::Buffer));
         args.push(Arg::Buffer(&matrix.counters));
         if matches!(self.segment.weights, Weights::Packed(_)) {
@@ -263,7 +281,7 @@ impl Product<'_> {
         let config = LaunchConfig {
             grid: [num_token_blocks as u32, num_row_blocks as u32, num_splits as u32],
             block: [LARGE_THREADS, 1, 1],
-            shared_bytes: (num_stages * stage_bytes) as u32,
+            shared_bytes: self.segment.weights.block_bytes(tokens) as u32,
         };
         gpu.launch(Kernel { module, function }, config, &args)?;
         Ok(())

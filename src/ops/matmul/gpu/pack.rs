@@ -117,11 +117,15 @@ pub(super) fn pack_dense(
 fn put_integers(format: &PackedFormat, pairs: [u32; PAIRS], lane: usize, to: &mut [u8]) {
     let mut words = [0_u32; 8];
     match format.bits {
-        8 => {
-            pack_fields(4, pairs.map(|pair| pair & 0x000f_000f), &mut words);
-            pack_fields(4, pairs.map(|pair| pair >> 4 & 0x000f_000f), &mut words[4..]);
+        2 => pack_fields::<2>(pairs, &mut words),
+        3 => pack_fields::<3>(pairs, &mut words),
+        4 => pack_fields::<4>(pairs, &mut words),
+        5 => pack_fields::<5>(pairs, &mut words),
+        6 => pack_fields::<6>(pairs, &mut words),
+        _ => {
+            pack_fields::<4>(pairs.map(|pair| pair & 0x000f_000f), &mut words);
+            pack_fields::<4>(pairs.map(|pair| pair >> 4 & 0x000f_000f), &mut words[4..]);
         }
-        bits => pack_fields(bits, pairs, &mut words),
     }
     let (mut first, mut plane) = (0, 0);
     for num_words in [4, 4, 2, 1] {
@@ -138,15 +142,17 @@ fn put_integers(format: &PackedFormat, pairs: [u32; PAIRS], lane: usize, to: &mu
 
 /// Fields of `bits` bits in half words, as many as fit, each turned so that a rotation brings it to
 /// the top of the seven bits of a mantissa; then the pairs that are left, in the bits that are.
-fn pack_fields(bits: usize, pairs: [u32; PAIRS], words: &mut [u32]) {
-    let fields = 16 / bits;
-    for (index, pair) in pairs.iter().take(bits * fields).enumerate() {
-        words[index / fields] |= (pair << (7 - bits)).rotate_left((index % fields * bits) as u32);
+fn pack_fields<const BITS: usize>(pairs: [u32; PAIRS], words: &mut [u32]) {
+    let fields = 16 / BITS;
+    for (word, pairs) in words.iter_mut().zip(pairs.chunks_exact(fields)).take(BITS) {
+        for (field, pair) in pairs.iter().enumerate() {
+            *word |= (pair << (7 - BITS)).rotate_left((field * BITS) as u32);
+        }
     }
-    match bits {
+    match BITS {
         3 | 5 => {
-            for (i, word) in words[..bits].iter_mut().enumerate() {
-                *word |= (pairs[15] >> i & 0x0001_0001) << (6 - bits);
+            for (i, word) in words[..BITS].iter_mut().enumerate() {
+                *word |= (pairs[15] >> i & 0x0001_0001) << (6 - BITS);
             }
         }
         6 => {

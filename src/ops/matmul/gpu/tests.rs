@@ -5,7 +5,8 @@ use candle_core::quantized::GgmlDType;
 use half::bf16;
 
 use super::launch::Plan;
-use super::{GpuMatrix, Output, Stacking};
+use super::layout::packed_format;
+use super::{GpuMatrix, Output, Stacking, Weights};
 use crate::device::gpu::Gpu;
 use crate::ops::gguf_blocks::dequantize_row;
 use crate::ops::gguf_blocks::tests::{Random, random_blocks};
@@ -310,12 +311,35 @@ fn plans() {
     assert_eq!(plan(1, up), Plan::Small { columns: 1, tiles: 4, num_warps: 8 });
     assert_eq!(plan(4, up), Plan::Small { columns: 8, tiles: 2, num_warps: 8 });
     assert_eq!(plan(1, qkv), Plan::Small { columns: 1, tiles: 2, num_warps: 8 });
-    assert_eq!(plan(16, down), Plan::Small { columns: 16, tiles: 2, num_warps: 16 });
+    assert_eq!(plan(16, down), Plan::Small { columns: 16, tiles: 1, num_warps: 16 });
+    assert_eq!(plan(16, up), Plan::Small { columns: 16, tiles: 2, num_warps: 8 });
     assert_eq!(plan(17, qkv), Plan::Large { tokens: 32, split_tiles: 14 });
     assert_eq!(plan(64, down), Plan::Large { tokens: 64, split_tiles: 60 });
     assert_eq!(plan(64, up), Plan::Large { tokens: 64, split_tiles: 56 });
     assert_eq!(plan(512, down), Plan::Large { tokens: 64, split_tiles: 296 });
     assert_eq!(plan(4096, qkv), Plan::Large { tokens: 128, split_tiles: 56 });
+}
+
+/// Goal: no plan asks for more shared memory than the smallest card has that is served, an A100.
+#[test]
+fn plans_fit_into_shared_memory() {
+    let formats = INTEGERS.into_iter().filter_map(packed_format).map(Weights::Packed);
+    for weights in formats.chain([Weights::Dense { row_stride: 8 }]) {
+        for num_tokens in 1..200 {
+            for num_rows in (16..70_000).step_by(1000) {
+                let num_bytes = match Plan::new(weights, num_tokens, (num_rows, 4096)) {
+                    Plan::Small { columns, tiles, num_warps } => {
+                        num_warps * weights.warp_bytes((columns, tiles), num_tokens)
+                    }
+                    Plan::Large { tokens, .. } => weights.block_bytes(tokens),
+                };
+                assert!(
+                    num_bytes <= 163 << 10,
+                    "{num_bytes}: {num_rows} rows, {num_tokens} tokens"
+                );
+            }
+        }
+    }
 }
 
 #[test]
