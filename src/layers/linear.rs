@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Result;
 
+use super::content::rows;
 use crate::ops::matmul::{MatrixSource, PackedMatrix, gated_matmul, matmul};
 use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::{Checkpoint, StoredMatrix};
@@ -77,11 +78,13 @@ impl Linear {
 }
 
 fn pack(stored: &[StoredMatrix], in_features: usize) -> Result<PackedMatrix> {
+    let rows = stored.iter().map(rows).collect::<Result<Vec<_>>>()?;
     let sources: Vec<_> = stored
         .iter()
-        .map(|matrix| MatrixSource {
+        .zip(&rows)
+        .map(|(matrix, rows)| MatrixSource {
             dtype: matrix.dtype,
-            data: matrix.bytes.as_ref(),
+            data: rows,
             num_rows: matrix.num_rows,
         })
         .collect();
