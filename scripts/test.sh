@@ -101,6 +101,30 @@ for path in sys.argv[1:]:
 EOF
 }
 
+get_cuda() {
+    cuda_home=$(bash "$here/cuda-home.sh" | tail -n 1)
+    [ -x "$cuda_home/bin/nvcc" ] || return 1
+    echo "$cuda_home"
+}
+
+# Every kernel compiles for every architecture, and the hot ones keep to their registers.
+check_kernels() { NVCC=$cuda_home/bin/nvcc bash "$here/check-kernels.sh"; }
+
+# A build with kernels computes on the CPU where there is no card, and says why.
+starts_without_a_card() {
+    local log=$logs/without-a-card
+    timeout 60 "$binary" serve --model models/tiny/mixed.gguf --port 0 2>"$log" &
+    local server=$!
+    for _ in $(seq 100); do
+        if grep -q "NVIDIA" "$log" && grep -q "ready on" "$log"; then break; fi
+        sleep 0.1
+    done
+    kill "$server" 2>/dev/null || true
+    wait "$server" || true
+    cat "$log"
+    command -v nvidia-smi >/dev/null || grep -q "no usable NVIDIA GPU" "$log"
+}
+
 get_model() {
     model=$(bash "$here/get-model.sh" "$binary" | tail -n 1)
     [ -s "$model" ] || return 1
@@ -114,21 +138,28 @@ cargo --version
 target=$(cargo_target_dir)
 binary=$target/release/qwen-server
 model=
+cuda_home=
 
 phase "Python environment" make_venv
 phase "scripts" check_scripts
 phase "format" cargo fmt --check
 phase "clippy" cargo clippy --all-targets --locked -- -D warnings
-phase "release build" cargo build --release --locked
+phase "CUDA compiler" get_cuda
+phase "kernels" check_kernels
+# One binary for all: it holds the kernels, and starts on machines that have nothing of CUDA.
+phase "release build" env CUDA_HOME="$cuda_home" cargo build --release --locked --features cuda
 phase "real model" get_model
 export QWEN_SERVER_TEST_MODEL=$model
 export QWEN_SERVER_BIN=$binary
 
+phase "start without a card" starts_without_a_card
+
+# With the kernels, thread by thread on the processor.
 if cargo nextest --version >/dev/null 2>&1; then
     counted "Rust tests" '^ *Summary \[' \
-        cargo nextest run --locked --no-fail-fast --status-level slow --final-status-level fail
+        cargo nextest run --locked --features emulation --no-fail-fast --status-level slow --final-status-level fail
 else
-    counted "Rust tests" '^test result: ' cargo test --lib --bins --tests --locked --no-fail-fast
+    counted "Rust tests" '^test result: ' cargo test --lib --bins --tests --locked --no-fail-fast --features emulation
 fi
 counted "doc tests" '^test result: ' cargo test --doc --locked
 phase "documentation" env RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --locked

@@ -113,6 +113,8 @@ pub struct EngineOptions {
     pub kv_cache_memory: Option<ByteSize>,
     /// The part of a GPU's memory that the server may take.
     pub gpu_memory_utilization: f64,
+    /// How a GPU is told what to do.
+    pub execution: Execution,
     /// How keys and values are stored.
     pub kv_cache_dtype: KvCacheDtype,
     /// Whether requests share the blocks of equal prefixes.
@@ -157,6 +159,15 @@ pub enum KvCacheDtype {
     Bf16,
     /// Single precision.
     F32,
+}
+
+/// How a GPU is told what to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Execution {
+    /// Decode steps are recorded once and replayed.
+    Recorded,
+    /// Every kernel is launched by itself.
+    Eager,
 }
 
 /// Whether requests share the blocks of equal prefixes.

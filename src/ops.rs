@@ -16,6 +16,7 @@ pub mod random_rows;
 pub mod rms_norm;
 pub mod rope;
 mod rows;
+pub mod sample;
 pub mod silu_mul;
 mod simd;
 pub mod tensor;

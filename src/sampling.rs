@@ -6,6 +6,7 @@
 //!
 //! Start at [`Sampler::sample`].
 
+pub mod device_sampler;
 pub mod logprobs;
 pub mod params;
 pub mod rng;
@@ -14,5 +15,6 @@ pub mod sampler;
 mod penalties;
 mod row;
 
+pub use device_sampler::DeviceSampler;
 pub use params::SamplingParams;
 pub use sampler::Sampler;

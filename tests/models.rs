@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use candle_core::DType;
 use futures_util::StreamExt;
+use qwen_server::config::Execution;
 use qwen_server::device::Device;
+use qwen_server::device::gpu::Gpu;
 use qwen_server::engine::event::{Event, FinishReason, TokenLogprobs};
 use qwen_server::engine::handle::EngineHandle;
 use qwen_server::engine::request::{Pooling, Priority, Request, StopConditions};
@@ -24,6 +26,9 @@ use qwen_server::weights::checkpoint::Checkpoint;
 use qwen_server::weights::gguf::Gguf;
 use serde::Deserialize;
 
+#[path = "models/gpu.rs"]
+mod gpu;
+
 #[derive(Clone, Copy)]
 struct Setup {
     block_size: usize,
@@ -31,6 +36,31 @@ struct Setup {
     max_num_batched_tokens: usize,
     num_threads: usize,
     kv_cache_dtype: DType,
+    place: Place,
+}
+
+/// Where a model runs.
+#[derive(Clone, Copy)]
+enum Place {
+    Cpu,
+    /// A card, or else the emulation, if the build has one of them.
+    Gpu(Execution),
+}
+
+impl Place {
+    fn device(self) -> Device {
+        match self {
+            Self::Cpu => Device::Cpu,
+            Self::Gpu(_) => Device::Gpu(Gpu::for_tests().expect("the caller looked")),
+        }
+    }
+
+    fn execution(self) -> Execution {
+        match self {
+            Self::Cpu => Execution::Eager,
+            Self::Gpu(execution) => execution,
+        }
+    }
 }
 
 const ROOMY: Setup = Setup {
@@ -39,6 +69,7 @@ const ROOMY: Setup = Setup {
     max_num_batched_tokens: 512,
     num_threads: 1,
     kv_cache_dtype: DType::F16,
+    place: Place::Cpu,
 };
 
 fn tiny(name: &str) -> PathBuf {
@@ -47,8 +78,9 @@ fn tiny(name: &str) -> PathBuf {
 
 fn start(model: &Path, setup: Setup) -> EngineHandle {
     let options = LoadOptions {
-        device: Device::Cpu,
+        device: setup.place.device(),
         gpu_memory_utilization: 0.9,
+        execution: setup.place.execution(),
         kv_cache_bytes: Some(setup.kv_cache_bytes),
         kv_cache_dtype: setup.kv_cache_dtype,
         max_model_len: None,
@@ -260,6 +292,7 @@ fn block_bytes(model: &Path, block_size: usize) -> u64 {
     let options = LoadOptions {
         device: Device::Cpu,
         gpu_memory_utilization: 0.9,
+        execution: Execution::Eager,
         kv_cache_bytes: Some(1 << 20),
         kv_cache_dtype: DType::F16,
         max_model_len: None,
@@ -420,25 +453,26 @@ async fn hugging_face_computes_the_same() {
         ("mixed", QUANTISED),
         ("k-quants", K_QUANTS),
     ];
+    let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
     for (name, tolerance) in checkpoints {
-        let golden = std::fs::read_to_string(tiny(&format!("{name}.json"))).unwrap();
-        let golden: Golden = serde_json::from_str(&golden).unwrap();
-        let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
-        let engine = start(&tiny(&format!("{name}.gguf")), setup);
-        let (mut errors, mut num_clear) = (Vec::new(), 0);
-        for prompt in &golden.prompts {
-            errors.extend(errors_of(&engine, prompt).await);
-            num_clear += compare_greedy(&engine, prompt, tolerance.margin).await;
-        }
-        assert!(MIN_CLEAR_TOKENS <= num_clear, "{name}: only {num_clear} tokens were compared");
-        let max = errors.iter().copied().fold(0.0, f64::max);
-        let mean = errors.iter().sum::<f64>() / errors.len() as f64;
-        println!(
-            "{name:12} {} log-probabilities: mean error {mean:.1e}, max {max:.1e}",
-            errors.len()
-        );
-        assert!(max <= tolerance.max && mean <= tolerance.mean, "{name}: max {max}, mean {mean}");
+        compare_with_golden(name, tolerance, setup).await;
     }
+}
+
+async fn compare_with_golden(name: &str, tolerance: Tolerance, setup: Setup) {
+    let golden = std::fs::read_to_string(tiny(&format!("{name}.json"))).unwrap();
+    let golden: Golden = serde_json::from_str(&golden).unwrap();
+    let engine = start(&tiny(&format!("{name}.gguf")), setup);
+    let (mut errors, mut num_clear) = (Vec::new(), 0);
+    for prompt in &golden.prompts {
+        errors.extend(errors_of(&engine, prompt).await);
+        num_clear += compare_greedy(&engine, prompt, tolerance.margin).await;
+    }
+    assert!(MIN_CLEAR_TOKENS <= num_clear, "{name}: only {num_clear} tokens were compared");
+    let max = errors.iter().copied().fold(0.0, f64::max);
+    let mean = errors.iter().sum::<f64>() / errors.len() as f64;
+    println!("{name:12} {} log-probabilities: mean error {mean:.1e}, max {max:.1e}", errors.len());
+    assert!(max <= tolerance.max && mean <= tolerance.mean, "{name}: max {max}, mean {mean}");
 }
 
 /// The errors of the prompt's log-probabilities and of the first generated token's alternatives.

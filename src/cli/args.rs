@@ -10,7 +10,11 @@ use clap::{ArgAction, Args};
 
 use crate::config::{
     self, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EmbeddingPooling,
+<<<<<<< HEAD
     EngineOptions, HttpConfig, KvCacheDtype, LoadFormat, LogConfig, LogFormat, LogLevel,
+=======
+    EngineOptions, Execution, HttpConfig, KvCacheDtype, LogConfig, LogFormat, LogLevel,
+>>>>>>> cuda
     ModelConfig, PrefixCaching, Settings, Source,
 };
 
@@ -162,6 +166,14 @@ struct EngineFlags {
     #[arg(default_value_t = 96, value_parser = at_least_one(1 << 20))]
     max_prefill_tokens_while_decoding: usize,
 
+    /// Launch every kernel of a GPU by itself instead of recording decode steps as CUDA graphs
+    ///
+    /// Slower; for finding faults.
+    #[arg(long, env = "QWEN_SERVER_ENFORCE_EAGER", value_name = "BOOL")]
+    #[arg(default_value_t = false, default_missing_value = "true")]
+    #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
+    enforce_eager: bool,
+
     /// Requests that may wait; further ones are answered with status 429
     #[arg(long, env = "QWEN_SERVER_MAX_QUEUE", value_name = "N")]
     #[arg(default_value_t = 1024, value_parser = at_least_one(1 << 20))]
@@ -269,6 +281,11 @@ impl ServeArgs {
                 block_size: memory.block_size,
                 kv_cache_memory: memory.kv_cache_memory,
                 gpu_memory_utilization: memory.gpu_memory_utilization,
+                execution: if engine.enforce_eager {
+                    Execution::Eager
+                } else {
+                    Execution::Recorded
+                },
                 kv_cache_dtype: memory.kv_cache_dtype,
                 prefix_caching: if shares_prefixes {
                     PrefixCaching::Enabled

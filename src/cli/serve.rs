@@ -186,6 +186,7 @@ fn load_options(config: &Config, device: Device) -> LoadOptions {
     LoadOptions {
         device,
         gpu_memory_utilization: engine.gpu_memory_utilization,
+        execution: engine.execution,
         kv_cache_bytes: engine.kv_cache_memory.map(ByteSize::bytes),
         kv_cache_dtype: match engine.kv_cache_dtype {
             KvCacheDtype::F16 => DType::F16,

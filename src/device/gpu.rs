@@ -6,6 +6,8 @@
 
 mod backend;
 #[cfg(feature = "cuda")]
+mod cublas;
+#[cfg(feature = "cuda")]
 mod driver;
 #[cfg(feature = "emulation")]
 mod emulator;
@@ -14,7 +16,7 @@ mod ranges;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use self::backend::Backend;
+use self::backend::{Backend, Product};
 pub use self::backend::{Graph, Properties};
 use self::ranges::FreeRanges;
 
@@ -129,6 +131,25 @@ impl Arg<'_> {
             Self::F32(value) => u64::from(value.to_bits()),
         }
     }
+}
+
+/// A dense product, see [`Gpu::multiply`].
+#[derive(Clone, Copy, Debug)]
+pub struct DenseOperands<'a> {
+    /// Activations.
+    pub x: &'a DeviceBuffer,
+    /// Weights.
+    pub w: &'a DeviceBuffer,
+    /// The result.
+    pub y: &'a DeviceBuffer,
+    /// Rows of `x` and `y`.
+    pub num_tokens: usize,
+    /// Rows of `w`, columns of `y`.
+    pub num_rows: usize,
+    /// Columns of `x` and `w`.
+    pub num_cols: usize,
+    /// Values from one row of `w` to the next.
+    pub row_stride: usize,
 }
 
 /// One GPU. Cheap to clone; all clones are the same card, memory and stream.
@@ -309,6 +330,34 @@ impl Gpu {
         }
         let args: Vec<u64> = args.iter().map(|arg| arg.bits()).collect();
         self.shared.backend.launch(kernel, config, &args)
+    }
+
+    /// Multiplies dense `bf16` matrices, `y = x wᵀ`, through the vendor's library after everything
+    /// before it: `x` `[num_tokens, num_cols]`, `w` `[num_rows, row_stride]`, and `y`
+    /// `[num_tokens, num_rows]` in `f32` or `bf16`, as its size says. Returns false, and does
+    /// nothing, if there is no library.
+    ///
+    /// # Errors
+    /// If the library fails.
+    ///
+    /// # Panics
+    /// If a buffer is too small for its shape.
+    pub fn multiply(&self, operands: &DenseOperands<'_>) -> Result<bool, GpuError> {
+        let DenseOperands { x, w, y, num_tokens, num_rows, num_cols, row_stride } = *operands;
+        assert!(num_cols <= row_stride, "rows of {num_cols} values, {row_stride} apart");
+        assert!(2 * num_tokens * num_cols <= x.len() && 2 * num_rows * row_stride <= w.len());
+        let element_bytes = y.len() / (num_tokens * num_rows).max(1);
+        assert!(matches!(element_bytes, 2 | 4) && num_tokens * num_rows * element_bytes == y.len());
+        self.shared.backend.multiply(&Product {
+            x: x.address(),
+            w: w.address(),
+            y: y.address(),
+            num_tokens,
+            num_rows,
+            num_cols,
+            row_stride,
+            is_f32: element_bytes == 4,
+        })
     }
 
     /// Fills a buffer with zeros after everything before it.
@@ -494,5 +543,113 @@ impl DeviceBuffer {
 impl std::fmt::Debug for DeviceBuffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "DeviceBuffer({} bytes)", self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GATHER: Kernel = Kernel { module: "gather_rows", function: "gather_rows_f32_1" };
+
+    /// Copies the rows of three values that `rows` names.
+    fn gather(
+        gpu: &Gpu,
+        x: &DeviceBuffer,
+        rows: &DeviceBuffer,
+        out: &DeviceBuffer,
+    ) -> Result<(), GpuError> {
+        let num_rows = rows.len() as u32 / 4;
+        let config = LaunchConfig { grid: [1, num_rows, 1], block: [32, 1, 1], shared_bytes: 0 };
+        let args =
+            [Arg::Buffer(x), Arg::Buffer(rows), Arg::Buffer(out), Arg::U32(num_rows), Arg::I32(3)];
+        gpu.launch(GATHER, config, &args)
+    }
+
+    fn words(gpu: &Gpu, words: &[u32]) -> DeviceBuffer {
+        gpu.alloc_from(bytemuck::cast_slice(words)).unwrap()
+    }
+
+    /// Goal: a recording does again what was recorded, with what its inputs are then, and puts the
+    /// result where it was put.
+    #[test]
+    fn a_recording_runs_again_on_other_inputs() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let x = words(&gpu, &[1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        let rows = words(&gpu, &[2, 0]);
+        gather(&gpu, &x, &rows, &gpu.scratch(24).unwrap()).unwrap();
+        let (out, graph) = gpu
+            .capture(|| {
+                let between = gpu.scratch(24)?;
+                gather(&gpu, &x, &rows, &between)?;
+                let out = gpu.scratch(24)?;
+                gpu.copy(&out, &between)?;
+                Ok::<_, GpuError>(out)
+            })
+            .unwrap();
+        let parked = out.park();
+        for (input, expected) in [([2, 0], [7, 8, 9, 1, 2, 3]), ([1, 1], [4, 5, 6, 4, 5, 6])] {
+            rows.upload(bytemuck::cast_slice(&input)).unwrap();
+            gpu.replay(&graph).unwrap();
+            let out = gpu.retake(&parked).download().unwrap();
+            assert_eq!(bytemuck::pod_collect_to_vec::<u8, u32>(&out), expected);
+        }
+    }
+
+    /// Goal: the emulation is an oracle. Method: a kernel is given a buffer that is too short, and
+    /// one that nobody wrote.
+    #[test]
+    #[cfg(feature = "emulation")]
+    fn the_emulation_sees_what_kernels_must_not_do() {
+        let gpu = Gpu::emulated();
+        let x = words(&gpu, &[1, 2, 3]);
+        let rows = words(&gpu, &[0, 0]);
+        let error = gather(&gpu, &x, &rows, &gpu.alloc(20).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("wrote behind a buffer of 20 bytes"), "{error}");
+
+        let out = gpu.alloc(12).unwrap();
+        gather(&gpu, &gpu.alloc(12).unwrap(), &rows.slice(0..4), &out).unwrap();
+        let read: Vec<f32> = bytemuck::pod_collect_to_vec(&out.download().unwrap());
+        assert!(read.iter().all(|value| value.is_nan()));
+
+        let missing = Kernel { module: "gather_rows", function: "no_such_kernel" };
+        let error = gpu.launch(missing, LaunchConfig::linear(1, 1), &[]).unwrap_err().to_string();
+        assert!(error.contains("no_such_kernel"), "{error}");
+    }
+
+    #[test]
+    fn scratch_memory_is_reused_in_the_same_order() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        if gpu.is_emulated() {
+            return;
+        }
+        let step = || {
+            let (a, b) = (gpu.scratch(1000).unwrap(), gpu.scratch(5000).unwrap());
+            drop(a);
+            let c = gpu.scratch(300).unwrap();
+            [b.address(), c.address()]
+        };
+        assert_eq!(step(), step());
+    }
+
+    #[test]
+    fn bytes_come_back_as_they_went() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let bytes: Vec<u8> = (0..1000).map(|i| (i % 251) as u8).collect();
+        let buffer = gpu.alloc_from(&bytes).unwrap();
+        assert_eq!(buffer.slice(10..20).download().unwrap(), bytes[10..20]);
+        let copy = gpu.scratch(500).unwrap();
+        gpu.copy(&copy, &buffer.slice(250..750)).unwrap();
+        gpu.zero(&copy.slice(0..3)).unwrap();
+        let found = copy.download().unwrap();
+        assert_eq!((&found[..3], &found[3..]), (&[0, 0, 0][..], &bytes[253..750]));
+    }
+
+    #[test]
+    fn large_uploads_arrive_whole() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let words: Vec<u32> = (0..5_000_000_u32).map(|i| i.wrapping_mul(2_654_435_761)).collect();
+        let buffer = gpu.alloc_from(bytemuck::cast_slice(&words)).unwrap();
+        assert!(buffer.download().unwrap() == bytemuck::cast_slice::<u32, u8>(&words));
     }
 }

@@ -1,17 +1,17 @@
 //! `y = x Wᵀ + b`, whatever type the weights are stored in.
 
-use std::sync::Arc;
-
 use candle_core::Result;
 
 use super::content::rows;
-use crate::ops::matmul::{MatrixSource, PackedMatrix, gated_matmul, matmul};
+use crate::ops::matmul::{
+    MatrixSource, RandomSource, Stacking, Weights, gated_matmul, matmul, matmul_f32,
+};
 use crate::ops::tensor::{Device, Tensor};
-use crate::weights::checkpoint::{Checkpoint, StoredMatrix};
+use crate::weights::checkpoint::{Checkpoint, Content, StoredMatrix};
 
 /// A linear projection, or several that share their input and run as one.
 pub struct Linear {
-    weight: Arc<PackedMatrix>,
+    weight: Weights,
     bias: Option<Tensor>,
 }
 
@@ -34,6 +34,36 @@ impl Linear {
         in_features: usize,
         device: &Device,
     ) -> anyhow::Result<Self> {
+        Self::load_stacked(
+            (checkpoint, prefix),
+            projections,
+            in_features,
+            (Stacking::Below, device),
+        )
+    }
+
+    /// Loads a gate and an up projection for [`Linear::forward_gated`].
+    pub fn load_gated(
+        checkpoint: &Checkpoint,
+        prefix: &str,
+        projections: &[Projection<'_>; 2],
+        in_features: usize,
+        device: &Device,
+    ) -> anyhow::Result<Self> {
+        Self::load_stacked(
+            (checkpoint, prefix),
+            projections,
+            in_features,
+            (Stacking::Gated, device),
+        )
+    }
+
+    fn load_stacked(
+        (checkpoint, prefix): (&Checkpoint, &str),
+        projections: &[Projection<'_>],
+        in_features: usize,
+        (stacking, device): (Stacking, &Device),
+    ) -> anyhow::Result<Self> {
         let mut stored = Vec::new();
         let mut bias = Vec::new();
         for projection in projections {
@@ -48,18 +78,23 @@ impl Linear {
                 bias.extend(checkpoint.vector(&bias_name, projection.out_features)?);
             }
         }
-        let weight = pack(&stored, in_features)?;
+        let weight = pack(&stored, in_features, stacking, device)?;
         let bias = match bias.len() {
             0 => None,
             len if len == weight.num_rows() => Some(Tensor::from_vec(bias, (1, len), device)?),
             _ => anyhow::bail!("only some of the biases of `{prefix}` are in the file"),
         };
-        Ok(Self { weight: Arc::new(weight), bias })
+        Ok(Self { weight, bias })
     }
 
     /// `[num_tokens, in_features]` to `[num_tokens, out_features]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         matmul(x, &self.weight, self.bias.as_ref())
+    }
+
+    /// [`Linear::forward`] with a result in `f32` on every device.
+    pub fn forward_f32(&self, x: &Tensor) -> Result<Tensor> {
+        matmul_f32(x, &self.weight, self.bias.as_ref())
     }
 
     /// Of a stack of gate and up projection without biases, `silu(gate(x)) * up(x)`:
@@ -77,7 +112,15 @@ impl Linear {
     }
 }
 
-fn pack(stored: &[StoredMatrix], in_features: usize) -> Result<PackedMatrix> {
+fn pack(
+    stored: &[StoredMatrix],
+    in_features: usize,
+    stacking: Stacking,
+    device: &Device,
+) -> Result<Weights> {
+    if let Some(random) = random_sources(stored) {
+        return Weights::random(&random, in_features, stacking, device);
+    }
     let rows = stored.iter().map(rows).collect::<Result<Vec<_>>>()?;
     let sources: Vec<_> = stored
         .iter()
@@ -88,5 +131,16 @@ fn pack(stored: &[StoredMatrix], in_features: usize) -> Result<PackedMatrix> {
             num_rows: matrix.num_rows,
         })
         .collect();
-    PackedMatrix::pack(&sources, in_features)
+    Weights::pack(&sources, in_features, stacking, device)
+}
+
+/// What to make up of matrices that are best made up in place.
+fn random_sources(stored: &[StoredMatrix]) -> Option<Vec<RandomSource>> {
+    let sources = stored.iter().map(|matrix| match matrix.content {
+        Content::RandomInPlace { seed } => {
+            Some(RandomSource { dtype: matrix.dtype, num_rows: matrix.num_rows, seed })
+        }
+        Content::Stored | Content::Random { .. } => None,
+    });
+    sources.collect()
 }

@@ -27,7 +27,7 @@ impl Mlp {
         ];
         let down = [Projection { name: "down_proj", out_features: hidden_size }];
         Ok(Self {
-            gate_up_proj: Linear::load(checkpoint, prefix, &gate_up, hidden_size, device)?,
+            gate_up_proj: Linear::load_gated(checkpoint, prefix, &gate_up, hidden_size, device)?,
             down_proj: Linear::load(checkpoint, prefix, &down, intermediate_size, device)?,
         })
     }

@@ -152,7 +152,7 @@ impl Model for Qwen2 {
     }
 
     fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.lm_head.forward(hidden) // [num_logits, vocab_size]
+        self.lm_head.forward_f32(hidden) // [num_logits, vocab_size]
     }
 
     fn num_weight_bytes(&self) -> usize {

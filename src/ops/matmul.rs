@@ -17,6 +17,7 @@
 mod activations;
 mod buffer;
 mod format;
+mod gpu;
 mod kernel;
 mod pack;
 #[cfg(target_arch = "x86_64")]
@@ -28,18 +29,20 @@ use std::sync::Arc;
 
 use candle_core::Tensor as CpuTensor;
 use candle_core::quantized::GgmlDType;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, bail};
 
 use self::activations::{Activations, Group, SumFactor, SumKind, groups};
 use self::buffer::Buffer;
 use self::format::{BLOCK, GROUP_BYTES, packed_layout, panel_bytes};
+pub use self::gpu::{GpuMatrix, Stacking};
 use self::kernel::Kernels;
 use self::plan::{Epilogue, Plan};
 use self::simd::{Isa, LANES};
 use crate::device::threads::parallel_for;
 use crate::ops::gguf_blocks::{block_layout, row_bytes};
+use crate::ops::random_rows::random_rows;
 use crate::ops::simd::Isa as FloatIsa;
-use crate::ops::tensor::Tensor;
+use crate::ops::tensor::{Device, GpuTensor, Tensor};
 
 /// The instruction set that products are computed with on this machine.
 pub fn instruction_set() -> &'static str {
@@ -57,7 +60,107 @@ pub struct MatrixSource<'a> {
     pub num_rows: usize,
 }
 
-/// A matrix of weights `[num_rows, num_cols]`, ready for [`matmul`].
+/// Rows of weights that nobody has, see [`crate::ops::random_rows`].
+#[derive(Clone, Copy, Debug)]
+pub struct RandomSource {
+    /// Format of the blocks.
+    pub dtype: GgmlDType,
+    /// How many rows there are.
+    pub num_rows: usize,
+    /// Makes them differ from those of other matrices.
+    pub seed: u64,
+}
+
+/// A matrix of weights `[num_rows, num_cols]` on the device that multiplies with it.
+#[derive(Clone)]
+pub enum Weights {
+    /// In the program's memory.
+    Cpu(Arc<PackedMatrix>),
+    /// In a card's memory.
+    Gpu(Arc<GpuMatrix>),
+}
+
+impl Weights {
+    /// Packs the sources for a device. Uses the current thread pool.
+    ///
+    /// # Errors
+    /// As [`PackedMatrix::pack`] and [`GpuMatrix::pack`].
+    pub fn pack(
+        sources: &[MatrixSource<'_>],
+        num_cols: usize,
+        stacking: Stacking,
+        device: &Device,
+    ) -> Result<Self> {
+        Ok(match device {
+            Device::Cpu => Self::Cpu(Arc::new(PackedMatrix::pack(sources, num_cols)?)),
+            Device::Gpu(gpu) => {
+                Self::Gpu(Arc::new(GpuMatrix::pack(gpu, sources, num_cols, stacking)?))
+            }
+        })
+    }
+
+    /// Makes up weights on a device: other ones than another device does.
+    ///
+    /// # Errors
+    /// As [`Weights::pack`].
+    pub fn random(
+        sources: &[RandomSource],
+        num_cols: usize,
+        stacking: Stacking,
+        device: &Device,
+    ) -> Result<Self> {
+        if let Device::Gpu(gpu) = device {
+            let matrix = GpuMatrix::random(gpu, sources, num_cols, stacking)?;
+            return Ok(Self::Gpu(Arc::new(matrix)));
+        }
+        let rows = sources
+            .iter()
+            .map(|source| random_rows(source.dtype, (source.num_rows, num_cols), source.seed))
+            .collect::<Result<Vec<_>>>()?;
+        let sources: Vec<_> = sources
+            .iter()
+            .zip(&rows)
+            .map(|(&RandomSource { dtype, num_rows, .. }, data)| MatrixSource {
+                dtype,
+                data,
+                num_rows,
+            })
+            .collect();
+        Self::pack(&sources, num_cols, stacking, device)
+    }
+
+    /// Rows of all sources.
+    pub fn num_rows(&self) -> usize {
+        match self {
+            Self::Cpu(matrix) => matrix.num_rows(),
+            Self::Gpu(matrix) => matrix.num_rows(),
+        }
+    }
+
+    /// Memory that the packed weights take.
+    pub fn num_bytes(&self) -> usize {
+        match self {
+            Self::Cpu(matrix) => matrix.num_bytes(),
+            Self::Gpu(matrix) => matrix.num_bytes(),
+        }
+    }
+
+    fn cpu(&self) -> Result<&Arc<PackedMatrix>> {
+        match self {
+            Self::Cpu(matrix) => Ok(matrix),
+            Self::Gpu(_) => bail!("the weights are on the GPU, the activations are not"),
+        }
+    }
+
+    fn gpu(&self) -> Result<&GpuMatrix> {
+        match self {
+            Self::Gpu(matrix) => Ok(matrix),
+            Self::Cpu(_) => bail!("the activations are on the GPU, the weights are not"),
+        }
+    }
+}
+
+/// A matrix of weights `[num_rows, num_cols]` as the processor's kernels stream it.
 pub struct PackedMatrix {
     segments: Vec<Segment>,
     num_rows: usize,
@@ -178,17 +281,32 @@ impl<T> SharedMut<T> {
 }
 
 /// `x * w^T + bias`: `[num_tokens, num_rows]` from `x: [num_tokens, num_cols]` and `bias:
-/// [num_rows]`.
+/// [num_rows]`. On a card `x` and the result are `bf16`.
 ///
 /// # Errors
 /// If a shape or a type does not fit, or a tensor is not contiguous on the CPU.
-pub fn matmul(x: &Tensor, w: &Arc<PackedMatrix>, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn matmul(x: &Tensor, w: &Weights, bias: Option<&Tensor>) -> Result<Tensor> {
+    matmul_to(DType::BF16, x, w, bias)
+}
+
+/// [`matmul`] with a result in `f32` also on a card.
+///
+/// # Errors
+/// As for [`matmul`].
+pub fn matmul_f32(x: &Tensor, w: &Weights, bias: Option<&Tensor>) -> Result<Tensor> {
+    matmul_to(DType::F32, x, w, bias)
+}
+
+fn matmul_to(dtype: DType, x: &Tensor, w: &Weights, bias: Option<&Tensor>) -> Result<Tensor> {
     match x {
         Tensor::Cpu(x) => {
             let bias = bias.map(Tensor::cpu).transpose()?;
-            matmul_on_cpu(x, w, bias).map(Tensor::Cpu)
+            matmul_on_cpu(x, w.cpu()?, bias).map(Tensor::Cpu)
         }
-        Tensor::Gpu(_) => bail!("matmul has no kernel"),
+        Tensor::Gpu(x) => {
+            let bias: Option<&GpuTensor> = bias.map(Tensor::gpu).transpose()?;
+            w.gpu()?.matmul(x, bias, dtype).map(Tensor::Gpu)
+        }
     }
 }
 
@@ -206,10 +324,10 @@ fn matmul_on_cpu(
 ///
 /// # Errors
 /// As for [`matmul`], and if the matrix is not two of equal shape.
-pub fn gated_matmul(x: &Tensor, gate_up: &Arc<PackedMatrix>) -> Result<Tensor> {
+pub fn gated_matmul(x: &Tensor, gate_up: &Weights) -> Result<Tensor> {
     match x {
-        Tensor::Cpu(x) => gated_matmul_on_cpu(x, gate_up).map(Tensor::Cpu),
-        Tensor::Gpu(_) => bail!("gated_matmul has no kernel"),
+        Tensor::Cpu(x) => gated_matmul_on_cpu(x, gate_up.cpu()?).map(Tensor::Cpu),
+        Tensor::Gpu(x) => gate_up.gpu()?.gated_matmul(x).map(Tensor::Gpu),
     }
 }
 
@@ -339,7 +457,6 @@ mod tests {
     use crate::ops::gguf_blocks::dequantize_row;
     use crate::ops::gguf_blocks::tests::{ALL_DTYPES, Random, random_blocks};
     use crate::ops::silu_mul::SiluMul;
-    use candle_core::Device;
 
     fn random_x(num_tokens: usize, num_cols: usize) -> Vec<f32> {
         let mut random = Random::new(11);
@@ -525,14 +642,15 @@ mod tests {
     fn tensors_in_and_out() {
         let (weights, packed) = pack(GgmlDType::F32, 3, 4);
         let packed = Arc::new(packed);
-        let x = CpuTensor::from_vec(random_x(2, 4), (2, 4), &Device::Cpu).unwrap();
-        let bias = CpuTensor::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap();
+        let x = CpuTensor::from_vec(random_x(2, 4), (2, 4), &candle_core::Device::Cpu).unwrap();
+        let bias = CpuTensor::new(&[1f32, 2.0, 3.0], &candle_core::Device::Cpu).unwrap();
         let found = matmul_on_cpu(&x, &packed, Some(&bias)).unwrap();
-        let w = CpuTensor::from_vec(weights, (3, 4), &Device::Cpu).unwrap();
+        let w = CpuTensor::from_vec(weights, (3, 4), &candle_core::Device::Cpu).unwrap();
         let expected = x.matmul(&w.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();
         let difference = (found - expected).unwrap().abs().unwrap().max_all().unwrap();
         assert!(difference.to_scalar::<f32>().unwrap() < 1e-5);
-        let none = CpuTensor::zeros((0, 4), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let none =
+            CpuTensor::zeros((0, 4), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
         assert_eq!(matmul_on_cpu(&none, &packed, None).unwrap().dims(), [0, 3]);
     }
 
@@ -544,9 +662,11 @@ mod tests {
         assert!(PackedMatrix::pack(&[source(GgmlDType::Q4_0, &[0; 36], 1)], 33).is_err());
         assert!(PackedMatrix::pack(&[source(GgmlDType::Q4K, &[0; 144], 1)], 128).is_err());
         let packed = Arc::new(pack(GgmlDType::Q8_0, 2, 32).1);
-        let x = CpuTensor::zeros((1, 64), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let x =
+            CpuTensor::zeros((1, 64), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
         assert!(matmul_on_cpu(&x, &packed, None).is_err());
-        let x = CpuTensor::zeros((1, 32), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let x =
+            CpuTensor::zeros((1, 32), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
         assert!(matmul_on_cpu(&x, &packed, Some(&x.flatten_all().unwrap())).is_err());
         assert!(gated_matmul_on_cpu(&x, &packed).is_err());
         let halves = x.to_dtype(candle_core::DType::F16).unwrap();

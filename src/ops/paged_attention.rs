@@ -10,6 +10,8 @@
 //! every `num_heads / num_kv_heads` consecutive heads share a KV head. Arithmetic is in f32; its
 //! order per query and head is fixed, see the tile module.
 
+mod gpu;
+mod plan;
 mod product;
 #[cfg(test)]
 mod tests;
@@ -30,6 +32,7 @@ use super::tensor::Tensor;
 use crate::device::Device;
 use crate::device::gpu::{DeviceBuffer, Gpu};
 use crate::device::threads::current_num_threads;
+pub use gpu::StepPlan;
 use tile::{
     Attend, CacheView, Destination, MergePartitions, PARTITION, Partial, QueryTile, Scratch,
 };
@@ -64,13 +67,20 @@ pub struct AttentionMetadata {
     pub positions: Indices,
     /// The most tokens that a sequence has in this step.
     pub max_query_len: u32,
-    /// The largest of `seq_lens`.
+    /// The largest of `seq_lens`, or more: what is recorded for a step suffices up to here.
     pub max_seq_len: u32,
+    /// How a card cuts the step, once its first layer has asked.
+    pub step_plan: StepPlan,
 }
 
 impl AttentionMetadata {
     /// Checks everything that attention reads, so that no index can be out of range later.
-    fn check(&self, num_tokens: usize, num_blocks: usize, block_size: usize) -> Result<()> {
+    fn check(&self, num_tokens: usize, shape: KvCacheShape) -> Result<()> {
+        self.check_starts(num_tokens)?;
+        (0..self.seq_lens.len()).try_for_each(|seq| self.check_seq(seq, shape))
+    }
+
+    fn check_starts(&self, num_tokens: usize) -> Result<()> {
         let num_seqs = self.seq_lens.len();
         let starts = &self.query_start_loc;
         if starts.len() != num_seqs + 1 {
@@ -85,22 +95,26 @@ impl AttentionMetadata {
             let num_entries = self.block_table.len();
             bail!("block_table has {num_entries} entries for {num_seqs} sequences of {row_len}");
         }
-        for (seq, &seq_len) in self.seq_lens.iter().enumerate() {
-            let (start, end) = (starts[seq], starts[seq + 1]);
-            if end < start {
-                bail!("query_start_loc falls from {start} to {end}");
-            }
-            if seq_len < end - start {
-                bail!("sequence {seq} has {} queries but {seq_len} tokens", end - start);
-            }
-            let num_needed = (seq_len as usize).div_ceil(block_size);
-            if row_len < num_needed {
-                bail!("sequence {seq} needs {num_needed} blocks, block_table has {row_len}");
-            }
-            let blocks = &self.block_table[seq * row_len..][..num_needed];
-            if let Some(block) = blocks.iter().find(|&&block| num_blocks <= block as usize) {
-                bail!("sequence {seq} has block {block}, the cache has {num_blocks}");
-            }
+        if let Some(pair) = starts.windows(2).find(|pair| pair[1] < pair[0]) {
+            bail!("query_start_loc falls from {} to {}", pair[0], pair[1]);
+        }
+        Ok(())
+    }
+
+    fn check_seq(&self, seq: usize, shape: KvCacheShape) -> Result<()> {
+        let KvCacheShape { num_blocks, block_size, .. } = shape;
+        let (seq_len, row_len) = (self.seq_lens[seq], self.max_blocks_per_seq);
+        let query_len = self.query_start_loc[seq + 1] - self.query_start_loc[seq];
+        if seq_len < query_len {
+            bail!("sequence {seq} has {query_len} queries but {seq_len} tokens");
+        }
+        let num_needed = (seq_len as usize).div_ceil(block_size);
+        if row_len < num_needed {
+            bail!("sequence {seq} needs {num_needed} blocks, block_table has {row_len}");
+        }
+        let blocks = &self.block_table[seq * row_len..][..num_needed];
+        if let Some(block) = blocks.iter().find(|&&block| num_blocks <= block as usize) {
+            bail!("sequence {seq} has block {block}, the cache has {num_blocks}");
         }
         Ok(())
     }
@@ -152,6 +166,8 @@ pub struct GpuKvCache {
     pub dtype: DType,
     /// Dimensions of `k` and of `v`.
     pub shape: KvCacheShape,
+    /// Of partitions that are done, see the kernel.
+    counters: DeviceBuffer,
 }
 
 impl KvCache {
@@ -195,7 +211,8 @@ impl GpuKvCache {
             bail!("a KV cache of {dtype:?} is not supported on the GPU; use f16 or bf16");
         }
         let (k, v) = (gpu.alloc(num_bytes)?, gpu.alloc(num_bytes)?);
-        Ok(Self { gpu: gpu.clone(), k, v, dtype, shape })
+        let counters = gpu::new_counters(gpu, shape.num_kv_heads)?;
+        Ok(Self { gpu: gpu.clone(), k, v, dtype, shape, counters })
     }
 }
 
@@ -250,7 +267,7 @@ pub fn paged_attention(
 ) -> Result<Tensor> {
     match kv {
         KvCache::Cpu(kv) => attend_on_cpu(q.cpu()?, kv, meta, scale).map(Tensor::Cpu),
-        KvCache::Gpu(_) => bail!("paged_attention has no kernel"),
+        KvCache::Gpu(kv) => gpu::attend(q.gpu()?, kv, meta, scale).map(Tensor::Gpu),
     }
 }
 
@@ -285,12 +302,12 @@ impl CustomOp3 for PagedAttention<'_> {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim } = self.shape;
+        let KvCacheShape { num_kv_heads, head_dim, .. } = self.shape;
         let (num_tokens, width) = q_layout.shape().dims2()?;
         if width == 0 || width % (num_kv_heads * head_dim) != 0 {
             bail!("queries of {width} values do not fit {num_kv_heads} KV heads of {head_dim}");
         }
-        self.meta.check(num_tokens, num_blocks, block_size)?;
+        self.meta.check(num_tokens, self.shape)?;
         let queries = contiguous::<f32>("q", q, q_layout)?;
         let out = match k {
             CpuStorage::F16(_) => self.run::<f16>(queries, (k, k_layout), (v, v_layout), width),

@@ -17,7 +17,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::operand::contiguous;
-use super::paged_attention::{AttentionMetadata, CpuKvCache, KvCache, KvCacheShape};
+use super::paged_attention::{AttentionMetadata, CpuKvCache, KvCache, KvCacheShape, PADDING_SLOT};
 use super::rows::for_each_row_mut;
 use super::tensor::Tensor;
 use crate::device::Device;
@@ -177,7 +177,7 @@ fn rope_and_cache_on_cpu(
     let shape = kv.shape()?;
     let q_width = num_query_heads(width, table, shape)? * shape.head_dim;
     check_tokens(meta, num_tokens, table.max_positions(), shape)?;
-    if let Some(slot) = meta.slot_mapping.iter().find(|slot| **slot == gpu::NO_SLOT) {
+    if let Some(slot) = meta.slot_mapping.iter().find(|slot| **slot == PADDING_SLOT) {
         bail!("cache slot {slot} is beyond those of the cache");
     }
     let (positions, slots) = (&meta.positions, &meta.slot_mapping);
@@ -200,7 +200,7 @@ fn num_query_heads(width: usize, table: &RopeTable, shape: KvCacheShape) -> Resu
     Ok((width - 2 * kv_width) / shape.head_dim)
 }
 
-/// A slot may also be [`gpu::NO_SLOT`].
+/// A slot may also be [`PADDING_SLOT`].
 fn check_tokens(
     meta: &AttentionMetadata,
     num_tokens: usize,
@@ -216,7 +216,7 @@ fn check_tokens(
         bail!("position {position} is beyond the {max_positions} of the rotary table");
     }
     let num_slots = shape.num_blocks * shape.block_size;
-    let slots = meta.slot_mapping.iter().filter(|slot| **slot != gpu::NO_SLOT);
+    let slots = meta.slot_mapping.iter().filter(|slot| **slot != PADDING_SLOT);
     if let Some(slot) = slots.clone().find(is_outside(num_slots)) {
         bail!("cache slot {slot} is beyond the {num_slots} of the cache");
     }

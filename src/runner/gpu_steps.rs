@@ -8,11 +8,14 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Result, bail};
 
+use crate::config::Execution;
 use crate::device::gpu::{DeviceBuffer, Gpu, Graph, Parked};
 use crate::models::{ForwardBatch, Model};
 use crate::ops::indices::Indices;
 use crate::ops::paged_attention::{KvCache, PADDING_SLOT};
+use crate::ops::sample::RowSampler;
 use crate::ops::tensor::{GpuTensor, Tensor};
+use crate::sampling::device_sampler::{DeviceSampler, Wanted, Yielded};
 
 /// Index vectors begin at multiples of so many entries: 256 bytes.
 const ALIGNMENT: usize = 64;
@@ -20,6 +23,9 @@ const ALIGNMENT: usize = 64;
 const SEQ_BUCKETS: [usize; 14] = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
 /// Lengths are rounded up to this times a power of two.
 const MIN_LEN_BUCKET: usize = 1024;
+
+/// Rows of logits in a card's memory at once.
+pub(super) const GPU_LOGITS_ROWS_MAX: usize = SEQ_BUCKETS[SEQ_BUCKETS.len() - 1];
 
 /// What a step left on the card.
 pub(super) struct Launched {
@@ -82,17 +88,21 @@ pub(super) struct StepLimits {
     pub(super) max_model_len: usize,
     /// Tokens of a block of the cache.
     pub(super) block_size: usize,
+    /// Logits of a row.
+    pub(super) vocab_size: usize,
 }
 
 /// The card's side of the runner.
 pub(super) struct GpuSteps {
     gpu: Gpu,
     limits: StepLimits,
+    execution: Execution,
     /// The index vectors of the current step. Recordings read them here, so it stays where it is.
     inputs: DeviceBuffer,
     /// `None` for shapes that were run once: what runs first loads kernels and grows the workspace,
     /// which must not happen while recording.
     recordings: HashMap<Shape, Option<Recording>>,
+    sampler: DeviceSampler,
 }
 
 impl GpuSteps {
@@ -100,14 +110,30 @@ impl GpuSteps {
     ///
     /// # Errors
     /// If the card has no memory for them.
-    pub(super) fn new(gpu: &Gpu, limits: StepLimits) -> Result<Self> {
+    pub(super) fn new(gpu: &Gpu, limits: StepLimits, execution: Execution) -> Result<Self> {
         let max_seqs = limits.max_num_seqs.max(SEQ_BUCKETS[SEQ_BUCKETS.len() - 1]);
         let max_blocks = limits.max_model_len.div_ceil(limits.block_size) + ALIGNMENT;
         let num_words = 4 * (limits.max_num_batched_tokens.max(max_seqs) + ALIGNMENT)
             + max_seqs * (max_blocks + 2)
             + 4 * ALIGNMENT;
         let inputs = gpu.alloc(num_words * size_of::<u32>())?;
-        Ok(Self { gpu: gpu.clone(), limits, inputs, recordings: HashMap::new() })
+        // A row may be both sampled and scored.
+        let rows = RowSampler::new(gpu, 2 * GPU_LOGITS_ROWS_MAX, limits.vocab_size)?;
+        let sampler = DeviceSampler::new(rows);
+        let recordings = HashMap::new();
+        Ok(Self { gpu: gpu.clone(), limits, execution, inputs, recordings, sampler })
+    }
+
+    /// Draws and scores what is wanted of rows of logits.
+    ///
+    /// # Errors
+    /// If the card fails.
+    pub(super) fn sample(
+        &mut self,
+        logits: &Tensor,
+        wanted: &[(usize, Wanted<'_>)],
+    ) -> Result<Vec<Yielded>> {
+        self.sampler.sample(logits.gpu()?, wanted)
     }
 
     /// Whether the card answers with errors only.
@@ -135,7 +161,11 @@ impl GpuSteps {
         pad(&mut batch, shape, self.limits.block_size);
         self.upload(&mut batch)?;
         match self.recordings.get(&shape) {
-            None => {
+            Some(None) if self.execution == Execution::Recorded => {
+                let recording = record(&self.gpu, model, kv, &batch)?;
+                self.recordings.insert(shape, Some(recording));
+            }
+            None | Some(None) => {
                 self.recordings.insert(shape, None);
                 let hidden = model.forward(&batch, kv)?;
                 let logits = model.compute_logits(&hidden)?;
@@ -143,10 +173,6 @@ impl GpuSteps {
                     hidden: hidden.narrow(0, num_seqs)?,
                     logits: Some(logits.narrow(0, num_seqs)?),
                 });
-            }
-            Some(None) => {
-                let recording = record(&self.gpu, model, kv, &batch)?;
-                self.recordings.insert(shape, Some(recording));
             }
             Some(Some(_)) => {}
         }

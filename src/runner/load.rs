@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use candle_core::DType;
 
-use super::gpu_steps::{GpuSteps, StepLimits};
+use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, StepLimits};
 use super::memory::{CacheShare, MemoryPlan, MemoryRequest, plan};
-use super::model_runner::{LayerCaches, ModelRunner};
+use super::model_runner::{LOGITS_ROWS_MAX, LayerCaches, ModelRunner};
+use crate::config::Execution;
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
 use crate::models::{ModelConfig, registry};
@@ -24,6 +25,8 @@ pub struct LoadOptions {
     pub device: Device,
     /// The part of a card's memory that the server may take.
     pub gpu_memory_utilization: f64,
+    /// How a card is told what to do.
+    pub execution: Execution,
     /// Memory for keys and values; `None` lets the plan decide.
     pub kv_cache_bytes: Option<u64>,
     /// How keys and values are stored.
@@ -78,6 +81,7 @@ impl PlannedModel {
             available_bytes,
             weight_bytes,
             cache_share,
+            logits_bytes: logits_bytes(&options.device, config.vocab_size),
         };
         let plan = plan(&config, &request)?;
         Ok(Self { checkpoint, config, plan, options })
@@ -115,8 +119,9 @@ impl PlannedModel {
                     max_num_seqs: self.options.max_num_seqs,
                     max_model_len,
                     block_size: self.options.block_size,
+                    vocab_size: self.config.vocab_size,
                 };
-                runner.on_gpu(GpuSteps::new(gpu, limits)?)
+                runner.on_gpu(GpuSteps::new(gpu, limits, self.options.execution)?)
             }
         })
     }
@@ -145,6 +150,15 @@ impl PlannedModel {
         }
         Ok(num_blocks)
     }
+}
+
+/// Logits of the rows that are in memory at once, and what sampling makes of them.
+fn logits_bytes(device: &Device, vocab_size: usize) -> u64 {
+    let num_rows = match device {
+        Device::Cpu => LOGITS_ROWS_MAX,
+        Device::Gpu(_) => GPU_LOGITS_ROWS_MAX,
+    };
+    (num_rows * vocab_size * 2 * size_of::<f32>()) as u64
 }
 
 /// Bytes that the server may take, and which part of them the cache gets.

@@ -30,6 +30,8 @@ pub struct MemoryRequest {
     pub available_bytes: u64,
     /// Memory that the weights will take.
     pub weight_bytes: u64,
+    /// Memory for logits.
+    pub logits_bytes: u64,
     /// What the cache gets of the rest, if the user did not fix it.
     pub cache_share: CacheShare,
 }
@@ -146,8 +148,7 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
 /// Activations alive at once: the residual stream twice, an MLP's input and output, and logits.
 fn workspace_bytes(config: &ModelConfig, request: &MemoryRequest) -> u64 {
     let per_token = 4 * config.hidden_size + 3 * config.intermediate_size;
-    let logits = super::model_runner::LOGITS_ROWS_MAX * config.vocab_size * 2;
-    4 * (request.max_num_batched_tokens as u64 * per_token as u64 + logits as u64)
+    4 * request.max_num_batched_tokens as u64 * per_token as u64 + request.logits_bytes
 }
 
 #[cfg(test)]
@@ -180,6 +181,7 @@ mod tests {
             max_num_batched_tokens: 256,
             available_bytes: 8 << 30,
             weight_bytes: 500 << 20,
+            logits_bytes: 32 * 151_936 * 8,
             cache_share: CacheShare::Quarter,
         }
     }

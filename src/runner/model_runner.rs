@@ -3,14 +3,18 @@
 use std::sync::Arc;
 
 use super::batch::{forward_batch, logits_rows};
-use super::gpu_steps::{GpuSteps, Launched};
+use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, Launched};
 use crate::device::threads::ThreadPool;
 use crate::models::Model;
 use crate::ops::paged_attention::KvCache;
 use crate::ops::tensor::Tensor;
+use crate::sampling::device_sampler::{Wanted, Yielded};
 use crate::sampling::logprobs::token_logprobs;
 use crate::sampling::sampler::Sampler;
-use crate::scheduler::step::{Runner, ScheduledSeq, SchedulerOutput, SeqOutput, TokenMasks};
+use crate::scheduler::step::{
+    Runner, SampleRequest, ScheduledSeq, SchedulerOutput, SeqOutput, TokenMasks,
+};
+use crate::text::{TokenBitmask, TokenId};
 
 /// Rows of logits in memory at once. A row of Qwen2's vocabulary takes 608 KB.
 pub(super) const LOGITS_ROWS_MAX: usize = 32;
@@ -71,8 +75,9 @@ impl ModelRunner {
             .flat_map(|(index, seq)| logits_rows(seq).map(move |row| (index, row)))
             .collect();
         let mut outputs = vec![SeqOutput::default(); step.scheduled.len()];
-        for (chunk_index, chunk) in wanted.chunks(LOGITS_ROWS_MAX).enumerate() {
-            let first = chunk_index * LOGITS_ROWS_MAX;
+        let max_rows = if self.gpu.is_some() { GPU_LOGITS_ROWS_MAX } else { LOGITS_ROWS_MAX };
+        for (chunk_index, chunk) in wanted.chunks(max_rows).enumerate() {
+            let first = chunk_index * max_rows;
             let logits = match &launched.logits {
                 Some(logits) => logits.narrow(first, chunk.len())?,
                 None => {
@@ -80,17 +85,10 @@ impl ModelRunner {
                     self.pool.install(|| self.model.compute_logits(&rows))?
                 }
             };
-            let (_, vocab_size) = logits.dims2()?;
-            let mut logits = logits.to_vec()?;
-            for (&(index, row), logits) in chunk.iter().zip(logits.chunks_exact_mut(vocab_size)) {
-                let (seq, output) = (&step.scheduled[index], &mut outputs[index]);
-                score_row(seq, row, logits, output);
-                if let Some(request) = &seq.sample
-                    && row + 1 == seq.tokens.len()
-                {
-                    let drawn = self.sampler.sample(logits, request, masks.get(&seq.id));
-                    output.sampled = Some(drawn.map_err(Into::into));
-                }
+            let rows = Rows { step, masks, wanted: chunk };
+            match &mut self.gpu {
+                Some(gpu) => rows.sample_on_gpu(gpu, &logits, &mut outputs)?,
+                None => rows.sample_on_cpu(&mut self.sampler, &logits, &mut outputs)?,
             }
         }
         pool(step, &launched.hidden, wanted.len(), &mut outputs)?;
@@ -98,13 +96,77 @@ impl ModelRunner {
     }
 }
 
-/// Scores the prompt token that follows `row`.
-fn score_row(seq: &ScheduledSeq, row: usize, logits: &[f32], output: &mut SeqOutput) {
-    if let Some(wanted) = &seq.prompt_logprobs
-        && let Some(&target) = wanted.targets.get(row)
-    {
-        output.prompt_logprobs.push(token_logprobs(logits, target, wanted.num_top));
+/// Some rows of logits and what they are for.
+struct Rows<'a> {
+    step: &'a SchedulerOutput,
+    masks: &'a TokenMasks,
+    /// Of each row the sequence, and which of its tokens.
+    wanted: &'a [(usize, usize)],
+}
+
+impl<'a> Rows<'a> {
+    /// The request and the mask of a row whose sequence draws a token from it.
+    fn draw(
+        &self,
+        seq: &'a ScheduledSeq,
+        row: usize,
+    ) -> Option<(&'a SampleRequest, Option<&'a TokenBitmask>)> {
+        let request = seq.sample.as_ref().filter(|_| row + 1 == seq.tokens.len())?;
+        Some((request, self.masks.get(&seq.id)))
     }
+
+    fn sample_on_cpu(
+        &self,
+        sampler: &mut Sampler,
+        logits: &Tensor,
+        outputs: &mut [SeqOutput],
+    ) -> candle_core::Result<()> {
+        let (_, vocab_size) = logits.dims2()?;
+        let mut logits = logits.to_vec()?;
+        for (&(index, row), logits) in self.wanted.iter().zip(logits.chunks_exact_mut(vocab_size)) {
+            let (seq, output) = (&self.step.scheduled[index], &mut outputs[index]);
+            if let Some((target, num_top)) = scored_token(seq, row) {
+                output.prompt_logprobs.push(token_logprobs(logits, target, num_top));
+            }
+            if let Some((request, mask)) = self.draw(seq, row) {
+                let drawn = sampler.sample(logits, request, mask);
+                output.sampled = Some(drawn.map_err(Into::into));
+            }
+        }
+        Ok(())
+    }
+
+    fn sample_on_gpu(
+        &self,
+        gpu: &mut GpuSteps,
+        logits: &Tensor,
+        outputs: &mut [SeqOutput],
+    ) -> candle_core::Result<()> {
+        let mut wanted = Vec::new();
+        let mut owners = Vec::new();
+        for (logits_row, &(index, row)) in self.wanted.iter().enumerate() {
+            let seq = &self.step.scheduled[index];
+            let scored = scored_token(seq, row).map(|(token, top)| Wanted::Logprobs(token, top));
+            let drawn = self.draw(seq, row).map(|(request, mask)| Wanted::Token(request, mask));
+            for what in scored.into_iter().chain(drawn) {
+                wanted.push((logits_row, what));
+                owners.push(index);
+            }
+        }
+        for (index, yielded) in owners.into_iter().zip(gpu.sample(logits, &wanted)?) {
+            match yielded {
+                Yielded::Token(drawn) => outputs[index].sampled = Some(drawn.map_err(Into::into)),
+                Yielded::Logprobs(scored) => outputs[index].prompt_logprobs.push(scored),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The prompt token that the logits of `row` score, and how many likely ones to report beside it.
+fn scored_token(seq: &ScheduledSeq, row: usize) -> Option<(TokenId, u32)> {
+    let wanted = seq.prompt_logprobs.as_ref()?;
+    wanted.targets.get(row).map(|target| (*target, wanted.num_top))
 }
 
 /// Adds up the hidden states of pooled rows, which begin at `first_row`: in double precision and

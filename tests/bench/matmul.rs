@@ -15,7 +15,7 @@ use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{Device, Module, Tensor};
 use qwen_server::device::memory::keep_freed_memory;
 use qwen_server::device::threads::{ThreadPool, parallel_for};
-use qwen_server::ops::matmul::{MatrixSource, PackedMatrix, matmul};
+use qwen_server::ops::matmul::{MatrixSource, PackedMatrix, Weights, matmul};
 use qwen_server::ops::tensor::Tensor as Activations;
 
 struct Case {
@@ -71,7 +71,10 @@ fn run(case: &Case, bandwidth: f64, counts: &[usize], with_candle: bool) {
     let source = MatrixSource { dtype: case.dtype, data: &data, num_rows: case.num_rows };
     let num_copies = (WORKING_SET / data.len()).clamp(1, 64);
     let packed: Vec<_> = (0..num_copies)
-        .map(|_| Arc::new(PackedMatrix::pack(&[source], case.num_cols).expect("a valid matrix")))
+        .map(|_| {
+            let packed = PackedMatrix::pack(&[source], case.num_cols).expect("a valid matrix");
+            Weights::Cpu(Arc::new(packed))
+        })
         .collect();
     let packing = times(|_| {
         let packed = PackedMatrix::pack(&[source], case.num_cols);

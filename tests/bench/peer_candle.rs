@@ -10,6 +10,7 @@ use std::time::Instant;
 use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::quantized_qwen2::ModelWeights;
+use qwen_server::config::Execution;
 use qwen_server::device::Device;
 use qwen_server::kv::{BlockId, BlockTable};
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
@@ -79,6 +80,7 @@ fn load_ours(path: &Path) -> anyhow::Result<ModelRunner> {
     let options = LoadOptions {
         device: Device::Cpu,
         gpu_memory_utilization: 0.9,
+        execution: Execution::Eager,
         kv_cache_bytes: Some(64 << 20),
         kv_cache_dtype: DType::F16,
         max_model_len: None,

@@ -19,6 +19,22 @@ pub struct Properties {
     pub is_emulated: bool,
 }
 
+/// A dense product `y = x wᵀ` of `bf16` matrices, row-major: `x` is `[num_tokens, num_cols]`, `w`
+/// `[num_rows, num_cols]` with rows `row_stride` values apart, `y` `[num_tokens, num_rows]`.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "only cards have a library for it"))]
+pub(super) struct Product {
+    pub(super) x: u64,
+    pub(super) w: u64,
+    pub(super) y: u64,
+    pub(super) num_tokens: usize,
+    pub(super) num_rows: usize,
+    pub(super) num_cols: usize,
+    pub(super) row_stride: usize,
+    /// Whether `y` is `f32`; `bf16` otherwise.
+    pub(super) is_f32: bool,
+}
+
 /// Memory and one stream. Addresses are the device's; everything that says "queues" runs after
 /// what was queued before it.
 pub(super) trait Backend: Send + Sync {
@@ -47,6 +63,11 @@ pub(super) trait Backend: Send + Sync {
 
     /// Queues a kernel; each argument's value stands in the low bytes of its word.
     fn launch(&self, kernel: Kernel, config: LaunchConfig, args: &[u64]) -> Result<(), GpuError>;
+
+    /// Queues a product through a vendor's library; false if there is none for it.
+    fn multiply(&self, _product: &Product) -> Result<bool, GpuError> {
+        Ok(false)
+    }
 
     /// Waits for everything.
     fn synchronize(&self) -> Result<(), GpuError>;

@@ -3,11 +3,12 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::{DriverError, result, sys};
 
-use super::backend::{Backend, Graph, Properties};
+use super::backend::{Backend, Graph, Product, Properties};
+use super::cublas::CublasLt;
 use super::{GpuError, Kernel, LaunchConfig};
 
 /// Names and contents of the compiled kernel files.
@@ -17,6 +18,8 @@ static FATBINS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/fatbins.r
 const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 /// Bytes of each half of the pinned memory that uploads go through.
 const STAGING_BYTES: usize = 8 << 20;
+/// Bytes of the pinned memory that small downloads go through, which saves a copy of the driver's.
+const RESULT_BYTES: usize = 1 << 20;
 
 pub(super) struct Driver {
     device: sys::CUdevice,
@@ -26,6 +29,8 @@ pub(super) struct Driver {
     modules: Vec<(&'static str, sys::CUmodule)>,
     functions: Mutex<HashMap<(&'static str, &'static str), Function>>,
     staging: Mutex<Staging>,
+    /// Opened at the first dense product.
+    cublas: OnceLock<Option<CublasLt>>,
 }
 
 // SAFETY: the handles name objects of the driver, which may be used from any thread that has made
@@ -44,6 +49,8 @@ struct Function {
 /// Two halves of pinned memory: one is filled while the copies out of the other are under way.
 struct Staging {
     memory: *mut u8,
+    /// Where downloads arrive.
+    results: *mut u8,
     /// Passed when the copies out of a half are done.
     events: [sys::CUevent; 2],
     half: usize,
@@ -98,6 +105,7 @@ impl Driver {
             modules,
             functions: Mutex::default(),
             staging: Mutex::new(Staging::new()?),
+            cublas: OnceLock::new(),
         })
     }
 
@@ -182,7 +190,11 @@ impl Staging {
             result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
                 .map_err(|e| error("cuEventCreate", e))
         };
-        Ok(Self { memory: memory.cast(), events: [event()?, event()?], half: 0, used: 0 })
+        // SAFETY: as above.
+        let results = unsafe { result::malloc_host(RESULT_BYTES, 0) }
+            .map_err(|e| error("cuMemHostAlloc", e))?;
+        let results = results.cast();
+        Ok(Self { memory: memory.cast(), results, events: [event()?, event()?], half: 0, used: 0 })
     }
 
     /// Queues a copy of at most half of the memory.
@@ -266,6 +278,17 @@ impl Backend for Driver {
 
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         self.enter()?;
+        if bytes.len() <= RESULT_BYTES {
+            let staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+            // SAFETY: the lock makes the pinned memory ours until the copy is done.
+            let pinned = unsafe { std::slice::from_raw_parts_mut(staging.results, bytes.len()) };
+            // SAFETY: the caller checked that the buffer has so many bytes.
+            unsafe { result::memcpy_dtoh_async(pinned, from, self.stream) }
+                .map_err(|e| error("cuMemcpyDtoHAsync", e))?;
+            self.synchronize()?;
+            bytes.copy_from_slice(pinned);
+            return Ok(());
+        }
         // SAFETY: the caller checked that the buffer has so many bytes; `bytes` is not touched
         // before the copy is done.
         unsafe { result::memcpy_dtoh_async(bytes, from, self.stream) }
@@ -301,6 +324,20 @@ impl Backend for Driver {
             result::launch_kernel(function, grid, block, shared, self.stream, &mut pointers)
         }
         .map_err(|e| error(&format!("launching {}", kernel.function), e))
+    }
+
+    fn multiply(&self, product: &Product) -> Result<bool, GpuError> {
+        self.enter()?;
+        let cublas = self.cublas.get_or_init(|| {
+            let opened = self.alloc(CublasLt::WORKSPACE_BYTES).ok().and_then(CublasLt::open);
+            if opened.is_none() {
+                tracing::info!("cuBLASLt is not installed; dense products use our own kernels");
+            }
+            opened
+        });
+        let Some(cublas) = cublas else { return Ok(false) };
+        let failed = |text| GpuError::Driver { call: "cublasLtMatmul".to_owned(), text };
+        cublas.multiply(product, self.stream).map_err(failed)
     }
 
     fn synchronize(&self) -> Result<(), GpuError> {
@@ -356,6 +393,7 @@ impl Drop for Driver {
             let _ = result::ctx::set_current(self.context);
             let _ = result::stream::synchronize(self.stream);
             let _ = result::free_host(staging.memory.cast());
+            let _ = result::free_host(staging.results.cast());
             for event in staging.events {
                 let _ = result::event::destroy(event);
             }

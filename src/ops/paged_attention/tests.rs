@@ -3,21 +3,21 @@
 use super::*;
 use crate::device::threads::ThreadPool;
 
-const SCALE: f32 = 0.125;
+pub(super) const SCALE: f32 = 0.125;
 
 /// Dimensions of a model and how its cache is laid out.
 #[derive(Clone, Copy)]
-struct Setup {
-    num_heads: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
-    block_size: usize,
-    dtype: DType,
+pub(super) struct Setup {
+    pub(super) num_heads: usize,
+    pub(super) num_kv_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) block_size: usize,
+    pub(super) dtype: DType,
     /// Distance between consecutive blocks of a sequence in the cache; odd.
-    block_step: usize,
+    pub(super) block_step: usize,
 }
 
-const QWEN: Setup = Setup {
+pub(super) const QWEN: Setup = Setup {
     num_heads: 14,
     num_kv_heads: 2,
     head_dim: 64,
@@ -28,10 +28,10 @@ const QWEN: Setup = Setup {
 
 /// A sequence's content depends on `id` only.
 #[derive(Clone, Copy)]
-struct Seq {
-    id: usize,
-    len: usize,
-    query_len: usize,
+pub(super) struct Seq {
+    pub(super) id: usize,
+    pub(super) len: usize,
+    pub(super) query_len: usize,
 }
 
 fn value(kind: usize, seq: usize, position: usize, index: usize) -> f32 {
@@ -41,15 +41,15 @@ fn value(kind: usize, seq: usize, position: usize, index: usize) -> f32 {
     ((hash >> 40) as f32 / 16_777_216.0 - 0.5) * if kind == 0 { 8.0 } else { 4.0 }
 }
 
-struct Batch {
-    q: CpuTensor,
-    kv: CpuKvCache,
-    meta: AttentionMetadata,
+pub(super) struct Batch {
+    pub(super) q: CpuTensor,
+    pub(super) kv: CpuKvCache,
+    pub(super) meta: AttentionMetadata,
 }
 
 impl Setup {
     /// Lays out the sequences; every slot that belongs to nobody is NaN.
-    fn batch(&self, seqs: &[Seq]) -> Batch {
+    pub(super) fn batch(&self, seqs: &[Seq]) -> Batch {
         let num_used: usize = seqs.iter().map(|seq| seq.len.div_ceil(self.block_size)).sum();
         let num_blocks = (num_used + 2).next_power_of_two();
         let cache_len = num_blocks * self.num_kv_heads * self.block_size * self.head_dim;

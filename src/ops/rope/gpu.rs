@@ -10,8 +10,6 @@ use crate::ops::tensor::GpuTensor;
 
 /// Pairs of values that a thread rotates, where heads are multiples of twice as many.
 const PACK: usize = 8;
-/// The slot of a token that only fills up the batch: it leaves the cache as it is.
-pub(super) const NO_SLOT: u32 = u32::MAX;
 
 pub(super) fn rope_and_cache(
     qkv: &GpuTensor,
@@ -64,7 +62,7 @@ mod tests {
     use super::*;
     use crate::device::gpu::{DeviceBuffer, Gpu};
     use crate::ops::indices::Indices;
-    use crate::ops::paged_attention::{CpuKvCache, KvCache, KvCacheShape};
+    use crate::ops::paged_attention::{CpuKvCache, KvCache, KvCacheShape, PADDING_SLOT};
     use crate::ops::rope::{RopeConfig, RopeScaling};
     use crate::ops::tensor::{Device, Tensor};
 
@@ -135,7 +133,7 @@ mod tests {
         }
 
         let before = (kv.k.download().unwrap(), kv.v.download().unwrap());
-        meta.slot_mapping = indices(gpu, vec![NO_SLOT; num_tokens]);
+        meta.slot_mapping = indices(gpu, vec![PADDING_SLOT; num_tokens]);
         rope_and_cache(&qkv, &RopeTable::new(&config, &device).unwrap(), &kv, &meta).unwrap();
         assert!((kv.k.download().unwrap(), kv.v.download().unwrap()) == before, "{what}: padding");
     }

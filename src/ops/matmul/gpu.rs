@@ -1,0 +1,302 @@
+//! The product on a card: weights packed for it, and which kernel multiplies with them.
+//!
+//! Activations are `bf16`, sums `f32`. Integer weights are multiplied as the integers that they
+//! are, and each sum is scaled in `f32`, so that a result is as exact as its activations.
+//!
+//! **Invariant:** up to [`SMALL_TOKENS`] tokens, a token's result is the same bits whatever other
+//! tokens there are: how the columns are shared out depends on the shape of the matrix alone.
+
+mod launch;
+mod layout;
+mod pack;
+mod random;
+#[cfg(test)]
+mod tests;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Result, bail};
+
+use self::layout::{PackedFormat, TILE_COLS, TILE_ROWS, packed_format};
+use self::pack::{RowTile, pack_dense};
+use super::{MatrixSource, SharedMut};
+use crate::device::gpu::{DeviceBuffer, Gpu};
+use crate::device::threads::parallel_for;
+use crate::ops::gguf_blocks::row_bytes;
+use crate::ops::silu_mul::silu_mul;
+use crate::ops::tensor::GpuTensor;
+
+/// The most tokens that the kernels for few take.
+const SMALL_TOKENS: usize = 16;
+/// Packed bytes that are uploaded at once.
+const UPLOAD_BYTES: usize = 64 << 20;
+/// Rows of gates, and of ups, in a tile of both.
+const GATED_ROWS: usize = TILE_ROWS / 2;
+
+/// How the sources of a matrix lie in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stacking {
+    /// One below the other.
+    Below,
+    /// Gates and ups of a feed-forward layer, for [`super::gated_matmul`].
+    Gated,
+}
+
+/// A matrix of weights `[num_rows, num_cols]` in a card's memory.
+pub struct GpuMatrix {
+    gpu: Gpu,
+    segments: Vec<Segment>,
+    stacking: Stacking,
+    num_rows: usize,
+    num_cols: usize,
+    /// One for each output block of a product that splits its columns; zero between launches.
+    counters: DeviceBuffer,
+}
+
+/// Consecutive rows of one format.
+struct Segment {
+    weights: Weights,
+    first_row: usize,
+    num_rows: usize,
+    buffer: DeviceBuffer,
+    layout: Interleaving,
+}
+
+#[derive(Clone, Copy)]
+enum Weights {
+    Packed(&'static PackedFormat),
+    /// `bf16` rows, so many values apart.
+    Dense {
+        row_stride: usize,
+    },
+}
+
+/// Which rows lie beside each other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Interleaving {
+    Plain,
+    /// Eight gates, then the eight ups of the same features.
+    Gated,
+}
+
+/// What is done with the sums.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Output {
+    Bf16 = 0,
+    F32 = 1,
+    SiluMul = 2,
+}
+
+impl GpuMatrix {
+    /// Packs the sources and copies them to the card. Uses the current thread pool.
+    ///
+    /// # Errors
+    /// If rows are not whole blocks, a source has not the bytes that its rows need, there is no
+    /// kernel for the format, or no memory.
+    pub fn pack(
+        gpu: &Gpu,
+        sources: &[MatrixSource<'_>],
+        num_cols: usize,
+        stacking: Stacking,
+    ) -> Result<Self> {
+        let counters = gpu.alloc(launch::NUM_COUNTERS * size_of::<u32>())?;
+        gpu.zero(&counters)?;
+        let num_rows = sources.iter().map(|source| source.num_rows).sum();
+        let gpu = gpu.clone();
+        let mut matrix = Self { gpu, segments: Vec::new(), stacking, num_rows, num_cols, counters };
+        if let (Stacking::Gated, [gate, up]) = (stacking, sources)
+            && gate.dtype == up.dtype
+            && gate.num_rows == up.num_rows
+        {
+            matrix.add_segment(sources, 0, Interleaving::Gated)?;
+            return Ok(matrix);
+        }
+        let mut first_row = 0;
+        // Neighbours of one format need one launch.
+        for alike in sources.chunk_by(|a, b| a.dtype == b.dtype) {
+            matrix.add_segment(alike, first_row, Interleaving::Plain)?;
+            first_row += alike.iter().map(|source| source.num_rows).sum::<usize>();
+        }
+        Ok(matrix)
+    }
+
+    /// Rows of all sources.
+    pub fn num_rows(&self) -> usize {
+        self.num_rows
+    }
+
+    /// Weights in a row.
+    pub fn num_cols(&self) -> usize {
+        self.num_cols
+    }
+
+    /// Memory that the weights take.
+    pub fn num_bytes(&self) -> usize {
+        self.segments.iter().map(|segment| segment.buffer.len()).sum()
+    }
+
+    fn add_segment(
+        &mut self,
+        sources: &[MatrixSource<'_>],
+        first_row: usize,
+        layout: Interleaving,
+    ) -> Result<()> {
+        let num_cols = self.num_cols;
+        let dtype = sources[0].dtype;
+        let row_bytes = row_bytes(dtype, num_cols)?;
+        for MatrixSource { data, num_rows, .. } in sources {
+            if Some(data.len()) != row_bytes.checked_mul(*num_rows) {
+                bail!(
+                    "{num_rows} rows of {num_cols} {dtype:?} weights are not {} bytes",
+                    data.len()
+                );
+            }
+        }
+        let weights = match packed_format(dtype) {
+            Some(format) => Weights::Packed(format),
+            None if dtype == GgmlDType::Q8K => bail!("there is no kernel for {dtype:?} weights"),
+            None => Weights::Dense { row_stride: num_cols },
+        };
+        if !num_cols.is_multiple_of(8) {
+            bail!("rows of {num_cols} weights: a card takes multiples of 8");
+        }
+        let num_rows = sources.iter().map(|source| source.num_rows).sum();
+        let rows = SourceRows { sources, row_bytes, layout, num_rows };
+        let buffer = upload(&self.gpu, weights, &rows, num_cols)?;
+        self.segments.push(Segment { weights, first_row, num_rows, buffer, layout });
+        Ok(())
+    }
+
+    /// `x * w^T + bias` for `x: [num_tokens, num_cols]`, as `bf16` or `f32`.
+    pub(super) fn matmul(
+        &self,
+        x: &GpuTensor,
+        bias: Option<&GpuTensor>,
+        dtype: DType,
+    ) -> Result<GpuTensor> {
+        self.check(x)?;
+        if let Some(bias) = bias
+            && (bias.dtype != DType::F32 || bias.num_rows * bias.num_cols != self.num_rows)
+        {
+            bail!("{} biases for {} rows", bias.num_rows * bias.num_cols, self.num_rows);
+        }
+        let output = match dtype {
+            DType::BF16 => Output::Bf16,
+            DType::F32 => Output::F32,
+            _ => bail!("products are BF16 or F32, not {dtype:?}"),
+        };
+        let y = GpuTensor::scratch(&self.gpu, dtype, (x.num_rows, self.num_rows))?;
+        for segment in &self.segments {
+            if segment.layout == Interleaving::Gated {
+                bail!("the rows of gates and ups are interleaved");
+            }
+            segment.launch(self, x, (bias, &y), output)?;
+        }
+        Ok(y)
+    }
+
+    /// `silu(x * gate^T) * (x * up^T)`.
+    pub(super) fn gated_matmul(&self, x: &GpuTensor) -> Result<GpuTensor> {
+        self.check(x)?;
+        let fused = match &self.segments[..] {
+            [segment] if segment.layout == Interleaving::Gated => segment,
+            _ if self.stacking == Stacking::Gated => {
+                return silu_mul(&self.matmul(x, None, DType::BF16)?);
+            }
+            _ => bail!("the weights are not a gate and an up projection"),
+        };
+        let y = GpuTensor::scratch(&self.gpu, DType::BF16, (x.num_rows, self.num_rows / 2))?;
+        fused.launch(self, x, (None, &y), Output::SiluMul)?;
+        Ok(y)
+    }
+
+    fn check(&self, x: &GpuTensor) -> Result<()> {
+        if x.num_cols != self.num_cols {
+            bail!("activations have {} columns, the weights {}", x.num_cols, self.num_cols);
+        }
+        if x.dtype != DType::BF16 {
+            bail!("activations are {:?}, not BF16", x.dtype);
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for GpuMatrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GpuMatrix({} x {})", self.num_rows, self.num_cols)
+    }
+}
+
+/// The rows of sources in the order of a matrix.
+struct SourceRows<'a> {
+    sources: &'a [MatrixSource<'a>],
+    row_bytes: usize,
+    layout: Interleaving,
+    num_rows: usize,
+}
+
+impl SourceRows<'_> {
+    fn num_row_tiles(&self) -> usize {
+        match self.layout {
+            Interleaving::Plain => self.num_rows.div_ceil(TILE_ROWS),
+            Interleaving::Gated => (self.num_rows / 2).div_ceil(GATED_ROWS),
+        }
+    }
+
+    /// Row `i` of a row tile, if there is one.
+    fn get(&self, row_tile: usize, i: usize) -> Option<&[u8]> {
+        let (mut row, sources) = match self.layout {
+            Interleaving::Plain => (row_tile * TILE_ROWS + i, self.sources),
+            Interleaving::Gated => {
+                let source = i / GATED_ROWS;
+                (row_tile * GATED_ROWS + i % GATED_ROWS, &self.sources[source..=source])
+            }
+        };
+        for source in sources {
+            if row < source.num_rows {
+                return Some(&source.data[row * self.row_bytes..][..self.row_bytes]);
+            }
+            row -= source.num_rows;
+        }
+        None
+    }
+}
+
+/// Packs rows in portions and copies each to the card.
+fn upload(
+    gpu: &Gpu,
+    weights: Weights,
+    rows: &SourceRows<'_>,
+    num_cols: usize,
+) -> Result<DeviceBuffer> {
+    let num_tiles = num_cols.div_ceil(TILE_COLS);
+    let tile_bytes = match weights {
+        Weights::Packed(format) => format.row_tile_bytes(num_tiles),
+        Weights::Dense { row_stride } => TILE_ROWS * row_stride * 2,
+    };
+    let num_row_tiles = rows.num_row_tiles();
+    let buffer = gpu.alloc(num_row_tiles * tile_bytes)?;
+    let portion = (UPLOAD_BYTES / tile_bytes.max(1)).clamp(1, num_row_tiles.max(1));
+    let mut host = vec![0_u8; portion * tile_bytes];
+    for first in (0..num_row_tiles).step_by(portion) {
+        let count = portion.min(num_row_tiles - first);
+        host.fill(0);
+        let start = SharedMut(host.as_mut_ptr());
+        parallel_for(count, |index| {
+            // SAFETY: tasks have row tiles of their own, inside of the buffer.
+            let to = unsafe {
+                std::slice::from_raw_parts_mut(start.get().add(index * tile_bytes), tile_bytes)
+            };
+            let dtype = rows.sources[0].dtype;
+            let data: [_; TILE_ROWS] = std::array::from_fn(|i| rows.get(first + index, i));
+            match weights {
+                Weights::Packed(format) => {
+                    RowTile::new(num_tiles).pack(format, dtype, &data, to);
+                }
+                Weights::Dense { row_stride } => pack_dense(dtype, &data, row_stride, to),
+            }
+        });
+        let range = first * tile_bytes..(first + count) * tile_bytes;
+        buffer.slice(range).upload(&host[..count * tile_bytes])?;
+    }
+    Ok(buffer)
+}

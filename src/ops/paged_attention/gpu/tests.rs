@@ -1,0 +1,208 @@
+//! The kernels against the operation on the processor.
+//!
+//! Tolerance: a weight is rounded to the cache's type before it meets the values, and a result to
+//! `bf16`; everything else is `f32`, and products of 16-bit numbers are exact in it. With values of
+//! at most two, weights may add twice half a unit in their last place, and the result half a unit
+//! in its own.
+
+use half::{bf16, f16};
+
+use super::super::tests::{Batch, QWEN, SCALE, Seq, Setup};
+use super::super::{KvCacheShape, attend_on_cpu};
+use super::*;
+
+const BF16_UNIT: f32 = 1.0 / 512.0;
+const F16_UNIT: f32 = 1.0 / 4096.0;
+const MAX_VALUE: f32 = 2.0;
+/// Sums in `f32` and approximate powers of two.
+const SLACK: f32 = 2e-5;
+
+fn seqs(lens: &[(usize, usize)]) -> Vec<Seq> {
+    lens.iter().map(|&(len, query_len)| Seq { id: len, len, query_len }).collect()
+}
+
+/// The batch's caches and indices, on the card.
+struct OnGpu {
+    q: GpuTensor,
+    kv: GpuKvCache,
+    meta: AttentionMetadata,
+}
+
+impl OnGpu {
+    fn new(gpu: &Gpu, setup: Setup, batch: &Batch) -> Self {
+        let queries = batch.q.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let q = GpuTensor::from_slice(gpu, &queries, DType::BF16, batch.q.dims2().unwrap());
+        let kv = GpuKvCache::new(batch.kv.shape().unwrap(), setup.dtype, gpu).unwrap();
+        for (buffer, tensor) in [(&kv.k, &batch.kv.k), (&kv.v, &batch.kv.v)] {
+            let flat = tensor.flatten_all().unwrap();
+            if setup.dtype == DType::BF16 {
+                let values = flat.to_vec1::<bf16>().unwrap();
+                buffer.upload(bytemuck::cast_slice(&values)).unwrap();
+            } else {
+                let values = flat.to_vec1::<f16>().unwrap();
+                buffer.upload(bytemuck::cast_slice(&values)).unwrap();
+            }
+        }
+        let mut meta = batch.meta.clone();
+        meta.max_seq_len = meta.seq_lens.iter().copied().max().unwrap_or(0);
+        upload(gpu, &mut meta);
+        Self { q: q.unwrap(), kv, meta }
+    }
+
+    fn run(&self) -> Vec<f32> {
+        attend(&self.q, &self.kv, &self.meta, SCALE).unwrap().to_vec().unwrap()
+    }
+}
+
+fn upload(gpu: &Gpu, meta: &mut AttentionMetadata) {
+    for indices in [&mut meta.query_start_loc, &mut meta.seq_lens, &mut meta.block_table] {
+        let buffer = gpu.alloc(size_of_val(indices.as_slice())).unwrap();
+        indices.upload_to(buffer).unwrap();
+    }
+}
+
+/// What the processor makes of the same queries in `bf16`.
+fn on_cpu(batch: &Batch) -> Vec<f32> {
+    let q = batch.q.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+    let out = attend_on_cpu(&q, &batch.kv, &batch.meta, SCALE).unwrap();
+    out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+}
+
+fn check(gpu: &Gpu, setup: Setup, lens: &[(usize, usize)]) {
+    let batch = setup.batch(&seqs(lens));
+    let (out, expected) = (OnGpu::new(gpu, setup, &batch).run(), on_cpu(&batch));
+    assert_eq!(out.len(), expected.len());
+    let weight_unit = if setup.dtype == DType::BF16 { BF16_UNIT } else { F16_UNIT };
+    let width = setup.num_heads * setup.head_dim;
+    for (index, (&out, &expected)) in out.iter().zip(&expected).enumerate() {
+        let tolerance = expected.abs() * BF16_UNIT + MAX_VALUE * weight_unit + SLACK;
+        assert!(
+            (out - expected).abs() <= tolerance,
+            "token {} value {}: {out}, not {expected}; {lens:?}",
+            index / width,
+            index % width
+        );
+    }
+}
+
+#[test]
+fn matches_the_processor_for_groups_head_sizes_and_types() {
+    let Some(gpu) = Gpu::for_tests() else { return };
+    for group in [1, 5, 6, 7, 8] {
+        for head_dim in [64, 128] {
+            for dtype in [DType::F16, DType::BF16] {
+                let num_heads = 2 * group;
+                let setup = Setup { num_heads, head_dim, dtype, block_step: 5, ..QWEN };
+                check(&gpu, setup, &[(33, 3), (1, 1), (70, 1), (131, 66), (257, 2), (19, 19)]);
+            }
+        }
+    }
+}
+
+#[test]
+fn matches_the_processor_around_blocks_tiles_and_partitions() {
+    let Some(gpu) = Gpu::for_tests() else { return };
+    for block_size in [8, 16, 24, 128] {
+        let setup = Setup { num_heads: 7, num_kv_heads: 1, block_size, block_step: 3, ..QWEN };
+        let lens = [1, 2, 7, 8, 15, 16, 17, 31, 63, 64, 65, 101, 127, 128, 129, 257, 511, 513];
+        check(&gpu, setup, &lens.map(|len| (len, 1)));
+        check(&gpu, setup, &lens.map(|len| (len, len.min(10))));
+        check(&gpu, setup, &lens[6..13].iter().map(|&len| (len, len)).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn matches_the_processor_on_long_sequences() {
+    let Some(gpu) = Gpu::for_tests() else { return };
+    let setup = Setup { num_heads: 7, num_kv_heads: 1, ..QWEN };
+    // Partitions of 128, 256 and 512 keys; split and whole tiles.
+    check(&gpu, setup, &[(4096, 1), (4097, 2), (9000, 1), (1100, 20), (2500, 30), (1024, 11)]);
+    let setup = Setup { head_dim: 128, dtype: DType::BF16, ..setup };
+    check(&gpu, setup, &[(4097, 1), (2049, 12)]);
+}
+
+#[test]
+fn matches_the_processor_in_the_shapes_of_models() {
+    let Some(gpu) = Gpu::for_tests().filter(|gpu| !gpu.is_emulated()) else { return };
+    let models =
+        [(14, 2, 64), (12, 2, 128), (16, 2, 128), (28, 4, 128), (40, 8, 128), (64, 8, 128)];
+    for (num_heads, num_kv_heads, head_dim) in models {
+        for dtype in [DType::F16, DType::BF16] {
+            let setup = Setup { num_heads, num_kv_heads, head_dim, dtype, ..QWEN };
+            check(&gpu, setup, &[(5000, 1), (777, 777), (3000, 96), (1, 1), (129, 1), (20_000, 1)]);
+            check(&gpu, setup, &[(313, 1); 64]);
+        }
+    }
+}
+
+#[test]
+fn a_batch_gives_each_sequence_the_bits_it_gets_alone() {
+    let Some(gpu) = Gpu::for_tests() else { return };
+    let setup = Setup { num_heads: 7, num_kv_heads: 1, ..QWEN };
+    let lens = [(1, 1), (140, 140), (600, 1), (64, 3), (1100, 40), (17, 1), (257, 9)];
+    let run = |lens: &[(usize, usize)]| {
+        let batch = setup.batch(&seqs(lens));
+        OnGpu::new(&gpu, setup, &batch).run()
+    };
+    let apart: Vec<f32> = lens.iter().flat_map(|&seq| run(&[seq])).collect();
+    assert!(run(&lens) == apart);
+}
+
+#[test]
+fn recorded_steps_follow_lengths_and_leave_padding_alone() {
+    let Some(gpu) = Gpu::for_tests() else { return };
+    let setup = Setup { num_heads: 7, num_kv_heads: 1, ..QWEN };
+    let batch = setup.batch(&seqs(&[(300, 1), (20, 1), (129, 1)]));
+    let mut step = OnGpu::new(&gpu, setup, &batch);
+    step.meta.max_seq_len = 1024;
+    step.run();
+    let record = || attend(&step.q, &step.kv, &step.meta, SCALE);
+    let (out, graph) = gpu.capture(record).unwrap();
+    // Two rounds: counters that were not left at zero would show in the second.
+    for lens in [[300_u32, 0, 129], [257, 20, 0]] {
+        let mut shorter = Setup::batch(&setup, &seqs(&[(300, 1), (20, 1), (129, 1)]));
+        *shorter.meta.seq_lens = lens.to_vec();
+        step.meta.seq_lens.on_gpu().unwrap().upload(bytemuck::cast_slice(&lens)).unwrap();
+        gpu.replay(&graph).unwrap();
+        let out = out.to_vec().unwrap();
+        for (seq, expected) in lens.iter().map(|&len| len.max(1)).enumerate() {
+            shorter.meta.seq_lens[seq] = expected;
+        }
+        let width = setup.num_heads * setup.head_dim;
+        let expected = on_cpu(&shorter);
+        for (seq, _) in lens.iter().enumerate().filter(|(_, len)| **len != 0) {
+            for (out, expected) in
+                out[seq * width..].iter().zip(&expected[seq * width..]).take(width)
+            {
+                let tolerance = expected.abs() * BF16_UNIT + MAX_VALUE * F16_UNIT + SLACK;
+                assert!((out - expected).abs() <= tolerance, "{seq}: {out}, not {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn shapes_without_a_kernel_are_errors() {
+    let Some(gpu) = Gpu::for_tests() else { return };
+    let batch = QWEN.batch(&seqs(&[(20, 2), (40, 40)]));
+    let new = || OnGpu::new(&gpu, QWEN, &batch);
+    let run = |step: &OnGpu| attend(&step.q, &step.kv, &step.meta, SCALE);
+    assert!(run(&new()).is_ok());
+    let wrong: [fn(&mut OnGpu); 8] = [
+        |step| step.q.dtype = DType::F32,
+        |step| step.q.num_cols = 13 * 64,
+        |step| step.q.num_rows = 41,
+        |step| step.kv.shape.head_dim = 32,
+        |step| step.kv.shape.block_size = 12,
+        |step| step.kv.shape.num_blocks = 1,
+        |step| step.meta.seq_lens[1] = 39,
+        |step| step.meta.block_table = Vec::new().into(),
+    ];
+    for (index, spoil) in wrong.into_iter().enumerate() {
+        let mut step = new();
+        spoil(&mut step);
+        assert!(run(&step).is_err(), "case {index}");
+    }
+    let shape = KvCacheShape { num_blocks: 1, num_kv_heads: 1, block_size: 16, head_dim: 64 };
+    assert!(GpuKvCache::new(shape, DType::F32, &gpu).is_err());
+}

@@ -1,0 +1,294 @@
+//! How a step's attention is cut into pieces for a card's multiprocessors. Pure.
+//!
+//! Sequences with few queries go to the decode kernel, which cuts them itself. Of the others, tiles
+//! of queries become blocks; where a sequence has few tiles behind many keys, which would leave
+//! most of the card idle, the keys are split too and the parts merged afterwards.
+//!
+//! **Invariant:** how a sequence is cut depends on its own lengths and the model's heads only, so
+//! that its numbers do not depend on its company.
+
+use std::cmp::Reverse;
+use std::ops::Range;
+
+use super::AttentionMetadata;
+
+/// Rows (queries times heads of a KV head) of a tile, as in `paged_prefill.cu`.
+pub(super) const TILE_ROWS: usize = 128;
+/// Most rows of a sequence that the decode kernel takes, as in `paged_decode.cu`.
+pub(super) const MAX_DECODE_ROWS: usize = 64;
+/// Fewest keys of a decode partition, as in `paged_decode.cu`.
+const MIN_PARTITION: usize = 128;
+/// Most partitions of a sequence, as in `paged_decode.cu`.
+const MAX_PARTITIONS: usize = 32;
+/// Fewest keys of a part of a tile: so many that merging costs little. A multiple of the 64 keys
+/// that a block takes at a time.
+const MIN_SPLIT: usize = 1024;
+/// So many blocks keep a large card busy; no sequence is split into more.
+const WANTED_BLOCKS: usize = 256;
+/// Most blocks that leave partial results at a time, which bounds their memory.
+const MAX_PARTIAL_BLOCKS: usize = 2 * WANTED_BLOCKS;
+/// The slot of a tile that covers all of its keys.
+const NO_SLOT: u32 = u32::MAX;
+
+/// How queries share keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Heads {
+    pub(super) num_kv_heads: usize,
+    /// Query heads per KV head.
+    pub(super) group: usize,
+}
+
+/// Work of one block per KV head, as the kernel reads it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub(super) struct Tile {
+    seq: u32,
+    first_query: u32,
+    first_key: u32,
+    end_key: u32,
+    slot: u32,
+}
+
+/// Parts of the keys of one tile of queries, as the kernel reads it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub(super) struct Merge {
+    seq: u32,
+    first_query: u32,
+    first_slot: u32,
+    num_slots: u32,
+}
+
+/// Tiles that run together, and the merges after them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Round {
+    pub(super) tiles: Range<usize>,
+    pub(super) merges: Range<usize>,
+    /// Partial results per KV head.
+    pub(super) num_slots: usize,
+}
+
+/// A step's pieces.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// Tokens of the sequences that the decode kernel takes.
+    pub(super) num_decode_tokens: usize,
+    /// Most rows that one of them has.
+    pub(super) max_decode_rows: usize,
+    pub(super) tiles: Vec<Tile>,
+    pub(super) merges: Vec<Merge>,
+    pub(super) rounds: Vec<Round>,
+}
+
+impl Plan {
+    pub(super) fn new(meta: &AttentionMetadata, heads: Heads) -> Self {
+        let mut plan = Self::default();
+        let mut split = Vec::new();
+        for (seq, range) in meta.query_start_loc.windows(2).enumerate() {
+            let query_len = (range[1] - range[0]) as usize;
+            if query_len * heads.group <= MAX_DECODE_ROWS {
+                plan.num_decode_tokens += query_len;
+                plan.max_decode_rows = plan.max_decode_rows.max(query_len * heads.group);
+                continue;
+            }
+            let seq_len = meta.seq_lens[seq] as usize;
+            let max_keys = split_len(query_len, seq_len, heads);
+            for first_query in (0..query_len).step_by(TILE_ROWS / heads.group) {
+                let end_query = query_len.min(first_query + TILE_ROWS / heads.group);
+                let num_keys = seq_len - query_len + end_query;
+                let tile = Tile {
+                    seq: seq as u32,
+                    first_query: first_query as u32,
+                    first_key: 0,
+                    end_key: num_keys as u32,
+                    slot: NO_SLOT,
+                };
+                if num_keys <= max_keys {
+                    plan.tiles.push(tile);
+                } else {
+                    split.push((tile, max_keys));
+                }
+            }
+        }
+        plan.add_rounds(&split, MAX_PARTIAL_BLOCKS / heads.num_kv_heads);
+        plan
+    }
+
+    /// Closes the round of the whole tiles, to which the first split ones are added.
+    fn add_rounds(&mut self, split: &[(Tile, usize)], max_slots: usize) {
+        let mut round = Round::default();
+        for &(tile, max_keys) in split {
+            let num_slots = (tile.end_key as usize).div_ceil(max_keys);
+            if max_slots < round.num_slots + num_slots {
+                round = self.close(round);
+            }
+            self.merges.push(Merge {
+                seq: tile.seq,
+                first_query: tile.first_query,
+                first_slot: round.num_slots as u32,
+                num_slots: num_slots as u32,
+            });
+            for first_key in (0..tile.end_key).step_by(max_keys) {
+                let end_key = tile.end_key.min(first_key + max_keys as u32);
+                let slot = round.num_slots as u32;
+                self.tiles.push(Tile { first_key, end_key, slot, ..tile });
+                round.num_slots += 1;
+            }
+        }
+        self.close(round);
+    }
+
+    /// Ends a round and begins the next.
+    fn close(&mut self, mut round: Round) -> Round {
+        round.tiles.end = self.tiles.len();
+        round.merges.end = self.merges.len();
+        // The longest first, so that no block is left with a long one at the end.
+        self.tiles[round.tiles.clone()].sort_by_key(|tile| Reverse(tile.end_key - tile.first_key));
+        let next = Round {
+            tiles: round.tiles.end..round.tiles.end,
+            merges: round.merges.end..round.merges.end,
+            num_slots: 0,
+        };
+        if !round.tiles.is_empty() {
+            self.rounds.push(round);
+        }
+        next
+    }
+}
+
+/// Most keys of a tile of a sequence.
+fn split_len(query_len: usize, seq_len: usize, heads: Heads) -> usize {
+    let num_tiles = query_len.div_ceil(TILE_ROWS / heads.group);
+    let max_parts = WANTED_BLOCKS / (num_tiles * heads.num_kv_heads);
+    let mut len = MIN_SPLIT;
+    if max_parts <= 1 {
+        return seq_len;
+    }
+    while max_parts < seq_len.div_ceil(len) {
+        len *= 2;
+    }
+    len
+}
+
+/// Into how many partitions the decode kernel cuts sequences of up to this length at most.
+pub(super) fn max_partitions(max_seq_len: usize) -> usize {
+    max_seq_len.div_ceil(MIN_PARTITION).clamp(1, MAX_PARTITIONS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADS: Heads = Heads { num_kv_heads: 4, group: 7 };
+
+    fn plan(seqs: &[(usize, usize)], heads: Heads) -> Plan {
+        let mut meta = AttentionMetadata { query_start_loc: vec![0].into(), ..Default::default() };
+        for &(seq_len, query_len) in seqs {
+            let start = meta.query_start_loc[meta.seq_lens.len()];
+            meta.query_start_loc.push(start + query_len as u32);
+            meta.seq_lens.push(seq_len as u32);
+        }
+        Plan::new(&meta, heads)
+    }
+
+    #[test]
+    fn few_queries_are_left_to_the_decode_kernel() {
+        let plan = plan(&[(900, 1), (0, 1), (40, 9), (5, 0)], HEADS);
+        assert_eq!((plan.num_decode_tokens, plan.max_decode_rows), (11, 63));
+        assert!(plan.tiles.is_empty() && plan.rounds.is_empty());
+    }
+
+    /// What the tiles of a round cover: (seq, query, key) each exactly once, and merges all slots.
+    fn check(seqs: &[(usize, usize)], heads: Heads) {
+        let plan = plan(seqs, heads);
+        let per_tile = TILE_ROWS / heads.group;
+        let mut next = (0, 0);
+        for round in &plan.rounds {
+            assert_eq!((round.tiles.start, round.merges.start), next);
+            next = (round.tiles.end, round.merges.end);
+            assert!(round.num_slots * heads.num_kv_heads <= MAX_PARTIAL_BLOCKS);
+            let tiles = &plan.tiles[round.tiles.clone()];
+            let lens: Vec<u32> = tiles.iter().map(|tile| tile.end_key - tile.first_key).collect();
+            assert!(lens.is_sorted_by_key(|len| Reverse(*len)));
+            let mut slots = Vec::new();
+            for merge in &plan.merges[round.merges.clone()] {
+                assert!(1 < merge.num_slots);
+                let mut end = 0;
+                for slot in merge.first_slot..merge.first_slot + merge.num_slots {
+                    slots.push(slot);
+                    let tile = tiles.iter().find(|tile| tile.slot == slot).unwrap();
+                    assert_eq!((tile.seq, tile.first_query), (merge.seq, merge.first_query));
+                    assert_eq!(tile.first_key, end);
+                    assert!(tile.first_key < tile.end_key && tile.first_key % 64 == 0);
+                    end = tile.end_key;
+                }
+            }
+            assert!(slots.iter().copied().eq(0..round.num_slots as u32));
+        }
+        assert_eq!(next, (plan.tiles.len(), plan.merges.len()));
+        for (seq, &(seq_len, query_len)) in seqs.iter().enumerate() {
+            let is_prefill = MAX_DECODE_ROWS < query_len * heads.group;
+            let mut ends: Vec<(u32, u32)> = (plan.tiles.iter())
+                .filter(|tile| tile.seq == seq as u32)
+                .map(|tile| (tile.first_query, tile.end_key))
+                .collect();
+            ends.sort_unstable();
+            // The last part of each tile reaches what its last query sees.
+            ends.reverse();
+            ends.dedup_by_key(|end| end.0);
+            ends.reverse();
+            let expected = (0..if is_prefill { query_len } else { 0 }).step_by(per_tile);
+            let expected = expected.map(|first| {
+                (first as u32, (seq_len - query_len + query_len.min(first + per_tile)) as u32)
+            });
+            assert!(ends.into_iter().eq(expected), "sequence {seq}");
+        }
+    }
+
+    #[test]
+    fn tiles_cover_every_query_and_key_once() {
+        let lens = [1, 9, 10, 18, 19, 127, 128, 129, 1023, 1024, 1025, 4096, 32_768, 131_072];
+        for group in [1, 5, 6, 7, 8] {
+            for num_kv_heads in [1, 2, 4, 8] {
+                let heads = Heads { num_kv_heads, group };
+                for len in lens {
+                    for query_len in [1, 9, 10, 19, 96, 512, 2048] {
+                        check(&[(len.max(query_len), query_len)], heads);
+                    }
+                }
+                check(&[(40_000, 70); 40], heads);
+                check(&[(9000, 1), (3000, 3000), (5000, 100), (17, 17), (2048, 64)], heads);
+            }
+        }
+    }
+
+    #[test]
+    fn few_queries_behind_many_keys_are_split_and_many_are_not() {
+        assert!(plan(&[(32_768, 96)], HEADS).rounds[0].num_slots * 4 > 128);
+        assert!(plan(&[(32_768, 2048)], HEADS).merges.is_empty());
+        assert!(plan(&[(1024, 96)], HEADS).merges.is_empty());
+        assert!(plan(&[(131_072, 96)], HEADS).rounds[0].num_slots * 4 <= WANTED_BLOCKS);
+    }
+
+    #[test]
+    fn a_sequence_is_cut_the_same_in_any_company() {
+        let alone = plan(&[(20_000, 96)], HEADS);
+        let company = plan(&[(20_000, 96), (5000, 5000), (1, 1), (20_000, 40)], HEADS);
+        let cuts = |plan: &Plan| -> Vec<(u32, u32, u32)> {
+            let of_first = plan.tiles.iter().filter(|tile| tile.seq == 0);
+            let mut cuts: Vec<_> =
+                of_first.map(|tile| (tile.first_query, tile.first_key, tile.end_key)).collect();
+            cuts.sort_unstable();
+            cuts
+        };
+        assert_eq!(cuts(&alone), cuts(&company));
+    }
+
+    #[test]
+    fn partitions_are_bounded() {
+        assert_eq!(
+            [0, 1, 128, 129, 4096, 4097, 1 << 20].map(max_partitions),
+            [1, 1, 1, 2, 32, 32, 32]
+        );
+    }
+}

@@ -1,0 +1,112 @@
+//! The whole model on a card, or on the emulation of one: beside Hugging Face, and beside itself.
+
+use super::*;
+
+const ON_GPU: Setup = Setup { place: Place::Gpu(Execution::Recorded), ..ROOMY };
+
+/// Activations are rounded to `bf16` after every operation, which random narrow networks with
+/// logits spread over ten feel; weights are multiplied as exactly as in `f32`.
+const BF16_ACTIVATIONS: Tolerance = Tolerance { max: 0.25, mean: 0.03, margin: 0.15 };
+
+fn has_gpu() -> bool {
+    Gpu::for_tests().is_some()
+}
+
+#[tokio::test]
+async fn a_card_computes_what_hugging_face_does() {
+    if !has_gpu() {
+        return;
+    }
+    for name in [
+        "f32-untied",
+        "f32-tied",
+        "f16",
+        "bf16",
+        "q8_0",
+        "q8_0-hd128",
+        "q4_0",
+        "q4_0-gqa7",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "mixed",
+        "k-quants",
+    ] {
+        compare_with_golden(name, BF16_ACTIVATIONS, ON_GPU).await;
+    }
+}
+
+/// Goal: replaying a recording is launching its kernels. Method: the same requests, alone and in
+/// company, with recordings and without; every step but the first two of each shape is a replay.
+#[tokio::test]
+async fn recorded_steps_give_the_bits_of_launched_ones() {
+    if !has_gpu() {
+        return;
+    }
+    let eager = Setup { place: Place::Gpu(Execution::Eager), ..ROOMY };
+    for model in EQUALITY_MODELS.map(tiny) {
+        let (recorded, launched) =
+            (together(&start(&model, ON_GPU)).await, together(&start(&model, eager)).await);
+        assert_eq!(recorded, launched);
+    }
+}
+
+/// Goal: a decode step gives a sequence the same bits in any company. Method: one prompt, so that
+/// all choices begin with the same cache, and as many choices as there are draws of one sequence.
+#[tokio::test]
+async fn company_changes_no_bit_of_a_decode_step() {
+    if !has_gpu() {
+        return;
+    }
+    for model in EQUALITY_MODELS.map(tiny) {
+        let prompt = &prompts()[6];
+        let alone = run(&start(&model, ON_GPU), request(prompt, 24, sampled(1))).await;
+        let engine = start(&model, ON_GPU);
+        // The prefix is in the cache, as it was computed for one alone.
+        run(&engine, request(prompt, 1, sampled(1))).await;
+        let company = (0..7).map(|index| run(&engine, request(prompt, 24, sampled(index))));
+        let together = futures_util::future::join_all(company).await;
+        assert_same("in company", 1, &together[1], &alone);
+    }
+}
+
+/// Goal: chunks, preemption and company change no more than rounding does. Method: greedy answers
+/// with their log-probabilities, compared as long as the tokens are the same.
+#[tokio::test]
+async fn chunks_and_preemption_change_no_more_than_rounding() {
+    if !has_gpu() {
+        return;
+    }
+    let greedy = || SamplingParams { temperature: 0.0, logprobs: Some(5), ..sampled(0) };
+    for model in EQUALITY_MODELS.map(tiny) {
+        let tight = 20 * block_bytes(&model, 8);
+        let setups = [
+            Setup { max_num_batched_tokens: 16, ..ON_GPU },
+            Setup { block_size: 8, kv_cache_bytes: tight, ..ON_GPU },
+        ];
+        for setup in setups {
+            let (engine, reference) = (start(&model, setup), start(&model, ON_GPU));
+            let prompts = prompts();
+            let runs = prompts.iter().map(|p| run(&engine, request(p, 24, greedy())));
+            let found = futures_util::future::join_all(runs).await;
+            for (prompt, found) in prompts.iter().zip(found) {
+                let expected = run(&reference, request(prompt, 24, greedy())).await;
+                compare_while_equal(&found, &expected);
+            }
+        }
+    }
+}
+
+/// Compares the five log-probabilities of each token up to the first token that differs.
+fn compare_while_equal(found: &Said, expected: &Said) {
+    let steps = found.logprob_bits.chunks(5).zip(expected.logprob_bits.chunks(5));
+    for (step, (ours, theirs)) in steps.enumerate() {
+        for (ours, theirs) in ours.iter().zip(theirs) {
+            let error = (f32::from_bits(*ours) - f32::from_bits(*theirs)).abs();
+            assert!(error < 0.1, "step {step}: {error}");
+        }
+        if found.tokens[step] != expected.tokens[step] {
+            break;
+        }
+    }
+}
