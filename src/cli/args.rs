@@ -10,11 +10,7 @@ use clap::{ArgAction, Args};
 
 use crate::config::{
     self, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice, EmbeddingPooling,
-<<<<<<< HEAD
-    EngineOptions, HttpConfig, KvCacheDtype, LoadFormat, LogConfig, LogFormat, LogLevel,
-=======
-    EngineOptions, Execution, HttpConfig, KvCacheDtype, LogConfig, LogFormat, LogLevel,
->>>>>>> cuda
+    EngineOptions, Execution, HttpConfig, KvCacheDtype, LoadFormat, LogConfig, LogFormat, LogLevel,
     ModelConfig, PrefixCaching, Settings, Source,
 };
 

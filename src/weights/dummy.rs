@@ -52,8 +52,10 @@ pub enum Quantization {
 
 /// A quantisation that no random weights can be made of.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("random weights have no quantisation `{0}`; there are {}", Quantization::names())]
-pub struct UnknownQuantization(String);
+#[error("random weights have no quantisation `{name}`; there are {}", Quantization::names())]
+pub struct UnknownQuantization {
+    name: String,
+}
 
 impl Quantization {
     const ALL: [(Self, &'static str); 8] = [
@@ -125,7 +127,7 @@ impl FromStr for Quantization {
         // The published half-precision files are named so.
         let wanted = if lower == "fp16" { "f16" } else { &lower };
         let found = Self::ALL.into_iter().find(|(_, name)| *name == wanted);
-        found.map(|(found, _)| found).ok_or_else(|| UnknownQuantization(text.to_owned()))
+        found.map(|(found, _)| found).ok_or_else(|| UnknownQuantization { name: text.to_owned() })
     }
 }
 

@@ -5,8 +5,8 @@
 
 use candle_core::Result;
 
-use super::{GpuMatrix, Interleaving, Segment, Stacking, Weights};
 use super::{GATED_ROWS, TILE_COLS, TILE_ROWS};
+use super::{GpuMatrix, Interleaving, Segment, Stacking, Weights};
 use crate::device::gpu::{Arg, DeviceBuffer, Gpu, Kernel, LaunchConfig};
 use crate::ops::matmul::{MatrixSource, RandomSource};
 use crate::ops::random_rows::random_rows;
@@ -119,7 +119,7 @@ mod tests {
         let mut random = Random::new(3);
         let spread = 3.0_f32.sqrt();
         let x: Vec<f32> = (0..num_cols).map(|_| random.float() * spread).collect();
-        let x = GpuTensor::from_slice(&gpu, DType::BF16, &x, (1, num_cols)).unwrap();
+        let x = GpuTensor::from_slice(&gpu, &x, DType::BF16, (1, num_cols)).unwrap();
         for dtype in [
             GgmlDType::BF16,
             GgmlDType::F16,
@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn random_gates_multiply() {
         let Some(gpu) = Gpu::for_tests() else { return };
-        let x = GpuTensor::from_slice(&gpu, DType::BF16, &[1.0; 256], (1, 256)).unwrap();
+        let x = GpuTensor::from_slice(&gpu, &[1.0; 256], DType::BF16, (1, 256)).unwrap();
         let source = |seed| RandomSource { dtype: GgmlDType::Q4K, num_rows: 72, seed };
         let sources = [source(1), source(2)];
         let matrix = GpuMatrix::random(&gpu, &sources, 256, Stacking::Gated).unwrap();
