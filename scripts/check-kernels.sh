@@ -12,7 +12,7 @@ cd "$here/.."
 
 architectures=(80 90a)
 # Families in which a spill costs speed in every step.
-hot='^kernels/(attention|matmul|norm|sampling)/'
+hot='^kernels/(attention|norm|quant|sample)/'
 
 if [ "${1:-}" = --compile ]; then
     # One file for one architecture; called below, several at a time.

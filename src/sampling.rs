@@ -4,7 +4,7 @@
 //! (seed, choice, position), never of what else is in the batch. **Invariant:** no row is ever
 //! sorted whole; the module `row` finds the largest logits from the maxima of short chunks.
 //!
-//! Start at [`Sampler::sample`].
+//! Start at [`Sampler::sample`]; [`DeviceSampler`] does the same on a card.
 
 pub mod device_sampler;
 pub mod logprobs;

@@ -3,7 +3,8 @@
 //   out[i] = sum over j <= p of softmax_j(scale * q[i] . k[j]) * v[j],   p = seq_len - query_len + i
 //
 // q, out      [num_tokens, num_kv_heads * group, HEAD_DIM] bf16
-// k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16 or f16), block_size a multiple of 8
+// k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16, f16 or e4m3), block_size a multiple of
+//             8; scale_log2 = scale * log2(e) and value_scale include what 8 bits are scaled by
 // partial_*   [num_partials, num_heads, HEAD_DIM] f32 and [num_partials, num_heads, 2] (maximum, sum), where
 //             num_partials is at least the sum of query_len * partitions over the sequences
 // counters    [num_seqs, num_kv_heads, MAX_ROW_TILES], zero before and after
@@ -24,8 +25,9 @@
 // No warp waits for another before the end of the partition. Then the warps' results are merged in
 // shared memory; the block that completes the last partition of a sequence merges those of all.
 //
-// Cost: the keys and values are read once, 4 * HEAD_DIM bytes per token and KV head, and the partial
-// outputs written and read, 8 * group * HEAD_DIM per partition (at most a tenth of it). 7B (4 KV heads of
+// Cost: the keys and values are read once, 4 * HEAD_DIM bytes per token and KV head (half of it in 8
+// bits), and the partial outputs written and read, 8 * group * HEAD_DIM per partition (an eighth of it
+// at most, and mostly within the L2 cache). 7B (4 KV heads of
 // 128), 64 sequences of 2,048 tokens: 268 MB a layer, 62 us at 4.3 TB/s. 4 * group * HEAD_DIM operations per
 // token and KV head, 7 per byte there: bound by memory. One short sequence is bound by latency: metadata,
 // block table, keys, one after the other.
@@ -60,7 +62,11 @@ struct Args {
     unsigned group;
     unsigned block_size;
     float scale_log2;
+    float value_scale;
 };
+
+template <typename T>
+using Operand = typename Format<T>::Operand;
 
 // How one sequence's work is cut.
 struct Cut {
@@ -161,13 +167,14 @@ struct Item {
 };
 
 // A warp's copies of its tiles: tile n of the warp is tile n * NUM_WARPS + warp of the partition.
-template <int HEAD_DIM>
+template <typename T, int HEAD_DIM>
 struct Ring {
-    static constexpr int CHUNKS = HEAD_DIM / 8;
-    static constexpr int KEYS = 2048 / HEAD_DIM;  // 4 KiB each of keys and values
+    static constexpr int ROW_BYTES = HEAD_DIM * sizeof(T);
+    static constexpr int CHUNKS = ROW_BYTES / 16;
+    static constexpr int KEYS = ROW_BYTES == 256 ? 16 : 32;
     static constexpr int GRANULES = KEYS / GRANULE;
     static constexpr int TILES_PER_LOOKUP = WARP_SIZE / GRANULES;
-    static constexpr int TILE_BYTES = KEYS * HEAD_DIM * 2;
+    static constexpr int TILE_BYTES = KEYS * ROW_BYTES;
     static constexpr int BYTES = STAGES * 2 * TILE_BYTES;
     static constexpr int ROWS_PER_PASS = WARP_SIZE / CHUNKS;
 
@@ -196,13 +203,13 @@ struct Ring {
 #pragma unroll
             for (int i = 0; i < GRANULES; i++) {
                 const size_t from = __shfl_sync(FULL_MASK, granule, lookup + i);
-                const size_t source = from * (GRANULE * HEAD_DIM * 2) + row * (HEAD_DIM * 2) + chunk * 16;
+                const size_t source = from * (GRANULE * ROW_BYTES) + row * ROW_BYTES + chunk * 16;
 #pragma unroll
                 for (int j = 0; j < GRANULE; j += ROWS_PER_PASS) {
                     const bool is_valid = key + i * GRANULE + j < pages.num_keys;
-                    const unsigned target = tile_offset<HEAD_DIM>(i * GRANULE + j + row, chunk);
-                    cp_async_16(keys(n) + target, k + source + j * HEAD_DIM * 2, is_valid);
-                    cp_async_16(values(n) + target, v + source + j * HEAD_DIM * 2, is_valid);
+                    const unsigned target = tile_offset<ROW_BYTES>(i * GRANULE + j + row, chunk);
+                    cp_async_16(keys(n) + target, k + source + j * ROW_BYTES, is_valid);
+                    cp_async_16(values(n) + target, v + source + j * ROW_BYTES, is_valid);
                 }
             }
         }
@@ -224,18 +231,22 @@ template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void attend(State<HEAD_DIM>& state, const uint32_t (&q)[HEAD_DIM / 16][4],
                                        const unsigned char* k_tile, const unsigned char* v_tile, int first_key,
                                        const int (&last_key)[2], float scale_log2) {
-    constexpr int KEYS = Ring<HEAD_DIM>::KEYS;
+    constexpr int KEYS = Ring<T, HEAD_DIM>::KEYS;
+    constexpr int ROW_BYTES = HEAD_DIM * sizeof(T);
     const unsigned lane = threadIdx.x % WARP_SIZE;
     float scores[KEYS / 8][4] = {};
-    const unsigned k_lane = tile_offset<HEAD_DIM>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const unsigned k_lane = key_lane_offset<T, ROW_BYTES>(lane);
 #pragma unroll
-    for (int depth = 0; depth < HEAD_DIM / 16; depth++) {
+    for (int step = 0; step < HEAD_DIM / 32; step++) {
 #pragma unroll
         for (int pair = 0; pair < KEYS / 16; pair++) {
-            uint32_t r[4];
-            ldmatrix_x4(r, k_tile + (k_lane ^ depth << 5) + pair * 16 * HEAD_DIM * 2);
-            mma<T>(scores[2 * pair], q[depth], {r[0], r[1]});
-            mma<T>(scores[2 * pair + 1], q[depth], {r[2], r[3]});
+            uint32_t b[2][2][2];
+            key_operands<T>(b, k_tile + pair * 16 * ROW_BYTES, k_lane, step);
+#pragma unroll
+            for (int depth = 0; depth < 2; depth++) {
+                mma(scores[2 * pair], q[2 * step + depth], b[depth][0], Operand<T>());
+                mma(scores[2 * pair + 1], q[2 * step + depth], b[depth][1], Operand<T>());
+            }
         }
     }
     const int column = first_key + int(lane % LANES_PER_ROW) * 2;
@@ -276,19 +287,21 @@ __device__ __forceinline__ void attend(State<HEAD_DIM>& state, const uint32_t (&
             }
         }
     }
-    const unsigned v_lane = tile_offset<HEAD_DIM>(lane % 16, lane / 16);
+    const unsigned v_lane = value_lane_offset<ROW_BYTES>(lane);
 #pragma unroll
     for (int depth = 0; depth < KEYS / 16; depth++) {
         const float(&w)[4] = scores[2 * depth];
         const float(&next)[4] = scores[2 * depth + 1];
-        const uint32_t a[4] = {pack_pair<T>(w[0], w[1]), pack_pair<T>(w[2], w[3]), pack_pair<T>(next[0], next[1]),
-                               pack_pair<T>(next[2], next[3])};
+        const uint32_t a[4] = {pack_pair(w[0], w[1], Operand<T>()), pack_pair(w[2], w[3], Operand<T>()),
+                               pack_pair(next[0], next[1], Operand<T>()), pack_pair(next[2], next[3], Operand<T>())};
 #pragma unroll
-        for (int pair = 0; pair < HEAD_DIM / 16; pair++) {
-            uint32_t r[4];
-            ldmatrix_x4_trans(r, v_tile + (v_lane ^ pair << 5) + depth * 16 * HEAD_DIM * 2);
-            mma<T>(state.out[2 * pair], a, {r[0], r[1]});
-            mma<T>(state.out[2 * pair + 1], a, {r[2], r[3]});
+        for (int step = 0; step < HEAD_DIM / 32; step++) {
+            uint32_t b[4][2];
+            value_operands<T>(b, v_tile + depth * 16 * ROW_BYTES, v_lane, step);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                mma(state.out[4 * step + i], a, b[i], Operand<T>());
+            }
         }
     }
 }
@@ -303,13 +316,15 @@ __device__ __forceinline__ void load_queries(uint32_t (&q)[HEAD_DIM / 16][4], co
         const unsigned query = (item.first_row + row) / args.group;
         const unsigned head = item.pages.kv_head * args.group + item.first_row + row - query * args.group;
         const size_t start = (size_t(item.first_token + query) * args.num_kv_heads * args.group + head) * HEAD_DIM;
-        const uint32_t* const source =
-            reinterpret_cast<const uint32_t*>(args.q + start) + lane % LANES_PER_ROW;
+        const bool is_valid = row < item.num_rows;
 #pragma unroll
         for (int depth = 0; depth < HEAD_DIM / 16; depth++) {
-            const bool is_valid = row < item.num_rows;
-            q[depth][half] = is_valid ? query_pair<T>(source[depth * 8]) : 0;
-            q[depth][half + 2] = is_valid ? query_pair<T>(source[depth * 8 + 4]) : 0;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const unsigned dim = depth * 16 + query_dim<T>(lane % LANES_PER_ROW, i);
+                const uint32_t pair = is_valid ? *reinterpret_cast<const uint32_t*>(args.q + start + dim) : 0;
+                q[depth][half + 2 * i] = query_pair(pair, Operand<T>());
+            }
         }
     }
 }
@@ -358,7 +373,7 @@ struct RowIndex {
 };
 
 // Merges the warps' states and writes the outputs, or the partial ones if there are other partitions.
-template <int HEAD_DIM>
+template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void merge_warps(State<HEAD_DIM>& state, float* shared, const Item& item, const Args& args) {
     constexpr int STRIDE = HEAD_DIM + 8;  // spreads the rows over the banks
     constexpr int VECTORS = HEAD_DIM / 4;
@@ -382,11 +397,10 @@ __device__ __forceinline__ void merge_warps(State<HEAD_DIM>& state, float* share
         const unsigned row = lane / LANES_PER_ROW + half * 8;
         if (row < item.num_rows) {
 #pragma unroll
-            for (int column_tile = 0; column_tile < HEAD_DIM / 8; column_tile++) {
-                float* const target =
-                    shared + (warp * ROWS + row) * STRIDE + column_tile * 8 + lane % LANES_PER_ROW * 2;
-                *reinterpret_cast<float2*>(target) =
-                    make_float2(state.out[column_tile][half * 2], state.out[column_tile][half * 2 + 1]);
+            for (int i = 0; i < HEAD_DIM / 8; i++) {
+                const ColumnPair pair = column_pair<T>(&state.out[i / 2 * 2], half, i % 2, lane % LANES_PER_ROW);
+                float* const target = shared + (warp * ROWS + row) * STRIDE + i / 2 * 16 + pair.column;
+                *reinterpret_cast<float2*>(target) = make_float2(pair.low, pair.high);
             }
         }
     }
@@ -408,7 +422,7 @@ __device__ __forceinline__ void merge_warps(State<HEAD_DIM>& state, float* share
         }
         const RowIndex index(item, args, row);
         if (item.num_partitions == 1) {
-            store_output(args.out + index.head * HEAD_DIM + column, out, 1.0f / sum);
+            store_output(args.out + index.head * HEAD_DIM + column, out, args.value_scale / sum);
             continue;
         }
         const size_t partial = index.partial + size_t(item.partition) * index.num_heads;
@@ -422,9 +436,10 @@ __device__ __forceinline__ void merge_warps(State<HEAD_DIM>& state, float* share
 // True for the block that comes last of those of a sequence's partitions; it sees what the others wrote.
 __device__ __forceinline__ bool is_last_partition(const Item& item, const Args& args) {
     __shared__ bool is_last;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+        // Also orders what the other threads wrote before the barrier.
+        __threadfence();
         const unsigned counter = (item.seq * args.num_kv_heads + item.pages.kv_head) * MAX_ROW_TILES + item.row_tile;
         // Starts again at zero after the last.
         is_last = atomicInc(args.counters + counter, item.num_partitions - 1) == item.num_partitions - 1;
@@ -470,7 +485,7 @@ __device__ __forceinline__ void merge_partitions(float* weights, const Item& ite
         for (unsigned partition = 0; partition < item.num_partitions; partition++) {
             add_scaled(out, weights[row * WARP_SIZE + partition], load_fresh(source + partition * step));
         }
-        store_output(args.out + index.head * HEAD_DIM + column, out, 1.0f);
+        store_output(args.out + index.head * HEAD_DIM + column, out, args.value_scale);
     }
     __syncthreads();
 }
@@ -479,7 +494,7 @@ static_assert(MAX_PARTITIONS == WARP_SIZE && MAX_PARTITIONS == 1 << MAX_PARTITIO
 
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void run_item(unsigned char* shared, const Item& item, const Args& args) {
-    using WarpRing = Ring<HEAD_DIM>;
+    using WarpRing = Ring<T, HEAD_DIM>;
     const unsigned lane = threadIdx.x % WARP_SIZE;
     const unsigned warp = threadIdx.x / WARP_SIZE;
     const unsigned num_tiles_of_all = ceil_div(item.end_key - item.first_key, unsigned(WarpRing::KEYS));
@@ -514,7 +529,7 @@ __device__ __forceinline__ void run_item(unsigned char* shared, const Item& item
         ring.copy(n + STAGES, num_tiles);
     }
     float* const merge_space = reinterpret_cast<float*>(shared);
-    merge_warps<HEAD_DIM>(state, merge_space, item, args);
+    merge_warps<T, HEAD_DIM>(state, merge_space, item, args);
     if (1 < item.num_partitions && is_last_partition(item, args)) {
         merge_partitions<HEAD_DIM>(merge_space, item, args);
     }
@@ -524,7 +539,7 @@ __device__ __forceinline__ void run_item(unsigned char* shared, const Item& item
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void paged_decode(const Args& args) {
     DYNAMIC_SHARED(unsigned char, shared);
-    unsigned* const item_starts = reinterpret_cast<unsigned*>(shared + NUM_WARPS * Ring<HEAD_DIM>::BYTES);
+    unsigned* const item_starts = reinterpret_cast<unsigned*>(shared + NUM_WARPS * Ring<T, HEAD_DIM>::BYTES);
     unsigned* const partial_starts = item_starts + args.num_seqs + 1;
     count_items(item_starts, partial_starts, args);
     const unsigned num_items = item_starts[args.num_seqs] * args.num_kv_heads;
@@ -560,10 +575,11 @@ __device__ __forceinline__ void paged_decode(const Args& args) {
         name(bf16* out, const bf16* q, const void* k, const void* v, float* partial_out, float* partial_max_sum,   \
              unsigned* counters, const unsigned* query_start_loc, const unsigned* seq_lens,                        \
              const unsigned* block_table, unsigned num_seqs, unsigned max_blocks_per_seq, unsigned num_kv_heads,   \
-             unsigned group, unsigned block_size, float scale_log2) {                                              \
+             unsigned group, unsigned block_size, float scale_log2, float value_scale) {                           \
         paged_decode<type, head_dim>({out, q, k, v, partial_out, partial_max_sum, counters, query_start_loc,       \
                                       seq_lens, block_table, num_seqs, max_blocks_per_seq, num_kv_heads, group,    \
-                                      block_size, scale_log2});                                                    \
+                                      block_size, scale_log2 * Format<type>::DIVISOR,                              \
+                                      value_scale * Format<type>::DIVISOR});                                       \
     }                                                                                                              \
     KERNEL(name);
 
@@ -571,3 +587,5 @@ PAGED_DECODE(paged_decode_bf16_64, bf16, 64)
 PAGED_DECODE(paged_decode_bf16_128, bf16, 128)
 PAGED_DECODE(paged_decode_f16_64, f16, 64)
 PAGED_DECODE(paged_decode_f16_128, f16, 128)
+PAGED_DECODE(paged_decode_e4m3_64, e4m3, 64)
+PAGED_DECODE(paged_decode_e4m3_128, e4m3, 128)

@@ -4,10 +4,12 @@
 //   out[i] = sum over j <= p of softmax_j(scale * q[i] . k[j]) * v[j],   p = seq_len - query_len + i
 //
 // q, out      [num_tokens, num_kv_heads * group, HEAD_DIM] bf16
-// k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16 or f16), block_size a multiple of 8
+// k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16, f16 or e4m3), block_size a multiple of
+//             8; scale_log2 = scale * log2(e) and value_scale include what 8 bits are scaled by
 // tiles       [num_tiles], each the work of one block per KV head
 // partial_*   [num_slots, num_kv_heads, ROWS, HEAD_DIM] f32 and [.., ROWS, 2] (maximum, sum)
-// grid        (num_kv_heads, num_tiles), THREADS threads, shared memory for the tiles of q, k and v
+// grid        (num_kv_heads, num_tiles), THREADS threads, shared memory for the tiles of q, k and v in 16 bits
+//             and, behind them, for copies of k and v in 8 bits
 //
 // A block takes ROWS rows, which are the queries from `first query` on times the `group` query heads of
 // its KV head, so that all of them share one reading of the keys. It goes over the keys in tiles of KEYS
@@ -23,8 +25,8 @@
 //
 // Cost: 4 * HEAD_DIM operations per (query head, query, visible key): for n new tokens of n
 // 2 * num_heads * HEAD_DIM * n^2. 4,096 tokens, 28 heads of 128: 120 Gop a layer, 0.15 ms at 790 TFLOP/s,
-// 0.39 ms at the 312 of an A100. Bytes: q and out once, keys once per tile of queries: from L2, 16 bytes
-// per 4,096 operations at ROWS = 128. So it is bound by the tensor cores.
+// 0.39 ms at the 312 of an A100. Bytes: q and out once, keys once per tile of queries, from the L2 cache, a
+// byte per 128 operations. So it is bound by the tensor cores.
 
 #include "pages.cuh"
 
@@ -63,24 +65,60 @@ struct Args {
     unsigned group;
     unsigned block_size;
     float scale_log2;
+    float value_scale;
 };
 
-// Starts the copy of KEYS rows. Lane i knows granule i % 8 of the tile.
-template <int HEAD_DIM>
-__device__ __forceinline__ void copy_tile(unsigned char* tile, const void* cache, unsigned granule, int num_valid) {
-    constexpr int CHUNKS = HEAD_DIM / 8;
-    constexpr int ROWS_PER_PASS = THREADS / CHUNKS;
-    const unsigned row = threadIdx.x / CHUNKS;
-    const unsigned chunk = threadIdx.x % CHUNKS;
-    const unsigned char* const source = static_cast<const unsigned char*>(cache) + tile_offset<HEAD_DIM>(row % 8, 0) -
-                                        ((row % 8) << 4) + chunk * 16;
-    unsigned char* const target = tile + tile_offset<HEAD_DIM>(row, chunk);
+template <typename T>
+using Operand = typename Format<T>::Operand;
+
+// What a thread copies of KEYS rows: CHUNKS_PER_THREAD chunks of 16 bytes, ROWS_PER_PASS rows apart.
+template <int ROW_BYTES>
+struct Share {
+    static constexpr int CHUNKS = ROW_BYTES / 16;
+    static constexpr int ROWS_PER_PASS = THREADS / CHUNKS;
+    static constexpr int CHUNKS_PER_THREAD = KEYS / ROWS_PER_PASS;
+};
+
+// Starts the copy of KEYS rows to a tile, or, of numbers in 8 bits, to where widen_tile takes them from.
+// Lane i knows granule i % 8 of the tile.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void copy_tile(unsigned char* tile, unsigned char* staging, const void* cache,
+                                          unsigned granule, int num_valid) {
+    constexpr int ROW_BYTES = HEAD_DIM * sizeof(T);
+    using Mine = Share<ROW_BYTES>;
+    const unsigned row = threadIdx.x / Mine::CHUNKS;
+    const unsigned chunk = threadIdx.x % Mine::CHUNKS;
+    const uint4* const source = static_cast<const uint4*>(cache) + row % GRANULE * Mine::CHUNKS + chunk;
+    unsigned char* target = staging + threadIdx.x * 16;
+    if constexpr (sizeof(T) == 2) {
+        target = tile + tile_offset<ROW_BYTES>(row, chunk);
+    }
 #pragma unroll
-    for (int pass = 0; pass < KEYS / ROWS_PER_PASS; pass++) {
-        const int first = pass * ROWS_PER_PASS;
+    for (int i = 0; i < Mine::CHUNKS_PER_THREAD; i++) {
+        const int first = i * Mine::ROWS_PER_PASS;
         const unsigned from = __shfl_sync(FULL_MASK, granule, first / GRANULE + row / GRANULE);
-        cp_async_16(target + first * HEAD_DIM * 2, source + size_t(from) * (GRANULE * HEAD_DIM * 2),
-                    first + int(row) < num_valid);
+        cp_async_16(target + i * (sizeof(T) == 2 ? Mine::ROWS_PER_PASS * ROW_BYTES : THREADS * 16), source + size_t(from) * (GRANULE * Mine::CHUNKS), first + int(row) < num_valid);
+    }
+}
+
+// Once a thread's copies are there, makes them a tile of 16-bit numbers.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void widen_tile(unsigned char* tile, const unsigned char* staging) {
+    if constexpr (sizeof(T) == 1) {
+        using Mine = Share<HEAD_DIM>;
+        const unsigned row = threadIdx.x / Mine::CHUNKS;
+        const unsigned chunk = threadIdx.x % Mine::CHUNKS;
+#pragma unroll
+        for (int i = 0; i < Mine::CHUNKS_PER_THREAD; i++) {
+            const uint4 x = load_16(staging + (i * THREADS + threadIdx.x) * 16);
+            unsigned char* const rows = tile + i * Mine::ROWS_PER_PASS * HEAD_DIM * 2;
+            store_16(rows + tile_offset<HEAD_DIM * 2>(row, 2 * chunk),
+                     make_uint4(widen_pair<0, 1>(x.x), widen_pair<2, 3>(x.x), widen_pair<0, 1>(x.y),
+                                widen_pair<2, 3>(x.y)));
+            store_16(rows + tile_offset<HEAD_DIM * 2>(row, 2 * chunk + 1),
+                     make_uint4(widen_pair<0, 1>(x.z), widen_pair<2, 3>(x.z), widen_pair<0, 1>(x.w),
+                                widen_pair<2, 3>(x.w)));
+        }
     }
 }
 
@@ -102,8 +140,9 @@ __device__ __forceinline__ void load_queries(unsigned char* tile, const bf16* q,
         if (row < num_rows) {
             values = load_16(q + row_offset<HEAD_DIM>(row, divider, other_heads) + chunk * 8);
         }
-        values = {query_pair<T>(values.x), query_pair<T>(values.y), query_pair<T>(values.z), query_pair<T>(values.w)};
-        store_16(tile + tile_offset<HEAD_DIM>(row, chunk), values);
+        values = {query_pair(values.x, Operand<T>()), query_pair(values.y, Operand<T>()),
+                  query_pair(values.z, Operand<T>()), query_pair(values.w, Operand<T>())};
+        store_16(tile + tile_offset<HEAD_DIM * 2>(row, chunk), values);
     }
 }
 
@@ -122,8 +161,8 @@ __device__ __forceinline__ void multiply_queries(float (&scores)[ROW_TILES][KEY_
                                                  const unsigned char* k_tile) {
     const unsigned lane = threadIdx.x % WARP_SIZE;
     const unsigned warp = threadIdx.x / WARP_SIZE;
-    const unsigned q_lane = tile_offset<HEAD_DIM>(warp * WARP_ROWS + lane % 16, lane / 16);
-    const unsigned k_lane = tile_offset<HEAD_DIM>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const unsigned q_lane = tile_offset<HEAD_DIM * 2>(warp * WARP_ROWS + lane % 16, lane / 16);
+    const unsigned k_lane = tile_offset<HEAD_DIM * 2>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
     for (int row_tile = 0; row_tile < ROW_TILES; row_tile++) {
 #pragma unroll
@@ -150,7 +189,7 @@ __device__ __forceinline__ void multiply_queries(float (&scores)[ROW_TILES][KEY_
             for (int half = 0; half < 2; half++) {
 #pragma unroll
                 for (int row_tile = 0; row_tile < ROW_TILES; row_tile++) {
-                    mma<T>(scores[row_tile][2 * pair + half], a[row_tile], b[half]);
+                    mma(scores[row_tile][2 * pair + half], a[row_tile], b[half], Operand<T>());
                 }
             }
         }
@@ -239,17 +278,17 @@ __device__ __forceinline__ void multiply_values(State<HEAD_DIM>& state,
                                                 const float (&weights)[ROW_TILES][KEY_TILES][4],
                                                 const unsigned char* v_tile) {
     const unsigned lane = threadIdx.x % WARP_SIZE;
-    const unsigned v_lane = tile_offset<HEAD_DIM>(lane % 16, lane / 16);
+    const unsigned v_lane = tile_offset<HEAD_DIM * 2>(lane % 16, lane / 16);
 #pragma unroll
     for (int depth = 0; depth < KEYS / 16; depth++) {
         uint32_t a[ROW_TILES][4];
 #pragma unroll
         for (int row_tile = 0; row_tile < ROW_TILES; row_tile++) {
             const float(&w)[KEY_TILES][4] = weights[row_tile];
-            a[row_tile][0] = pack_pair<T>(w[2 * depth][0], w[2 * depth][1]);
-            a[row_tile][1] = pack_pair<T>(w[2 * depth][2], w[2 * depth][3]);
-            a[row_tile][2] = pack_pair<T>(w[2 * depth + 1][0], w[2 * depth + 1][1]);
-            a[row_tile][3] = pack_pair<T>(w[2 * depth + 1][2], w[2 * depth + 1][3]);
+            a[row_tile][0] = pack_pair(w[2 * depth][0], w[2 * depth][1], Operand<T>());
+            a[row_tile][1] = pack_pair(w[2 * depth][2], w[2 * depth][3], Operand<T>());
+            a[row_tile][2] = pack_pair(w[2 * depth + 1][0], w[2 * depth + 1][1], Operand<T>());
+            a[row_tile][3] = pack_pair(w[2 * depth + 1][2], w[2 * depth + 1][3], Operand<T>());
         }
 #pragma unroll
         for (int pair = 0; pair < HEAD_DIM / 16; pair++) {
@@ -260,7 +299,7 @@ __device__ __forceinline__ void multiply_values(State<HEAD_DIM>& state,
             for (int half = 0; half < 2; half++) {
 #pragma unroll
                 for (int row_tile = 0; row_tile < ROW_TILES; row_tile++) {
-                    mma<T>(state.out[row_tile][2 * pair + half], a[row_tile], b[half]);
+                    mma(state.out[row_tile][2 * pair + half], a[row_tile], b[half], Operand<T>());
                 }
             }
         }
@@ -270,7 +309,8 @@ __device__ __forceinline__ void multiply_values(State<HEAD_DIM>& state,
 // Writes a warp's rows through its own rows of the tile of queries, so that 16 bytes go out at a time.
 template <int HEAD_DIM>
 __device__ __forceinline__ void store_outputs(bf16* out, State<HEAD_DIM>& state, unsigned char* tile,
-                                              unsigned num_rows, RowDivider divider, unsigned other_heads) {
+                                              unsigned num_rows, RowDivider divider, unsigned other_heads,
+                                              float value_scale) {
     constexpr int CHUNKS = HEAD_DIM / 8;
     const unsigned lane = threadIdx.x % WARP_SIZE;
     const unsigned first_row = threadIdx.x / WARP_SIZE * WARP_ROWS;
@@ -280,12 +320,12 @@ __device__ __forceinline__ void store_outputs(bf16* out, State<HEAD_DIM>& state,
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const unsigned row = first_row + row_tile * 16 + half * 8 + lane / LANES_PER_ROW;
-            const float factor = 1.0f / row_sum(state.sum[row_tile][half]);
+            const float factor = value_scale / row_sum(state.sum[row_tile][half]);
 #pragma unroll
             for (int column_tile = 0; column_tile < CHUNKS; column_tile++) {
                 const float* const values = &state.out[row_tile][column_tile][half * 2];
                 const uint32_t pair = pack_bf16x2(values[0] * factor, values[1] * factor);
-                const unsigned offset = tile_offset<HEAD_DIM>(row, column_tile) + lane % LANES_PER_ROW * 4;
+                const unsigned offset = tile_offset<HEAD_DIM * 2>(row, column_tile) + lane % LANES_PER_ROW * 4;
                 *reinterpret_cast<uint32_t*>(tile + offset) = pair;
             }
         }
@@ -296,7 +336,7 @@ __device__ __forceinline__ void store_outputs(bf16* out, State<HEAD_DIM>& state,
     for (unsigned i = lane / CHUNKS; i < WARP_ROWS; i += WARP_SIZE / CHUNKS) {
         const unsigned row = first_row + i;
         if (row < num_rows) {
-            const uint4 values = load_16(tile + tile_offset<HEAD_DIM>(row, chunk));
+            const uint4 values = load_16(tile + tile_offset<HEAD_DIM * 2>(row, chunk));
             store_16(out + row_offset<HEAD_DIM>(row, divider, other_heads) + chunk * 8, values);
         }
     }
@@ -305,7 +345,7 @@ __device__ __forceinline__ void store_outputs(bf16* out, State<HEAD_DIM>& state,
 // Writes a warp's rows as they are, for the merge with those of other keys.
 template <int HEAD_DIM>
 __device__ __forceinline__ void store_partials(float* out, float* max_sum, State<HEAD_DIM>& state, unsigned num_rows,
-                                               float scale_log2) {
+                                               float value_scale) {
     const unsigned lane = threadIdx.x % WARP_SIZE;
     const unsigned first_row = threadIdx.x / WARP_SIZE * WARP_ROWS + lane / LANES_PER_ROW;
 #pragma unroll
@@ -326,7 +366,7 @@ __device__ __forceinline__ void store_partials(float* out, float* max_sum, State
                 const float* const values = &state.out[row_tile][column_tile][half * 2];
                 float2* const target =
                     reinterpret_cast<float2*>(out + row * HEAD_DIM + column_tile * 8 + lane % LANES_PER_ROW * 2);
-                *target = make_float2(values[0], values[1]);
+                *target = make_float2(values[0] * value_scale, values[1] * value_scale);
             }
         }
     }
@@ -337,6 +377,8 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
     DYNAMIC_SHARED(unsigned char, q_tile);
     unsigned char* const k_tile = q_tile + ROWS * HEAD_DIM * 2;
     unsigned char* const v_tile = k_tile + KEYS * HEAD_DIM * 2;
+    unsigned char* const k_staging = v_tile + KEYS * HEAD_DIM * 2;  // in 8 bits only
+    unsigned char* const v_staging = k_staging + KEYS * HEAD_DIM;
 
     const unsigned num_kv_heads = gridDim.x;
     const unsigned kv_head = blockIdx.x;
@@ -359,7 +401,7 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
     const unsigned warp_row = threadIdx.x / WARP_SIZE * WARP_ROWS;
 
     unsigned granule = pages.granule(first_key + lane % 8 * GRANULE);
-    copy_tile<HEAD_DIM>(k_tile, args.k, granule, end_key - first_key);
+    copy_tile<T, HEAD_DIM>(k_tile, k_staging, args.k, granule, end_key - first_key);
     cp_async_commit();
     load_queries<T, HEAD_DIM>(q_tile, args.q + first_row * HEAD_DIM, num_rows, divider, other_heads);
 
@@ -382,8 +424,9 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
 
     for (int key = first_key; key < int(end_key); key += KEYS) {
         cp_async_wait<0>();
+        widen_tile<T, HEAD_DIM>(k_tile, k_staging);
         __syncthreads();
-        copy_tile<HEAD_DIM>(v_tile, args.v, granule, end_key - key);
+        copy_tile<T, HEAD_DIM>(v_tile, v_staging, args.v, granule, end_key - key);
         cp_async_commit();
         granule = pages.granule(key + KEYS + lane % 8 * GRANULE);
         const int last_query = divider.query(warp_row + WARP_ROWS - 1);
@@ -393,9 +436,10 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
             multiply_queries<T, HEAD_DIM>(scores, q_tile, k_tile);
         }
         cp_async_wait<0>();
+        widen_tile<T, HEAD_DIM>(v_tile, v_staging);
         __syncthreads();
         if (key + KEYS < int(end_key)) {
-            copy_tile<HEAD_DIM>(k_tile, args.k, granule, end_key - key - KEYS);
+            copy_tile<T, HEAD_DIM>(k_tile, k_staging, args.k, granule, end_key - key - KEYS);
         }
         cp_async_commit();
         if (is_visible) {
@@ -408,11 +452,12 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
     }
 
     if (tile.slot == NO_SLOT) {
-        store_outputs(args.out + first_row * HEAD_DIM, state, q_tile, num_rows, divider, other_heads);
+        store_outputs(args.out + first_row * HEAD_DIM, state, q_tile, num_rows, divider, other_heads,
+                      args.value_scale);
     } else {
         const size_t row = (size_t(tile.slot) * num_kv_heads + kv_head) * ROWS;
         store_partials(args.partial_out + row * HEAD_DIM, args.partial_max_sum + row * 2, state, num_rows,
-                       args.scale_log2);
+                       args.value_scale);
     }
 }
 
@@ -420,12 +465,13 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
 
 #define PAGED_PREFILL(name, type, head_dim)                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS, head_dim == 128 ? 2 : 3)                                  \
-        name(bf16* out, const bf16* q, const void* k, const void* v, const Tile* tiles, float* partial_out,        \
+        name(bf16* out, const bf16* q, const void* k, const void* v, const Tile* tiles, float* partial_out,         \
              float* partial_max_sum, const unsigned* query_start_loc, const unsigned* seq_lens,                     \
              const unsigned* block_table, unsigned max_blocks_per_seq, unsigned group, unsigned block_size,         \
-             float scale_log2) {                                                                                    \
-        paged_prefill<type, head_dim>({out, q, k, v, tiles, partial_out, partial_max_sum, query_start_loc, seq_lens, \
-                                       block_table, max_blocks_per_seq, group, block_size, scale_log2}); \
+             float scale_log2, float value_scale) {                                                                 \
+        paged_prefill<type, head_dim>({out, q, k, v, tiles, partial_out, partial_max_sum, query_start_loc,          \
+                                       seq_lens, block_table, max_blocks_per_seq, group, block_size,                \
+                                       scale_log2 * Format<type>::DIVISOR, value_scale * Format<type>::DIVISOR});   \
     }                                                                                                               \
     KERNEL(name);
 
@@ -433,3 +479,5 @@ PAGED_PREFILL(paged_prefill_bf16_64, bf16, 64)
 PAGED_PREFILL(paged_prefill_bf16_128, bf16, 128)
 PAGED_PREFILL(paged_prefill_f16_64, f16, 64)
 PAGED_PREFILL(paged_prefill_f16_128, f16, 128)
+PAGED_PREFILL(paged_prefill_e4m3_64, e4m3, 64)
+PAGED_PREFILL(paged_prefill_e4m3_128, e4m3, 128)

@@ -4,26 +4,23 @@
 // waits at a block barrier or has ended; then the next warp. So a warp runs far ahead of the others, in
 // an order that changes with the block and at every block barrier: what no barrier orders goes wrong.
 
-#include "emulation.h"
+#include "fibers.h"
 
 #include <link.h>
+#include <signal.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <string>
 #include <thread>
 #include <vector>
-
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 namespace emulation {
 namespace {
@@ -33,12 +30,9 @@ constexpr unsigned MAX_WARPS = MAX_THREADS / LANES;
 constexpr unsigned NUM_BARRIERS = 16;
 constexpr unsigned MAX_SHARED_BYTES = 227 << 10;
 constexpr unsigned GUARD_BYTES = 4096;
-// As any float type a NaN.
-constexpr unsigned char POISON = 0xff;
 constexpr uint64_t CANARY = 0x5afe57ac5afe57ac;
 
 #if defined(__x86_64__)
-using Context = void*;
 extern "C" void emulation_switch(void** from, void* to);
 asm(R"(
     .text
@@ -63,57 +57,8 @@ emulation_switch:
 )");
 inline void switch_context(Context& from, Context& to) { emulation_switch(&from, to); }
 #else
-using Context = ucontext_t;
 inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
 #endif
-
-struct Copy {
-    unsigned char* to;
-    const unsigned char* from;
-    unsigned num_bytes;
-    bool valid;
-};
-
-// What a lane brings to an exchange with others, and what it takes home.
-struct Operands {
-    uint64_t value = 0;
-    unsigned operand = 0;
-    int width = LANES;
-    const void* in[2] = {};
-    void* out = nullptr;
-};
-
-struct Exchange {
-    const char* name;
-    // Computes the results of all lanes of the mask.
-    void (*complete)(Warp& warp, unsigned mask);
-};
-
-struct Fiber : Thread {
-    uint64_t canary;
-    Context context;
-    Block* block;
-    Warp* warp;
-    // What the fiber waits for: an exchange with lanes of its warp, or a barrier.
-    const Exchange* exchange;
-    unsigned mask;
-    int barrier;
-    Operands* operands;
-    // Ends of committed groups in `copies`.
-    std::vector<size_t> groups;
-    std::vector<Copy> copies;
-};
-
-}  // namespace
-
-struct Warp {
-    Fiber* lanes[LANES];
-    unsigned present;
-    unsigned ready;
-    unsigned waiting;
-};
-
-namespace {
 
 struct Barrier {
     unsigned num_waiting;
@@ -136,8 +81,13 @@ struct Launch {
 
 std::atomic<unsigned> num_host_threads{1};
 std::atomic<unsigned> order_seed{0};
-// Gives this library a thread-local storage block, which a thread that touches it surely has.
-thread_local volatile int touched = 1;
+// Where the stacks of the fibers are that this OS thread runs. Its initial value is not zero, so that it
+// does not lie where `__shared__` variables do, see find_static_shared.
+struct Running {
+    volatile int touched;
+    const unsigned char* stacks;
+};
+thread_local Running running{1, nullptr};
 
 }  // namespace
 
@@ -157,8 +107,6 @@ struct Block {
 namespace {
 
 const char* const VOTE_NAMES[] = {"__syncthreads", "__syncthreads_and", "__syncthreads_or", "__syncthreads_count"};
-
-inline Fiber& this_fiber() { return static_cast<Fiber&>(this_thread()); }
 
 std::string waits_for(const Fiber& fiber) {
     if (fiber.exchange) {
@@ -180,6 +128,8 @@ void report(Launch& launch, const std::string& text) {
     }
 }
 
+}  // namespace
+
 void report(const Fiber& fiber, const std::string& text) {
     char block[64];
     const uint3 index = fiber.block_index;
@@ -187,6 +137,8 @@ void report(const Fiber& fiber, const std::string& text) {
     fiber.block->has_failed = true;
     report(*fiber.block->launch, block + name_of(fiber) + ": " + text);
 }
+
+namespace {
 
 void check_stack(const Fiber& fiber) {
     if (fiber.canary != CANARY) {
@@ -202,13 +154,17 @@ void wait(Fiber& fiber) {
     switch_context(fiber.context, fiber.block->scheduler);
 }
 
-// The block is given up: its fibers stay where they are.
-[[noreturn]] void fail(Fiber& fiber, const std::string& text) {
+}  // namespace
+
+// The fibers of the block stay where they are.
+void fail(Fiber& fiber, const std::string& text) {
     report(fiber, text);
     while (true) {
         wait(fiber);
     }
 }
+
+namespace {
 
 void end(Fiber& fiber) {
     Block& block = *fiber.block;
@@ -232,6 +188,37 @@ void fiber_main() {
     end(fiber);
     while (true) {
         wait(fiber);
+    }
+}
+
+struct sigaction handlers_before[NSIG];
+
+// What a kernel does to memory that is not there is an error of the kernel, not the end of the program.
+void on_fault(int signal, siginfo_t* info, void*) {
+    const unsigned char here = 0;
+    if (!running.stacks || &here < running.stacks || running.stacks + MAX_THREADS * STACK_BYTES <= &here) {
+        // Not a fiber's: it happens again, and then others handle it.
+        sigaction(signal, &handlers_before[signal], nullptr);
+        return;
+    }
+    char text[96];
+    if (signal == SIGFPE) {
+        snprintf(text, sizeof text, "divides an integer by zero");
+    } else if (info->si_addr) {
+        snprintf(text, sizeof text, "accesses the address %p, where there is no memory", info->si_addr);
+    } else {
+        snprintf(text, sizeof text, "accesses a null pointer, or memory that is not aligned to the size of the access");
+    }
+    fail(this_fiber(), text);
+}
+
+void handle_faults() {
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    // The handler does not return: it must not leave the signal blocked.
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;
+    for (const int signal : {SIGSEGV, SIGBUS, SIGFPE}) {
+        sigaction(signal, &action, &handlers_before[signal]);
     }
 }
 
@@ -273,6 +260,7 @@ class Worker {
     void run_blocks(Launch& launch) {
         const EmulatedLaunch& config = launch.config;
         find_static_shared();
+        running.stacks = stacks;
         block->launch = &launch;
         block->num_threads = config.block[0] * config.block[1] * config.block[2];
         block->num_warps = (block->num_threads + LANES - 1) / LANES;
@@ -281,11 +269,12 @@ class Worker {
         while (!launch.has_failed.load(std::memory_order_relaxed)) {
             const uint64_t number = launch.next_block.fetch_add(1);
             if (num_blocks <= number) {
-                return;
+                break;
             }
             // The device promises no order of blocks.
             run_block(launch.order & 1 ? number : num_blocks - 1 - number);
         }
+        running.stacks = nullptr;
     }
 
    private:
@@ -301,7 +290,7 @@ class Worker {
     // `__shared__` variables are thread-local without an initial value: the zeroed end of this
     // library's thread-local storage holds nothing else.
     void find_static_shared() {
-        touched = 1;
+        running.touched = 1;
         dl_iterate_phdr(
             [](dl_phdr_info* info, size_t, void* data) {
                 const uintptr_t here = reinterpret_cast<uintptr_t>(&fiber_main);
@@ -342,6 +331,7 @@ class Worker {
             thread.block_dim = size;
             thread.grid_dim = grid;
             thread.dynamic_shared = shared;
+            thread.shared_bytes = config.shared_bytes;
             thread.lane = i % LANES;
             thread.canary = CANARY;
             thread.block = block.get();
@@ -464,7 +454,8 @@ bool is_possible(Launch& launch) {
     return !launch.has_failed;
 }
 
-// Waits until all lanes of the mask have brought their operands; the last one computes for all.
+}  // namespace
+
 void exchange(const Exchange& what, unsigned mask, Operands& operands) {
     Fiber& fiber = this_fiber();
     Warp& warp = *fiber.warp;
@@ -507,14 +498,7 @@ void exchange(const Exchange& what, unsigned mask, Operands& operands) {
     fiber.exchange = nullptr;
 }
 
-// Calls `change` with the operands of each lane.
-template <typename Change>
-void for_each_lane(Warp& warp, unsigned mask, Change change) {
-    for (; mask; mask &= mask - 1) {
-        const int lane = __builtin_ctz(mask);
-        change(lane, *warp.lanes[lane]->operands);
-    }
-}
+namespace {
 
 int arrive(Vote vote, int predicate, int id, unsigned num_expected) {
     Fiber& fiber = this_fiber();
@@ -562,6 +546,8 @@ void launch(const EmulatedLaunch& config, const char* kernel, Entry entry, void*
     if (config.error && config.error_len) {
         config.error[0] = 0;
     }
+    static std::once_flag once;
+    std::call_once(once, handle_faults);
     Launch launch{config, kernel, entry, args, order_seed};
     if (!is_possible(launch)) {
         return;
@@ -591,360 +577,6 @@ void block_barrier(int id, int num_threads) {
 }
 
 unsigned active_mask() { return this_fiber().warp->present; }
-
-namespace {
-
-template <typename Change>
-void for_each_as(Warp& warp, unsigned mask, Change change) {
-    for_each_lane(warp, mask, [&](int, Operands& operands) { change(operands); });
-}
-
-unsigned lanes_with(Warp& warp, unsigned mask) {
-    unsigned result = 0;
-    for_each_lane(warp, mask, [&](int lane, Operands& o) { result |= unsigned(o.value != 0) << lane; });
-    return result;
-}
-
-const Exchange SYNC_WARP = {"__syncwarp", [](Warp&, unsigned) {}};
-
-const Exchange BALLOT = {"__ballot_sync", [](Warp& warp, unsigned mask) {
-    const unsigned lanes = lanes_with(warp, mask);
-    for_each_as(warp, mask, [&](Operands& o) { o.value = lanes; });
-}};
-
-const Exchange ANY = {"__any_sync", [](Warp& warp, unsigned mask) {
-    const unsigned lanes = lanes_with(warp, mask);
-    for_each_as(warp, mask, [&](Operands& o) { o.value = lanes != 0; });
-}};
-
-const Exchange ALL = {"__all_sync", [](Warp& warp, unsigned mask) {
-    const unsigned lanes = lanes_with(warp, mask);
-    for_each_as(warp, mask, [&](Operands& o) { o.value = lanes == mask; });
-}};
-
-const Exchange MATCH_ANY = {"__match_any_sync", [](Warp& warp, unsigned mask) {
-    uint64_t values[LANES];
-    for_each_lane(warp, mask, [&](int lane, Operands& o) { values[lane] = o.value; });
-    for_each_lane(warp, mask, [&](int, Operands& o) {
-        const uint64_t value = o.value;
-        o.value = 0;
-        for (int i = 0; i < LANES; i++) {
-            o.value |= uint64_t((mask >> i & 1) && values[i] == value) << i;
-        }
-    });
-}};
-
-template <Shuffle KIND>
-int source_lane(int lane, unsigned operand, int width) {
-    const int first = lane & ~(width - 1), last = lane | (width - 1);
-    switch (KIND) {
-        case Shuffle::INDEX: return first | int(operand & unsigned(width - 1));
-        case Shuffle::UP: return int(operand) > lane - first ? lane : lane - int(operand);
-        case Shuffle::DOWN: return int(operand) > last - lane ? lane : lane + int(operand);
-        default: return (lane ^ int(operand)) > last ? lane : lane ^ int(operand);
-    }
-}
-
-template <Shuffle KIND>
-void complete_shuffle(Warp& warp, unsigned mask) {
-    uint64_t values[LANES];
-    for_each_lane(warp, mask, [&](int lane, Operands& o) { values[lane] = o.value; });
-    for_each_lane(warp, mask, [&](int lane, Operands& o) {
-        const int source = source_lane<KIND>(lane, o.operand, o.width);
-        if (source < 0 || LANES <= source || !(mask >> source & 1)) {
-            report(*warp.lanes[lane], "takes a value from lane " + std::to_string(source) + ", which is not in the mask");
-            return;
-        }
-        o.value = values[source];
-    });
-}
-
-const Exchange SHUFFLES[] = {
-    {"__shfl_sync", complete_shuffle<Shuffle::INDEX>},
-    {"__shfl_up_sync", complete_shuffle<Shuffle::UP>},
-    {"__shfl_down_sync", complete_shuffle<Shuffle::DOWN>},
-    {"__shfl_xor_sync", complete_shuffle<Shuffle::XOR>},
-};
-
-template <Reduce KIND>
-unsigned combine(unsigned a, unsigned b) {
-    switch (KIND) {
-        case Reduce::ADD: return a + b;
-        case Reduce::MIN: return std::min(a, b);
-        case Reduce::MAX: return std::max(a, b);
-        case Reduce::MIN_SIGNED: return unsigned(std::min(int(a), int(b)));
-        case Reduce::MAX_SIGNED: return unsigned(std::max(int(a), int(b)));
-        case Reduce::AND: return a & b;
-        case Reduce::OR: return a | b;
-        default: return a ^ b;
-    }
-}
-
-template <Reduce KIND>
-void complete_reduce(Warp& warp, unsigned mask) {
-    unsigned result = unsigned(warp.lanes[__builtin_ctz(mask)]->operands->value);
-    for_each_as(warp, mask & (mask - 1), [&](Operands& o) { result = combine<KIND>(result, unsigned(o.value)); });
-    for_each_as(warp, mask, [&](Operands& o) { o.value = result; });
-}
-
-const Exchange REDUCTIONS[] = {
-    {"__reduce_add_sync", complete_reduce<Reduce::ADD>},        {"__reduce_min_sync", complete_reduce<Reduce::MIN>},
-    {"__reduce_max_sync", complete_reduce<Reduce::MAX>},        {"__reduce_min_sync", complete_reduce<Reduce::MIN_SIGNED>},
-    {"__reduce_max_sync", complete_reduce<Reduce::MAX_SIGNED>}, {"__reduce_and_sync", complete_reduce<Reduce::AND>},
-    {"__reduce_or_sync", complete_reduce<Reduce::OR>},          {"__reduce_xor_sync", complete_reduce<Reduce::XOR>},
-};
-
-float bf16_to_float(uint16_t bits) {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float x;
-    memcpy(&x, &wide, 4);
-    return x;
-}
-
-uint16_t word_at(const uint32_t* words, int i) { return uint16_t(words[i / 2] >> (16 * (i % 2))); }
-
-// The device's sums are those of exact products, rounded in an order and precision of its own.
-template <float (*to_float)(uint16_t)>
-void complete_mma_16(Warp& warp, unsigned mask) {
-    double a[16][16], b[16][8];
-    for_each_lane(warp, mask, [&](int lane, Operands& o) {
-        const int g = lane / 4, t = lane % 4;
-        const uint32_t* const fragment_a = static_cast<const uint32_t*>(o.in[0]);
-        const uint32_t* const fragment_b = static_cast<const uint32_t*>(o.in[1]);
-        for (int i = 0; i < 8; i++) {
-            a[g + (i / 2 % 2) * 8][2 * t + i % 2 + i / 4 * 8] = to_float(word_at(fragment_a, i));
-        }
-        for (int i = 0; i < 4; i++) {
-            b[2 * t + i % 2 + i / 2 * 8][g] = to_float(word_at(fragment_b, i));
-        }
-    });
-    double products[16][8] = {};
-    for (int row = 0; row < 16; row++) {
-        for (int k = 0; k < 16; k++) {
-            for (int column = 0; column < 8; column++) {
-                products[row][column] += a[row][k] * b[k][column];
-            }
-        }
-    }
-    for_each_lane(warp, mask, [&](int lane, Operands& o) {
-        float* const d = static_cast<float*>(o.out);
-        for (int i = 0; i < 4; i++) {
-            d[i] = float(d[i] + products[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
-        }
-    });
-}
-
-void complete_mma_8(Warp& warp, unsigned mask) {
-    int a[16][32], b[32][8];
-    const auto byte_at = [](const uint32_t* words, int i) { return int(int8_t(words[i / 4] >> (8 * (i % 4)))); };
-    for_each_lane(warp, mask, [&](int lane, Operands& o) {
-        const int g = lane / 4, t = lane % 4;
-        for (int i = 0; i < 16; i++) {
-            a[g + (i / 4 % 2) * 8][4 * t + i % 4 + i / 8 * 16] = byte_at(static_cast<const uint32_t*>(o.in[0]), i);
-        }
-        for (int i = 0; i < 8; i++) {
-            b[4 * t + i % 4 + i / 4 * 16][g] = byte_at(static_cast<const uint32_t*>(o.in[1]), i);
-        }
-    });
-    for_each_lane(warp, mask, [&](int lane, Operands& o) {
-        int* const d = static_cast<int*>(o.out);
-        for (int i = 0; i < 4; i++) {
-            unsigned sum = unsigned(d[i]);
-            for (int k = 0; k < 32; k++) {
-                sum += unsigned(a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2]);
-            }
-            d[i] = int(sum);
-        }
-    });
-}
-
-const Exchange MMA_BF16 = {"mma_m16n8k16_bf16", complete_mma_16<bf16_to_float>};
-const Exchange MMA_F16 = {"mma_m16n8k16_f16", complete_mma_16<f16_to_float>};
-const Exchange MMA_S8 = {"mma_m16n8k32_s8", complete_mma_8};
-
-// `num_matrices` is in `operand`.
-template <bool IS_TRANSPOSED>
-void complete_ldmatrix(Warp& warp, unsigned mask) {
-    uint16_t rows[LANES][8];
-    const int num_matrices = int(warp.lanes[0]->operands->operand);
-    for (int lane = 0; lane < 8 * num_matrices; lane++) {
-        const void* const address = warp.lanes[lane]->operands->in[0];
-        if (reinterpret_cast<uintptr_t>(address) % 16) {
-            report(*warp.lanes[lane], "ldmatrix of a row that is not aligned to 16 bytes");
-            return;
-        }
-        memcpy(rows[lane], address, 16);
-    }
-    for_each_lane(warp, mask, [&](int lane, Operands& o) {
-        const int g = lane / 4, t = lane % 4;
-        for (int i = 0; i < num_matrices; i++) {
-            const auto at = [&](int k) { return IS_TRANSPOSED ? rows[8 * i + k][g] : rows[8 * i + g][k]; };
-            static_cast<uint32_t*>(o.out)[i] = at(2 * t) | uint32_t(at(2 * t + 1)) << 16;
-        }
-    });
-}
-
-const Exchange LDMATRIX = {"ldmatrix", complete_ldmatrix<false>};
-const Exchange LDMATRIX_TRANS = {"ldmatrix.trans", complete_ldmatrix<true>};
-
-uint64_t exchange_value(const Exchange& what, unsigned mask, uint64_t value) {
-    Operands operands;
-    operands.value = value;
-    exchange(what, mask, operands);
-    return operands.value;
-}
-
-void exchange_fragments(const Exchange& what, void* d, const void* a, const void* b) {
-    Operands operands;
-    operands.in[0] = a;
-    operands.in[1] = b;
-    operands.out = d;
-    exchange(what, ~0u, operands);
-}
-
-void exchange_rows(const Exchange& what, uint32_t* r, int num_matrices, const void* row) {
-    Operands operands;
-    operands.operand = unsigned(num_matrices);
-    operands.in[0] = row;
-    operands.out = r;
-    exchange(what, ~0u, operands);
-}
-
-}  // namespace
-
-void warp_barrier(unsigned mask) { exchange_value(SYNC_WARP, mask, 0); }
-unsigned ballot(unsigned mask, int predicate) { return unsigned(exchange_value(BALLOT, mask, predicate != 0)); }
-int any(unsigned mask, int predicate) { return int(exchange_value(ANY, mask, predicate != 0)); }
-int all(unsigned mask, int predicate) { return int(exchange_value(ALL, mask, predicate != 0)); }
-unsigned match_any(unsigned mask, uint64_t value) { return unsigned(exchange_value(MATCH_ANY, mask, value)); }
-
-unsigned reduce(Reduce kind, unsigned mask, unsigned value) {
-    return unsigned(exchange_value(REDUCTIONS[int(kind)], mask, value));
-}
-
-uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, unsigned operand, int width) {
-    Operands operands;
-    operands.value = value;
-    operands.operand = operand;
-    operands.width = width;
-    exchange(SHUFFLES[int(kind)], mask, operands);
-    return operands.value;
-}
-
-void mma_bf16(float* d, const uint32_t* a, const uint32_t* b) { exchange_fragments(MMA_BF16, d, a, b); }
-void mma_f16(float* d, const uint32_t* a, const uint32_t* b) { exchange_fragments(MMA_F16, d, a, b); }
-void mma_s8(int* d, const uint32_t* a, const uint32_t* b) { exchange_fragments(MMA_S8, d, a, b); }
-
-void ldmatrix(uint32_t* r, int num_matrices, const void* row) { exchange_rows(LDMATRIX, r, num_matrices, row); }
-void ldmatrix_trans(uint32_t* r, int num_matrices, const void* row) {
-    exchange_rows(LDMATRIX_TRANS, r, num_matrices, row);
-}
-
-// The destination is poisoned now and written when the copy is waited for: both those who read too early
-// and those who still needed what was there notice.
-void cp_async(void* shared, const void* global, unsigned num_bytes, bool valid) {
-    Fiber& fiber = this_fiber();
-    unsigned char* const to = static_cast<unsigned char*>(shared);
-    const unsigned char* const from = static_cast<const unsigned char*>(global);
-    if (reinterpret_cast<uintptr_t>(to) % num_bytes || (valid && reinterpret_cast<uintptr_t>(from) % num_bytes)) {
-        fail(fiber, "cp_async of " + std::to_string(num_bytes) + " bytes that are not aligned");
-    }
-    const unsigned shared_bytes = fiber.block->launch->config.shared_bytes;
-    if (to < fiber.dynamic_shared || fiber.dynamic_shared + shared_bytes < to + num_bytes) {
-        fail(fiber, "cp_async to a place outside of dynamic shared memory");
-    }
-    memset(to, POISON, num_bytes);
-    fiber.copies.push_back({to, from, num_bytes, valid});
-}
-
-void cp_async_commit() {
-    Fiber& fiber = this_fiber();
-    fiber.groups.push_back(fiber.copies.size());
-}
-
-void cp_async_wait(unsigned num_pending) {
-    Fiber& fiber = this_fiber();
-    if (fiber.groups.size() <= num_pending) {
-        return;
-    }
-    const size_t num_groups = fiber.groups.size() - num_pending;
-    const size_t num_copies = fiber.groups[num_groups - 1];
-    for (size_t i = 0; i < num_copies; i++) {
-        const Copy& copy = fiber.copies[i];
-        if (copy.valid) {
-            memcpy(copy.to, copy.from, copy.num_bytes);
-        } else {
-            memset(copy.to, 0, copy.num_bytes);
-        }
-    }
-    fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + long(num_copies));
-    fiber.groups.erase(fiber.groups.begin(), fiber.groups.begin() + long(num_groups));
-    for (size_t& end : fiber.groups) {
-        end -= num_copies;
-    }
-}
-
-float f16_to_float(uint16_t bits) {
-    const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    const float sign = bits >> 15 ? -1.0f : 1.0f;
-    if (exponent == 31) {
-        return mantissa ? NAN : sign * INFINITY;
-    }
-    return sign * (exponent ? ldexpf(float(mantissa + 1024), exponent - 25) : ldexpf(float(mantissa), -24));
-}
-
-uint16_t float_to_f16(float x) {
-    if (x != x) {
-        return 0x7fff;
-    }
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-    const float magnitude = fabsf(x);
-    if (65520.0f <= magnitude) {
-        return sign | 0x7c00;
-    }
-    if (magnitude < 0x1p-14f) {
-        // The default rounding mode is to nearest, ties to even.
-        return uint16_t(sign | int(nearbyintf(magnitude * 0x1p24f)));
-    }
-    const uint32_t rebased = (bits & 0x7fffffff) - (112u << 23);
-    return uint16_t(sign | ((rebased + 0xfff + (rebased >> 13 & 1)) >> 13));
-}
-
-uint16_t float_to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return x != x ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-namespace {
-
-// To float such that a second rounding to fewer bits gives what one rounding would: inexact sums get an
-// odd last bit.
-float round_to_odd(double x) {
-    const float nearest = float(x);
-    uint32_t bits;
-    memcpy(&bits, &nearest, 4);
-    if (double(nearest) == x || x != x || std::isinf(nearest) || bits & 1) {
-        return nearest;
-    }
-    const bool is_too_large = std::fabs(double(nearest)) > std::fabs(x);
-    bits = is_too_large ? bits - 1 : bits + 1;
-    float odd;
-    memcpy(&odd, &bits, 4);
-    return odd;
-}
-
-}  // namespace
-
-uint16_t fma_f16(uint16_t a, uint16_t b, uint16_t c) {
-    return float_to_f16(round_to_odd(double(f16_to_float(a)) * f16_to_float(b) + f16_to_float(c)));
-}
-
-uint16_t fma_bf16(uint16_t a, uint16_t b, uint16_t c) {
-    return float_to_bf16(round_to_odd(double(bf16_to_float(a)) * bf16_to_float(b) + bf16_to_float(c)));
-}
 
 }  // namespace emulation
 

@@ -15,20 +15,22 @@ struct Dense {
     static constexpr int RUN = 32;
     static constexpr int GROUPS = 1;
     static constexpr int GROUP_PRODUCTS = TILE_PRODUCTS;
-    static constexpr int STAGE_BYTES = TILE_ROWS * TILE_COLS * 2;
+    static constexpr int TILE_BYTES = TILE_ROWS * TILE_COLS * 2;
+    static constexpr int SUPER_BYTES = 0;
+    static constexpr int STAGE_BYTES = TILE_BYTES;
 
     __device__ __forceinline__ static const uint8_t* source(const Product& p, int row_tile, int tile, int piece) {
         const long long row = row_tile * TILE_ROWS + piece / 8;
         return p.weights + (row * p.row_stride + tile * TILE_COLS + piece % 8 * 8) * 2;
     }
 
-    __device__ __forceinline__ static int step(int num_tiles, int) { return num_tiles * TILE_COLS * 2; }
+    __device__ __forceinline__ static unsigned step(int num_tiles, int) { return num_tiles * TILE_COLS * 2; }
 
     __device__ __forceinline__ static void copy(
-        uint8_t* stage, const uint8_t* from, const Product& p, int row_tile, int tile, int piece) {
-        const int row = row_tile * TILE_ROWS + piece / 8, column = tile * TILE_COLS + piece % 8 * 8;
-        const bool valid = row < p.num_rows && column < p.row_stride;
-        cp_async_16(stage + piece / 8 * 128 + activation_piece<32>(piece / 8, piece % 8) * 16, from, valid);
+        uint8_t* stage, const uint8_t* from, const Product& p, int first_row_tile, int tile, int index) {
+        const int row = index / 8, piece = index % 8;
+        const bool valid = first_row_tile * TILE_ROWS + row < p.num_rows && tile * TILE_COLS + piece * 8 < p.row_stride;
+        cp_async_16(stage + row * 128 + activation_piece<32>(row, piece) * 16, from, valid);
     }
 
     struct Fragment {

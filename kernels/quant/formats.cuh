@@ -156,12 +156,13 @@ struct Format {
     }
 
     // From there to the same piece `num_tiles` further, a multiple of 4.
-    __device__ __forceinline__ static int step(int num_tiles, int piece) {
+    __device__ __forceinline__ static unsigned step(int num_tiles, int piece) {
         return TILE_BYTES / 16 <= piece ? num_tiles / SUPER_TILES * SUPER_BYTES : num_tiles * TILE_BYTES;
     }
 
-    __device__ __forceinline__ static void copy(uint8_t* stage, const uint8_t* from, const Product&, int, int, int piece) {
-        cp_async_16(stage + piece * 16, from);
+    // Issues the copy of piece `index` of the row tiles from `first_row_tile`, which lie one after the other in a stage.
+    __device__ __forceinline__ static void copy(uint8_t* stage, const uint8_t* from, const Product&, int, int, int index) {
+        cp_async_16(stage + index * 16, from);
     }
 
     // What a lane needs of a tile.

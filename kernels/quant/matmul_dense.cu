@@ -25,7 +25,7 @@ DENSE_SMALL(16, 1)
 DENSE_SMALL(16, 2)
 
 #define DENSE_LARGE(TOKENS, WARPS_N, STAGES)                                                                  \
-    extern "C" __global__ void __launch_bounds__(LARGE_THREADS, 2) matmul_dense_large_n##TOKENS(              \
+    extern "C" __global__ void __launch_bounds__(LARGE_THREADS, LARGE_BLOCKS<TOKENS>) matmul_dense_large_n##TOKENS(              \
         const uint8_t* weights, const bf16* x, const float* bias, void* y, int num_tokens, int num_rows,      \
         int num_cols, int row_stride, int y_stride, int output, float* partial, unsigned* counters,           \
         int split_tiles) {                                                                                    \
@@ -36,5 +36,5 @@ DENSE_SMALL(16, 2)
     KERNEL(matmul_dense_large_n##TOKENS);
 
 DENSE_LARGE(32, 1, 5)
-DENSE_LARGE(64, 2, 4)
-DENSE_LARGE(128, 2, 3)
+DENSE_LARGE(64, 2, 6)
+DENSE_LARGE(128, 2, 5)

@@ -4,7 +4,7 @@
 using namespace quant;
 
 #define LARGE(format, NAME, TOKENS, WARPS_N, STAGES)                                                                \
-    extern "C" __global__ void __launch_bounds__(LARGE_THREADS, 2) matmul_large_##format##_n##TOKENS(               \
+    extern "C" __global__ void __launch_bounds__(LARGE_THREADS, LARGE_BLOCKS<TOKENS>) matmul_large_##format##_n##TOKENS(               \
         const uint8_t* weights, const bf16* x, const float* bias, void* y, int num_tokens, int num_rows,            \
         int num_cols, int y_stride, int output, const float* sums, float* partial, unsigned* counters,              \
         int sum_stride, int split_tiles) {                                                                          \
@@ -16,8 +16,8 @@ using namespace quant;
 
 #define LARGE_ALL(format, NAME)     \
     LARGE(format, NAME, 32, 1, 8)   \
-    LARGE(format, NAME, 64, 2, 6)   \
-    LARGE(format, NAME, 128, 2, 4)
+    LARGE(format, NAME, 64, 2, 8)   \
+    LARGE(format, NAME, 128, 2, 6)
 
 LARGE_ALL(q4_0, Q4_0)
 LARGE_ALL(q4_1, Q4_1)

@@ -29,6 +29,10 @@ constexpr int LARGE_ROWS = 128;
 constexpr int LARGE_THREADS = 256;
 constexpr int LARGE_ROW_TILES = LARGE_ROWS / TILE_ROWS;
 
+// Blocks on an SM. For many tokens one with twice the registers is better than two: a third fewer instructions.
+template <int TOKENS>
+constexpr int LARGE_BLOCKS = TOKENS == 32 ? 2 : 1;
+
 struct LargeExtra {
     const float* sums;
     float* partial;
@@ -43,38 +47,83 @@ struct LargeStage {
     static constexpr int X_BYTES = TOKENS * TILE_COLS * 2;
     static constexpr int SUM_BYTES = F::HAS_MIN ? F::GROUPS * TOKENS * 4 : 0;
     static constexpr int BYTES = WEIGHT_BYTES + X_BYTES + SUM_BYTES;
+};
 
-    // All threads of the block copy their parts of one tile column.
-    __device__ __forceinline__ static void fill(
-        uint8_t* stage, const Product& p, const LargeExtra& extra, int first_row_tile, int first_token, int tile) {
-        constexpr int TILE_PIECES = F::STAGE_BYTES / 16;
+// The copies of one thread, stage after stage: addresses grow by a fixed step.
+template <class F, int TOKENS>
+struct LargeCopy {
+    using Stage = LargeStage<F, TOKENS>;
+    // 16-byte pieces of the weights of a stage without superscales, and rounds of the block over them.
+    static constexpr int TILE_PIECES = F::TILE_BYTES / 16, PIECES = LARGE_ROW_TILES * TILE_PIECES;
+    static constexpr int ROUNDS = ceil_div(PIECES, LARGE_THREADS);
+    static constexpr int SUPER_PIECES = F::SUPER_BYTES / 16;
+    static constexpr int SUM_PIECES = Stage::SUM_BYTES / 16;
+
+    const Product& p;
+    const LargeExtra& extra;
+    int tile;
+    const int first_row_tile, num_tokens_behind;
+    const uint8_t* weights[ROUNDS];
+    const uint8_t* supers;
+    const bf16* x;
+    const float* sums;
+
+    __device__ __forceinline__ LargeCopy(
+        const Product& product, const LargeExtra& more, int row_tile, int first_token, int first_tile)
+        : p(product), extra(more), tile(first_tile), first_row_tile(row_tile),
+          num_tokens_behind(kept(p.num_tokens - first_token - int(threadIdx.x / 8))), supers(nullptr), sums(nullptr) {
+        // Beyond the last row tile the last one once more; nobody stores its sums.
         const int last_row_tile = p.num_row_tiles() - 1;
 #pragma unroll
-        for (int first = 0; first < LARGE_ROW_TILES * TILE_PIECES; first += LARGE_THREADS) {
-            const int i = first + threadIdx.x;
-            if (first + LARGE_THREADS <= LARGE_ROW_TILES * TILE_PIECES || i < LARGE_ROW_TILES * TILE_PIECES) {
-                const int row_tile = first_row_tile + i / TILE_PIECES, piece = i % TILE_PIECES;
-                // Beyond the last row tile the last one once more; nobody stores its sums.
-                const uint8_t* const from = F::source(p, ::min(row_tile, last_row_tile), tile, piece);
-                F::copy(stage + i / TILE_PIECES * F::STAGE_BYTES, from, p, row_tile, tile, piece);
-            }
+        for (int i = 0; i < ROUNDS; i++) {
+            const int index = threadIdx.x + i * LARGE_THREADS;
+            const int from = ::min(first_row_tile + index / TILE_PIECES, last_row_tile);
+            weights[i] = F::source(p, from, tile, index % TILE_PIECES);
         }
-        const int piece = threadIdx.x % 8, column = tile * TILE_COLS + piece * 8;
-        const bf16* const x = p.x + column;
-#pragma unroll
-        for (int first = 0; first < TOKENS; first += LARGE_THREADS / 8) {
-            const int i = first + threadIdx.x / 8;
-            const bool valid = first_token + i < p.num_tokens && column < p.num_cols;
-            uint8_t* const to = stage + WEIGHT_BYTES + i * 128 + activation_piece<F::RUN>(i, piece) * 16;
-            cp_async_16(to, x + (long long)(first_token + i) * p.num_cols, valid);
+        if constexpr (SUPER_PIECES != 0) {
+            const int from = ::min(first_row_tile + int(threadIdx.x) / SUPER_PIECES, last_row_tile);
+            supers = F::source(p, from, 0, TILE_PIECES + threadIdx.x % SUPER_PIECES);
         }
+        x = p.x + (long long)(first_token + threadIdx.x / 8) * p.num_cols + tile * TILE_COLS + threadIdx.x % 8 * 8;
         if constexpr (F::HAS_MIN) {
-            for (int i = threadIdx.x; i < F::GROUPS * TOKENS / 4; i += LARGE_THREADS) {
-                const int group = i / (TOKENS / 4), at = i % (TOKENS / 4) * 4;
-                const long long row = (long long)(tile * F::GROUPS + group) * extra.sum_stride;
-                cp_async_16(stage + WEIGHT_BYTES + X_BYTES + i * 16, extra.sums + row + first_token + at);
+            const int group = threadIdx.x / (TOKENS / 4), at = threadIdx.x % (TOKENS / 4) * 4;
+            sums = extra.sums + (long long)(tile * F::GROUPS + group) * extra.sum_stride + first_token + at;
+        }
+    }
+
+    // Fills a stage with the next tile column.
+    __device__ __forceinline__ void next(uint8_t* stage) {
+        const int thread = threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int index = thread + i * LARGE_THREADS;
+            if ((i + 1) * LARGE_THREADS <= PIECES || index < PIECES) {
+                if constexpr (F::IS_DENSE) {
+                    F::copy(stage, weights[i], p, first_row_tile, tile, index);
+                } else {
+                    cp_async_16(stage + index * 16 + index / TILE_PIECES * F::SUPER_BYTES, weights[i]);
+                }
+            }
+            weights[i] += F::step(1, 0);
+        }
+        if constexpr (SUPER_PIECES != 0) {
+            if (thread < LARGE_ROW_TILES * SUPER_PIECES) {
+                uint8_t* const to = stage + thread / SUPER_PIECES * F::STAGE_BYTES + F::TILE_BYTES;
+                cp_async_16(to + thread % SUPER_PIECES * 16, supers + unsigned(tile) / SUPER_TILES * F::SUPER_BYTES);
             }
         }
+        uint8_t* const to = stage + Stage::WEIGHT_BYTES + thread / 8 * 128 + activation_piece<F::RUN>(thread / 8, thread % 8) * 16;
+        const bool valid = tile * TILE_COLS + thread % 8 * 8 < p.num_cols;
+#pragma unroll
+        for (int i = 0; i < TOKENS; i += LARGE_THREADS / 8) {
+            cp_async_16(to + i * 128, x + (long long)i * p.num_cols, valid && i < num_tokens_behind);
+        }
+        x += TILE_COLS;
+        if constexpr (SUM_PIECES != 0) {
+            if (thread < SUM_PIECES) cp_async_16(stage + Stage::WEIGHT_BYTES + Stage::X_BYTES + thread * 16, sums);
+            sums += F::GROUPS * extra.sum_stride;
+        }
+        tile++;
     }
 };
 
@@ -192,9 +241,13 @@ __device__ __forceinline__ void matmul_large(const Product& p, const LargeExtra&
     const int num_tiles = ::min(p.num_tiles() - first_tile, extra.split_tiles);
     const int row_tile = warp / WARPS_N * WARPS_N, token = warp % WARPS_N * (TOKENS / WARPS_N);
 
+    LargeCopy<F, TOKENS> copy(p, extra, first_row_tile, first_token, first_tile);
+    int fill_at = 0, stage_at = 0;
+    const auto following = [](int at) { return at == (STAGES - 1) * Stage::BYTES ? 0 : at + Stage::BYTES; };
     const auto fill = [&](int i) {
         if (i < num_tiles) {
-            Stage::fill(shared + i % STAGES * Stage::BYTES, p, extra, first_row_tile, first_token, first_tile + i);
+            copy.next(shared + fill_at);
+            fill_at = following(fill_at);
         }
         cp_async_commit();
     };
@@ -214,7 +267,8 @@ __device__ __forceinline__ void matmul_large(const Product& p, const LargeExtra&
         // All copies are there, and all warps have read the stage before, which is filled next.
         __syncthreads();
         fill(i + STAGES - 1);
-        acc.add_stage(shared + i % STAGES * Stage::BYTES, row_tile, token, lane);
+        acc.add_stage(shared + stage_at, row_tile, token, lane);
+        stage_at = following(stage_at);
     }
     cp_async_wait<0>();
 

@@ -16,7 +16,6 @@ using namespace quant;
 #define SMALL_ALL(format, NAME)  \
     SMALL(format, NAME, 1, 1)    \
     SMALL(format, NAME, 1, 2)    \
-    SMALL(format, NAME, 1, 4)    \
     SMALL(format, NAME, 8, 1)    \
     SMALL(format, NAME, 8, 2)    \
     SMALL(format, NAME, 16, 1)   \
@@ -32,3 +31,14 @@ SMALL_ALL(q3_k, Q3_K)
 SMALL_ALL(q4_k, Q4_K)
 SMALL_ALL(q5_k, Q5_K)
 SMALL_ALL(q6_k, Q6_K)
+
+// Four tiles of 8-bit weights do not fit into the registers.
+SMALL(q4_0, Q4_0, 1, 4)
+SMALL(q4_1, Q4_1, 1, 4)
+SMALL(q5_0, Q5_0, 1, 4)
+SMALL(q5_1, Q5_1, 1, 4)
+SMALL(q2_k, Q2_K, 1, 4)
+SMALL(q3_k, Q3_K, 1, 4)
+SMALL(q4_k, Q4_K, 1, 4)
+SMALL(q5_k, Q5_K, 1, 4)
+SMALL(q6_k, Q6_K, 1, 4)

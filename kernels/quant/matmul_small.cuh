@@ -159,17 +159,20 @@ struct SmallPrefetch {
     const int num_tiles, num_groups, num_warps, warp, lane, stage_bytes;
     // Bytes from the ring to this lane's part of the activations of a stage, and tokens behind that of the lane.
     const int x_at, num_tokens_behind;
+    // The ring is bytes first_at to end_at of shared memory; stage_at is the next stage.
+    const int first_at, end_at;
     int group, tile, column, stage_at;
-    uint8_t* const ring;
+    uint8_t* const shared;
     const uint8_t* weights[ROUNDS];
     const bf16* x;
 
-    __device__ __forceinline__ SmallPrefetch(const Product& product, uint8_t* ring_, int stage_bytes_)
+    __device__ __forceinline__ SmallPrefetch(const Product& product, uint8_t* shared_, int stage_bytes_)
         : p(product), num_tiles(p.num_tiles()), num_groups(ceil_div(p.num_row_tiles(), TILES)),
           num_warps(blockDim.x / WARP_SIZE), warp(threadIdx.x / WARP_SIZE), lane(threadIdx.x % WARP_SIZE),
           stage_bytes(stage_bytes_),
           x_at(kept(TILES * F::STAGE_BYTES + lane / 8 * 128 + activation_piece<F::RUN>(lane / 8, lane % 8) * 16)),
-          num_tokens_behind(kept(p.num_tokens - lane / 8)), group(blockIdx.x), tile(warp), stage_at(0), ring(ring_) {
+          num_tokens_behind(kept(p.num_tokens - lane / 8)), first_at(kept(warp * STAGES * stage_bytes)),
+          end_at(kept(first_at + STAGES * stage_bytes)), group(blockIdx.x), tile(warp), stage_at(first_at), shared(shared_) {
         // A warp without a tile has no stages.
         if (num_tiles <= warp) group = num_groups;
         begin_group();
@@ -187,16 +190,21 @@ struct SmallPrefetch {
         }
     }
 
+    // The stage after the one that begins here.
+    __device__ __forceinline__ int following(int at) const {
+        at += stage_bytes;
+        return at == end_at ? first_at : at;
+    }
+
     // Fills the next stage, if there is one.
     __device__ __forceinline__ void next() {
         if (group < num_groups) {
-            uint8_t* const stage = ring + stage_at;
+            uint8_t* const stage = shared + stage_at;
 #pragma unroll
             for (int i = 0; i < ROUNDS; i++) {
                 const int piece = lane + i * WARP_SIZE;
                 if ((i + 1) * WARP_SIZE <= PIECES || piece < PIECES) {
-                    const int row_tile = group * TILES + piece / TILE_PIECES;
-                    F::copy(stage + piece / TILE_PIECES * F::STAGE_BYTES, weights[i], p, row_tile, tile, piece % TILE_PIECES);
+                    F::copy(stage, weights[i], p, group * TILES, tile, piece);
                 }
                 weights[i] += F::step(num_warps, piece % TILE_PIECES);
             }
@@ -209,7 +217,7 @@ struct SmallPrefetch {
             }
             x += num_warps * TILE_COLS;
             column += num_warps * TILE_COLS;
-            stage_at = stage_at + stage_bytes == STAGES * stage_bytes ? 0 : stage_at + stage_bytes;
+            stage_at = following(stage_at);
             tile += num_warps;
             if (num_tiles <= tile) {
                 group += gridDim.x;
@@ -228,16 +236,15 @@ __device__ __forceinline__ void matmul_small(const Product& p) {
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE, num_warps = blockDim.x / WARP_SIZE;
     const int num_tiles = p.num_tiles(), num_row_tiles = p.num_row_tiles();
     const int stage_bytes = TILES * F::STAGE_BYTES + p.num_tokens * 128;
-    uint8_t* const ring = shared + warp * STAGES * stage_bytes;
     // Two sets of the sums of all warps, as one is still read while the next is written.
     constexpr int WARP_SUMS = SMALL_WARP_SUMS<TILES, COLUMNS>;
     float* const partial = reinterpret_cast<float*>(shared + num_warps * STAGES * stage_bytes);
 
-    SmallPrefetch<F, TILES, COLUMNS> prefetch(p, ring, stage_bytes);
+    SmallPrefetch<F, TILES, COLUMNS> prefetch(p, shared, stage_bytes);
     for (int i = 0; i < STAGES - 1; i++) prefetch.next();
 
     Sums acc;
-    int set = 0, slot_at = 0;
+    int set = 0, stage_at = prefetch.first_at;
     for (int group = blockIdx.x; group < prefetch.num_groups; group += gridDim.x, set ^= 1) {
         acc.clear();
 #pragma unroll 1
@@ -246,8 +253,8 @@ __device__ __forceinline__ void matmul_small(const Product& p) {
             // The copies of all lanes are there, and all have read the stage before, which is filled next.
             __syncwarp();
             prefetch.next();
-            acc.add_stage(ring + slot_at, p.num_tokens, lane);
-            slot_at = slot_at + stage_bytes == STAGES * stage_bytes ? 0 : slot_at + stage_bytes;
+            acc.add_stage(shared + stage_at, p.num_tokens, lane);
+            stage_at = prefetch.following(stage_at);
         }
         float* const sums = partial + set * num_warps * WARP_SUMS;
         acc.put(sums + warp * WARP_SUMS, lane);

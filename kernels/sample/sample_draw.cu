@@ -10,17 +10,18 @@
 // Arguments as sample_scan and sample_weigh have them; results SampleResult [num_rows], of which
 // `token` and `status` are written.
 //
-// Grid (num_rows), 1024 threads, dynamic shared memory sizeof(Shared), 21 KiB.
+// Grid (num_rows), 1024 threads, dynamic shared memory sizeof(Shared), 23 KiB.
 //
-// The last kept token is found digit by digit: the tokens whose keys may be the cut's are counted
-// and weighed in 1024 bins, one of which holds the cut and is divided again, until it is one key.
-// Then some of the tokens with that key are kept, lowest first. Only chunks whose best token reaches
-// the lowest key in question are read. The first digit comes from sample_weigh, or, for a small
-// top-k, from the bests of the chunks: k of them reach the k-th largest of them.
+// A small top-k is bounded by the bests of the chunks: k of them reach the k-th largest of them. The
+// tokens that reach that key are mostly few, are listed, and each is compared with the others.
+// Otherwise the last kept token is found digit by digit: the tokens whose keys may be the cut's are
+// counted and weighed in 1024 bins, one of which holds the cut and is divided again, until it is one
+// key. Then some of the tokens with that key are kept, lowest first. The first digit comes from
+// sample_weigh. Only chunks whose best token reaches the lowest key in question are read.
 //
 // Bytes: 8 for each chunk (4.8 KB for 151,936 tokens) where greedy, 1 KB more where drawn from the
-// whole row, and otherwise about five times the chunks with a token near the cut: 100 KB for a
-// top-k of 20, at most five rows. One block does it, bound by latency.
+// whole row, about 30 KB for a top-k of 20, and otherwise up to seven times the chunks with a token
+// near the cut. One block does it, bound by latency.
 #include "sample_row.cuh"
 
 namespace {
@@ -28,6 +29,9 @@ namespace {
 constexpr int NUM_THREADS = 1024;
 constexpr int NUM_WARPS = NUM_THREADS / WARP_SIZE;
 static_assert(NUM_BINS == NUM_THREADS && MAX_CHUNKS == NUM_THREADS, "a thread for each bin and chunk");
+
+// So many tokens are compared with each other instead of counted.
+constexpr unsigned MAX_LISTED = 256;
 
 enum class Measure { NUMBER, MASS };
 
@@ -52,7 +56,11 @@ struct Shared {
     // Of the chunk that is drawn from.
     u64 left;
     unsigned chunk;
+    // The best tokens, in any order.
+    unsigned num_listed;
+    u64 listed[MAX_LISTED];
 };
+static_assert(sizeof(Shared) <= 23 * 1024, "the host gives 23 KiB");
 
 // All that is known of a row, the same for all threads.
 struct Row {
@@ -202,8 +210,9 @@ __device__ bool find_bin(Shared& shared, const Row& row, Cut& cut, u64 wanted, c
     return true;
 }
 
-// Bounds the k-th largest key by the bests of the chunks. Below the last bin no token has a weight.
-__device__ void bound_top_k(Shared& shared, const Row& row, Cut& cut, unsigned k) {
+// A key that the k-th largest is not below: k chunks reach the k-th largest of their bests. Tokens
+// below the last bin have no weight.
+__device__ unsigned bound_top_k(Shared& shared, const Row& row, unsigned k) {
     shared.counts[threadIdx.x] = 0;
     shared.masses[threadIdx.x] = 0;
     __syncthreads();
@@ -215,13 +224,110 @@ __device__ void bound_top_k(Shared& shared, const Row& row, Cut& cut, unsigned k
         }
     }
     __syncthreads();
-    Cut of_bests = cut;
+    Cut cut = {row.lowest, row.best_key, 0, 0, 0};
     unsigned bin;
-    if (!select_bin<Measure::NUMBER>(shared, of_bests, k, bin)) {
+    if (!select_bin<Measure::NUMBER>(shared, cut, k, bin)) {
         bin = NUM_BINS - 2;
     }
-    enter_bin(shared, row, of_bests, bin);
-    cut.low = of_bests.low;
+    enter_bin(shared, row, cut, bin);
+    return cut.low;
+}
+
+// Philox4x32-10, with the CPU's counter: 53 random bits above 11 zeros.
+__device__ u64 random_bits(const SampleRow& params) {
+    unsigned counter[4] = {params.position[0], params.position[1], params.choice, 0};
+    unsigned key[2] = {params.seed[0], params.seed[1]};
+    for (int round = 0; round < 10; round++) {
+        const u64 first = u64(0xd2511f53u) * counter[0];
+        const u64 second = u64(0xcd9e8d57u) * counter[2];
+        const unsigned next[4] = {unsigned(second >> 32) ^ counter[1] ^ key[0], unsigned(second),
+                                  unsigned(first >> 32) ^ counter[3] ^ key[1], unsigned(first)};
+        for (int i = 0; i < 4; i++) {
+            counter[i] = next[i];
+        }
+        key[0] += 0x9e3779b9u;
+        key[1] += 0xbb67ae85u;
+    }
+    return (u64(counter[1]) << 32 | counter[0]) & ~u64(0x7ff);
+}
+
+// The mass at which top-p ends.
+__device__ __forceinline__ u64 share_of(float top_p, u64 total) {
+    const u64 share = u64(ceil(double(top_p) * double(total)));
+    return max(u64(1), min(share, total));
+}
+
+// Lists the tokens whose keys are not below `low`, as far as there is room, and gives their number.
+__device__ unsigned list_tokens(Shared& shared, const Row& row, unsigned low) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    if (threadIdx.x == 0) {
+        shared.num_listed = 0;
+    }
+    __syncthreads();
+    for (int chunk = threadIdx.x / WARP_SIZE; chunk < row.num_chunks; chunk += NUM_WARPS) {
+        if (rank_key(shared.best[chunk]) < low) {
+            continue;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int first = chunk * CHUNK + half * (CHUNK / 2) + lane * 4;
+            unsigned key[4];
+            row.view.load(first, key);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (low <= key[i]) {
+                    const unsigned slot = atomicAdd(&shared.num_listed, 1u);
+                    if (slot < MAX_LISTED) {
+                        shared.listed[slot] = ranked(key[i], first + i);
+                    }
+                }
+            }
+        }
+    }
+    __syncthreads();
+    return shared.num_listed;
+}
+
+// Draws from the listed tokens with a thread for each, by comparing every two of them.
+__device__ void draw_from_list(Shared& shared, const Row& row, const SampleRow& params, unsigned num,
+                               SampleResult& result) {
+    // Sorted and weighed; the bins are not in use.
+    u64* const sorted = shared.masses;
+    u64* const weights = shared.masses + MAX_LISTED;
+    const unsigned index = threadIdx.x;
+    if (index < num) {
+        const u64 own = shared.listed[index];
+        unsigned place = 0;
+        for (unsigned i = 0; i < num; i++) {
+            place += own < shared.listed[i];
+        }
+        sorted[place] = own;
+    }
+    __syncthreads();
+    const u64 weight = index < min(num, params.top_k) ? row.weight(rank_key(sorted[index])) : 0;
+    if (index < num) {
+        weights[index] = weight;
+    }
+    u64 total;
+    const u64 through = block_scan(weight, shared.scratch, total);
+    const u64 wanted = params.top_p < 1.0f ? share_of(params.top_p, total) : total;
+    if (through - weight < wanted && wanted <= through) {
+        shared.left = through;
+        shared.num_listed = index + 1;
+    }
+    __syncthreads();
+    const u64 left = __umul64hi(random_bits(params), shared.left);
+    if (index < shared.num_listed) {
+        const unsigned token = rank_token(sorted[index]);
+        u64 before = 0;
+        for (unsigned i = 0; i < shared.num_listed; i++) {
+            before += rank_token(sorted[i]) < token ? weights[i] : 0;
+        }
+        if (before <= left && left < before + weight) {
+            result.token = token;
+            result.status = 0;
+        }
+    }
 }
 
 // The last kept key and how many tokens that have it are kept.
@@ -232,21 +338,19 @@ struct Last {
     bool is_split;
 };
 
-__device__ Last find_last(Shared& shared, const Row& row, const SampleRow& params, const unsigned* bin_counts,
-                          const u64* bin_masses) {
+// The last kept token has no key below `low`.
+__device__ Last find_last(Shared& shared, const Row& row, const SampleRow& params, unsigned low,
+                          const unsigned* bin_counts, const u64* bin_masses) {
     const bool has_bins = is_wide(params);
-    const Cut whole = {row.lowest, row.best_key, 0, 0, 0};
+    const Cut whole = {low, row.best_key, 0, 0, 0};
     Cut cut = whole;
-    Last last = {row.lowest, NONE, false};
+    Last last = {low, NONE, false};
     u64 total = 0;
     if (params.top_k != 0) {
         bool is_found = true;
         if (has_bins) {
             is_found = find_bin<Measure::NUMBER>(shared, row, cut, params.top_k, bin_counts, bin_masses);
-        } else {
-            bound_top_k(shared, row, cut, params.top_k);
         }
-        last.key = cut.low;
         is_found = is_found && find_key<Measure::NUMBER>(shared, row, cut, params.top_k);
         total = cut.mass_above;
         if (is_found) {
@@ -257,8 +361,7 @@ __device__ Last find_last(Shared& shared, const Row& row, const SampleRow& param
         block_scan(bin_masses[threadIdx.x], shared.scratch, total);
     }
     if (params.top_p < 1.0f) {
-        const u64 share = u64(ceil(double(params.top_p) * double(total)));
-        const u64 wanted = max(u64(1), min(share, total));
+        const u64 wanted = share_of(params.top_p, total);
         cut = whole;
         cut.low = last.key;
         if (has_bins) {
@@ -311,24 +414,6 @@ __device__ void weigh_chunks(Shared& shared, const Row& row, const Last& last) {
     }
     shared.counts[threadIdx.x] = num;
     shared.masses[threadIdx.x] += num * row.weight(last.key);
-}
-
-// Philox4x32-10, with the CPU's counter: 53 random bits above 11 zeros.
-__device__ u64 random_bits(const SampleRow& params) {
-    unsigned counter[4] = {params.position[0], params.position[1], params.choice, 0};
-    unsigned key[2] = {params.seed[0], params.seed[1]};
-    for (int round = 0; round < 10; round++) {
-        const u64 first = u64(0xd2511f53u) * counter[0];
-        const u64 second = u64(0xcd9e8d57u) * counter[2];
-        const unsigned next[4] = {unsigned(second >> 32) ^ counter[1] ^ key[0], unsigned(second),
-                                  unsigned(first >> 32) ^ counter[3] ^ key[1], unsigned(first)};
-        for (int i = 0; i < 4; i++) {
-            counter[i] = next[i];
-        }
-        key[0] += 0x9e3779b9u;
-        key[1] += 0xbb67ae85u;
-    }
-    return (u64(counter[1]) << 32 | counter[0]) & ~u64(0x7ff);
 }
 
 // Draws from the chunk where `left` of its mass comes before the drawn token; for one warp.
@@ -417,7 +502,16 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS)
     row.lowest = to_key(__fadd_rn(row.max, params.min_p_offset));
     Last last = {row.lowest, NONE, false};
     if (wants_filter(params)) {
-        last = find_last(shared, row, params, bin_counts + index * NUM_BINS, bin_masses + index * NUM_BINS);
+        unsigned low = row.lowest;
+        if (!is_wide(params)) {
+            low = bound_top_k(shared, row, params.top_k);
+            const unsigned num = list_tokens(shared, row, low);
+            if (num <= MAX_LISTED) {
+                draw_from_list(shared, row, params, num, result);
+                return;
+            }
+        }
+        last = find_last(shared, row, params, low, bin_counts + index * NUM_BINS, bin_masses + index * NUM_BINS);
         weigh_chunks(shared, row, last);
     } else {
         shared.masses[threadIdx.x] = is_chunk ? chunk_masses[index * num_chunks + threadIdx.x] : 0;

@@ -153,7 +153,7 @@ pub struct CpuKvCache {
     pub block_size: usize,
 }
 
-/// Keys and values of one layer in a card's memory, `f16` or `bf16`.
+/// Keys and values of one layer in a card's memory, `f16`, `bf16` or `f8e4m3`.
 #[derive(Clone, Debug)]
 pub struct GpuKvCache {
     /// Whose memory.
@@ -166,6 +166,10 @@ pub struct GpuKvCache {
     pub dtype: DType,
     /// Dimensions of `k` and of `v`.
     pub shape: KvCacheShape,
+    /// What keys are multiplied with where they are used; 1 unless they have 8 bits.
+    pub k_scale: f32,
+    /// What values are multiplied with where they are used; 1 unless they have 8 bits.
+    pub v_scale: f32,
     /// Of partitions that are done, see the kernel.
     counters: DeviceBuffer,
 }
@@ -200,19 +204,20 @@ impl KvCacheShape {
 }
 
 impl GpuKvCache {
-    /// A cache in `f16` or `bf16`, which takes up its memory at once. No kernel reads a slot that
-    /// was not written.
+    /// A cache in `f16`, `bf16` or `f8e4m3`, which takes up its memory at once. No kernel reads a
+    /// slot that was not written.
     ///
     /// # Errors
     /// If the shape or the type is not supported, or the card has no memory left.
     pub fn new(shape: KvCacheShape, dtype: DType, gpu: &Gpu) -> Result<Self> {
         let num_bytes = shape.num_elements()? * dtype.size_in_bytes();
-        if !matches!(dtype, DType::F16 | DType::BF16) {
+        if !matches!(dtype, DType::F16 | DType::BF16 | DType::F8E4M3) {
             bail!("a KV cache of {dtype:?} is not supported on the GPU; use f16 or bf16");
         }
         let (k, v) = (gpu.alloc(num_bytes)?, gpu.alloc(num_bytes)?);
         let counters = gpu::new_counters(gpu, shape.num_kv_heads)?;
-        Ok(Self { gpu: gpu.clone(), k, v, dtype, shape, counters })
+        let (k_scale, v_scale) = (1.0, 1.0);
+        Ok(Self { gpu: gpu.clone(), k, v, dtype, shape, k_scale, v_scale, counters })
     }
 }
 

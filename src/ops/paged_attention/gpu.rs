@@ -175,13 +175,16 @@ impl Call<'_> {
         } else {
             zeros(gpu.scratch(num_bytes)?, gpu)?
         };
-        let shared_bytes = RING_BYTES + 2 * (num_seqs + 1) * size_of::<u32>();
+        let ring_bytes = if is_narrow(kv) { RING_BYTES / 2 } else { RING_BYTES };
+        let shared_bytes = ring_bytes + 2 * (num_seqs + 1) * size_of::<u32>();
         let row_tiles = plan.max_decode_rows.div_ceil(16);
         let num_items = num_seqs * num_kv_heads * partitions * row_tiles;
         let num_blocks = num_items.min(num_decode_slots(gpu, shared_bytes));
         let function = match (kv.dtype, head_dim) {
             (DType::BF16, 64) => "paged_decode_bf16_64",
             (DType::BF16, _) => "paged_decode_bf16_128",
+            (DType::F8E4M3, 64) => "paged_decode_e4m3_64",
+            (DType::F8E4M3, _) => "paged_decode_e4m3_128",
             (_, 64) => "paged_decode_f16_64",
             (_, _) => "paged_decode_f16_128",
         };
@@ -206,7 +209,8 @@ impl Call<'_> {
             Arg::U32(num_kv_heads as u32),
             Arg::U32(group as u32),
             Arg::U32(kv.shape.block_size as u32),
-            Arg::F32(self.scale * LOG2_E),
+            Arg::F32(self.scale * LOG2_E * kv.k_scale),
+            Arg::F32(kv.v_scale),
         ];
         Ok(gpu.launch(Kernel { module: "paged_decode", function }, config, &args)?)
     }
@@ -219,13 +223,15 @@ impl Call<'_> {
         let function = match (kv.dtype, head_dim) {
             (DType::BF16, 64) => "paged_prefill_bf16_64",
             (DType::BF16, _) => "paged_prefill_bf16_128",
+            (DType::F8E4M3, 64) => "paged_prefill_e4m3_64",
+            (DType::F8E4M3, _) => "paged_prefill_e4m3_128",
             (_, 64) => "paged_prefill_f16_64",
             (_, _) => "paged_prefill_f16_128",
         };
         let config = LaunchConfig {
             grid: [heads.num_kv_heads as u32, round.tiles.len() as u32, 1],
             block: [THREADS, 1, 1],
-            shared_bytes: ((TILE_ROWS + 2 * TILE_KEYS) * head_dim * 2) as u32,
+            shared_bytes: prefill_shared_bytes(kv.dtype, head_dim) as u32,
         };
         let args = [
             Arg::Buffer(&self.out.buffer),
@@ -241,15 +247,18 @@ impl Call<'_> {
             Arg::U32(meta.max_blocks_per_seq as u32),
             Arg::U32(heads.group as u32),
             Arg::U32(kv.shape.block_size as u32),
-            Arg::F32(self.scale * LOG2_E),
+            Arg::F32(self.scale * LOG2_E * kv.k_scale),
+            Arg::F32(kv.v_scale),
         ];
         gpu.launch(Kernel { module: "paged_prefill", function }, config, &args)?;
         if round.merges.is_empty() { Ok(()) } else { self.merge(step, round, &partials) }
     }
 
     fn merge(&self, step: &Uploaded, round: &Round, partials: &Partials) -> Result<()> {
-        let is_narrow = self.kv.shape.head_dim == 64;
-        let function = if is_narrow { "merge_partitions_64" } else { "merge_partitions_128" };
+        let function = match self.kv.shape.head_dim {
+            64 => "merge_partitions_64",
+            _ => "merge_partitions_128",
+        };
         let num_parts = TILE_ROWS / MERGE_ROWS;
         let num_merges = round.merges.len() as u32;
         let config = LaunchConfig {
@@ -287,6 +296,17 @@ impl Uploaded {
         let start = size_of_val(tiles.as_slice()) + size_of_val(&merges[..round.merges.start]);
         self.part(start, size_of_val(&merges[round.merges.clone()]))
     }
+}
+
+/// Whether a row of the cache has 64 bytes, for which the decode kernel's rings are half as large.
+fn is_narrow(kv: &GpuKvCache) -> bool {
+    kv.dtype == DType::F8E4M3 && kv.shape.head_dim == 64
+}
+
+/// Tiles of queries, keys and values in 16 bits; numbers in 8 bits are copied beside them first.
+fn prefill_shared_bytes(dtype: DType, head_dim: usize) -> usize {
+    let num_staged = if dtype == DType::F8E4M3 { 2 * TILE_KEYS } else { 0 };
+    ((TILE_ROWS + 2 * TILE_KEYS) * 2 + num_staged) * head_dim
 }
 
 /// How many decode blocks run at a time. Work is dealt out to so many beforehand, so one more would

@@ -57,7 +57,7 @@ impl Plan {
         if num_tokens <= SMALL_TOKENS {
             let columns = [1, 8, 16].into_iter().find(|columns| num_tokens <= *columns);
             let columns = columns.unwrap_or(SMALL_TOKENS);
-            let four = columns == 1 && matches!(weights, Weights::Packed(_));
+            let four = columns == 1 && weights.has_four_tiles();
             let tiles = match num_row_tiles {
                 n if four && FOUR_TILES < n => 4,
                 n if TWO_TILES < n => 2,
@@ -80,6 +80,13 @@ impl Plan {
             num_splits = wanted.min(num_tiles / SPLIT_TILES).max(1);
         }
         Self::Large { tokens, split_tiles: num_tiles.div_ceil(num_splits).max(1) }
+    }
+}
+
+impl Weights {
+    /// Whether there is a kernel that takes four row tiles at a time, for one token.
+    pub(super) fn has_four_tiles(self) -> bool {
+        matches!(self, Self::Packed(format) if format.bits < 8)
     }
 }
 
@@ -224,7 +231,7 @@ impl Product<'_> {
         let (module, function, num_stages, sums);
         if let Weights::Packed(format) = self.segment.weights {
             (module, function) = ("matmul_large", format.large[index]);
-            num_stages = [8, 6, 4][index];
+            num_stages = [8, 8, 6][index];
             sums = format
                 .has_min()
                 .then(|| self.sums(gpu, format.run_len(), sum_stride))
@@ -235,7 +242,7 @@ impl Product<'_> {
             args.push(sums.as_ref().map_or(Arg::Null, Arg::Buffer));
         } else {
             (module, function) = ("matmul_dense", DENSE_LARGE[index]);
-            num_stages = [5, 4, 3][index];
+            num_stages = [5, 6, 5][index];
         }
         args.push(partial.as_ref().map_or(Arg::Null, Arg::Buffer));
         args.push(Arg::Buffer(&matrix.counters));

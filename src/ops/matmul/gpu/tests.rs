@@ -152,6 +152,10 @@ fn few_tokens() {
         let block_len = dtype.block_size().max(32);
         let case = Case::new(&gpu, dtype, 35, block_len * if block_len == 32 { 27 } else { 3 });
         for plan in SMALL {
+            let four = matches!(plan, Plan::Small { tiles: 4, .. });
+            if four && !case.matrix.segments[0].weights.has_four_tiles() {
+                continue;
+            }
             for &num_tokens in num_tokens(plan) {
                 case.check(plan, num_tokens, &format!("{dtype:?}"));
             }
