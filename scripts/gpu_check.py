@@ -291,8 +291,14 @@ def same_everywhere(run, quantization):
     return action
 
 
+# By type of the weights: largest and average error of a log-probability, and how much better than the second
+# a token must be to be clear. F16 weights are rounded to BF16 on the card.
+TOLERANCES = {"bf16": (0.4, 0.04, 0.3), "f16": (1.0, 0.06, 0.4)}
+
+
 def hugging_face(run, dtype):
     def action(until):
+        most, most_on_average, clear = TOLERANCES[dtype]
         try:
             import torch  # noqa: F401
             import transformers
@@ -310,12 +316,12 @@ def hugging_face(run, dtype):
                 errors += [abs(a - b) for a, b in zip(ours, golden["logprobs"])]
                 tokens, _, _ = server.complete(prompt, len(greedy))
                 for step, (found, expected) in enumerate(zip(tokens, greedy)):
-                    if golden["margins"][step] < 0.15:
+                    if golden["margins"][step] < clear:
                         break
                     require(found == expected, f"greedy token {step} is {found}, not {expected}")
                     num_clear += 1
         worst, mean = max(errors), sum(errors) / len(errors)
-        require(worst < 0.25 and mean < 0.03, f"log-probabilities differ by {worst:.3f}, {mean:.4f} on average")
+        require(worst < most and mean < most_on_average, f"log-probabilities differ by {worst:.3f}, {mean:.4f} on average")
         require(num_clear >= 8, f"only {num_clear} greedy tokens were clear enough")
         return (f"transformers {transformers.__version__}: {len(errors)} log-probabilities within {worst:.3f}, "
                 f"{mean:.4f} on average; {num_clear} greedy tokens")
