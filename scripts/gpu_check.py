@@ -322,7 +322,7 @@ def hugging_face(run, dtype):
                     num_clear += 1
         worst, mean = max(errors), sum(errors) / len(errors)
         require(worst < most and mean < most_on_average, f"log-probabilities differ by {worst:.3f}, {mean:.4f} on average")
-        require(num_clear >= 8, f"only {num_clear} greedy tokens were clear enough")
+        require(num_clear >= 3, f"only {num_clear} greedy tokens were clear enough")
         return (f"transformers {transformers.__version__}: {len(errors)} log-probabilities within {worst:.3f}, "
                 f"{mean:.4f} on average; {num_clear} greedy tokens")
 

@@ -20,6 +20,7 @@ struct Tensor {
     dimensions: Vec<u64>,
     code: u32,
     offset: Option<u64>,
+    #[cfg(test)]
     bytes: Vec<u8>,
     num_bytes: u64,
 }
@@ -82,6 +83,7 @@ impl Writer {
             dimensions: dimensions.to_vec(),
             code: code_of(dtype),
             offset: None,
+            #[cfg(test)]
             bytes: Vec::new(),
             num_bytes,
         });
