@@ -264,22 +264,20 @@ PROMPTS = [[(i * 31 + 7 * n) % 200 for i in range(length)] for n, length in enum
 
 def same_everywhere(run, quantization):
     """Recorded = launched, and the card = the processor, on a model of the shape of the smallest one."""
+    model = "models/tiny/mixed.gguf" if REHEARSAL else f"qwen2.5-0.5b-instruct:{quantization}"
+    common = {"load_format": "dummy", "kv_cache_memory": "256MiB", "max_model_len": "512"}
 
-    def answers(name, until, device, **settings):
-        model = f"qwen2.5-0.5b-instruct:{quantization}"
-        with Server(run, name, model, until, device, load_format="dummy", kv_cache_memory="512MiB",
-                    max_model_len="2048", **settings) as server:
-            return [server.complete(prompt, 24) for prompt in PROMPTS], server
+    def answers(name, until, **settings):
+        with Server(run, name, model, until, DEVICE, **common, **settings) as server:
+            return [server.complete(prompt, 24) for prompt in PROMPTS]
 
     def action(until):
-        recorded, _ = answers(f"recorded-{quantization}", until, DEVICE)
-        launched, _ = answers(f"launched-{quantization}", until, DEVICE, enforce_eager="true")
+        recorded = answers(f"recorded-{quantization}", until)
+        launched = answers(f"launched-{quantization}", until, enforce_eager="true")
         require(recorded == launched, "recorded steps give other answers than launched ones")
         # The processor says how likely it finds what the card wrote.
-        model = f"qwen2.5-0.5b-instruct:{quantization}"
         worst, means = 0.0, []
-        with Server(run, f"cpu-{quantization}", model, until, "cpu", load_format="dummy",
-                    kv_cache_memory="512MiB", max_model_len="2048") as server:
+        with Server(run, f"cpu-{quantization}", model, until, "cpu", **common) as server:
             for prompt, (tokens, logprobs, _) in zip(PROMPTS, recorded):
                 _, _, theirs = server.complete(prompt + tokens, 1, prompt_logprobs=0)
                 largest, mean = difference(logprobs, theirs[-len(tokens):])
