@@ -142,6 +142,10 @@ def link_manifest(run):
         manifest.symlink_to(run.bundle)
 
 
+# Parts of the names of all tests that use a card.
+KERNEL_TESTS = ["gpu", "ops::gather_rows", "ops::silu_mul", "ops::sample", "sampling::device_sampler"]
+
+
 def tests(run, name, program, arguments):
     def action(until):
         link_manifest(run)
@@ -511,8 +515,8 @@ def main():
     b7, q7, q72 = list(MODELS)[:3]
     run.step("machine", 15, describe_machine(run))
     run.step("floors", 60, measure_floors(run))
-    run.step("kernels = CPU", 100, tests(run, "kernels", "lib-tests", ["gpu"]))
-    run.step("models = Hugging Face, recorded = launched", 70, tests(run, "models", "models-tests", ["gpu"]))
+    run.step("kernels = CPU", 100, tests(run, "kernels", "lib-tests", KERNEL_TESTS))
+    run.step("models = Hugging Face, recorded = launched", 70, tests(run, "models", "models-tests", ["gpu", "dummy"]))
     run.step("0.5B-shaped q4_k_m: card = CPU", 45, same_everywhere(run, "q4_k_m"))
     run.step("0.5B-shaped bf16: card = CPU", 45, same_everywhere(run, "bf16"))
     run.step("Hugging Face here, bf16", 45, hugging_face(run, "bf16"))
