@@ -4,8 +4,8 @@
 #
 #   usage: gpu-check.sh [BUNDLE]      default: the folder of this script, or gpu-bundle/ beside scripts/
 #
-# Results are written to $OUT (default ./gpu-check): results.md, results.json and a log of each step; they
-# are written after each step, so an interrupted run leaves what it found. Python 3 is needed; with torch
+# Results are written to $OUT (default ./gpu-check): results.md, results.json and logs.tar.gz; they are
+# written after each step, so an interrupted run leaves what it found. Python 3 is needed; with torch
 # and transformers the floors are measured and the model is compared with Hugging Face's.
 # The exit code is 0 if no check failed; speeds below their targets are no failures.
 #

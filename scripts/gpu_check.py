@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 import urllib.request
 
@@ -41,6 +42,8 @@ class Run:
     def __init__(self, bundle, out, started):
         self.bundle, self.out, self.started = bundle, out, started
         self.checks, self.info, self.floors, self.speeds = [], {}, {}, []
+        self.logs = bundle / "logs"
+        self.logs.mkdir(exist_ok=True)
         self.env = dict(os.environ, QWEN_SERVER_LOG_FORMAT="text")
         self.env["LD_LIBRARY_PATH"] = ":".join(library_folders() + [os.environ.get("LD_LIBRARY_PATH", "")])
 
@@ -69,7 +72,7 @@ class Run:
 
     def program(self, name, arguments, until, **env):
         """Runs a program to its end; returns its output and exit code. Nothing of it outlives `until`."""
-        with open(self.out / f"{name}.log", "w") as log:
+        with open(self.logs / f"{name}.log", "w") as log:
             process = subprocess.Popen(
                 arguments, stdout=log, stderr=subprocess.STDOUT, env={**self.env, **env},
                 cwd=self.bundle, start_new_session=True,
@@ -78,7 +81,7 @@ class Run:
                 code = process.wait(timeout=max(1.0, until - time.time()))
             finally:
                 end(process)
-        return (self.out / f"{name}.log").read_text(errors="replace"), code
+        return (self.logs / f"{name}.log").read_text(errors="replace"), code
 
     def write(self):
         results = {
@@ -87,6 +90,9 @@ class Run:
         }
         (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (self.out / "results.md").write_text(markdown(results))
+        # One file, because some machines give few files back.
+        with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
+            archive.add(self.logs, arcname="logs")
 
 
 def end(process):
@@ -187,7 +193,7 @@ def sanitizer(run, tool):
 class Server:
     def __init__(self, run, name, model, until, device=DEVICE, **settings):
         self.run, self.until = run, until
-        self.log = run.out / f"server-{name}.log"
+        self.log = run.logs / f"server-{name}.log"
         env = {**run.env, "QWEN_SERVER_DEVICE": device}
         env |= {f"QWEN_SERVER_{key.upper()}": value for key, value in settings.items()}
         self.begun = time.time()
@@ -239,8 +245,8 @@ class Server:
         return choice["token_ids"], choice["logprobs"]["token_logprobs"], prompt_logprobs
 
     def bench(self, name, **options):
-        path = self.run.out / f"bench-{name}.json"
-        arguments = ["bin/qwen-server", "bench", "--url", self.url, "--json", str(path.resolve())]
+        path = self.run.logs / f"bench-{name}.json"
+        arguments = ["bin/qwen-server", "bench", "--url", self.url, "--json", str(path)]
         for key, value in options.items():
             arguments += [f"--{key.replace('_', '-')}", str(value)]
         output, code = self.run.program(f"bench-{name}", arguments, self.until)
