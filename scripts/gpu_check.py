@@ -517,6 +517,8 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("bundle", type=pathlib.Path)
     arguments = parser.parse_args()
+    # So that servers end with the script when its time is over.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     run = Run(arguments.bundle.resolve(), arguments.out.resolve(), arguments.started)
     b7, q7, q72 = list(MODELS)[:3]
     run.step("machine", 15, describe_machine(run))
