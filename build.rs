@@ -40,7 +40,9 @@ impl Sources {
         collect(root, &mut all);
         all.sort();
         let is = |path: &Path, extension| path.extension().is_some_and(|found| found == extension);
-        let headers = all.iter().filter(|path| is(path, "cuh") || is(path, "h"));
+        // The options are here.
+        let this = PathBuf::from("build.rs");
+        let headers = all.iter().filter(|path| is(path, "cuh") || is(path, "h")).chain([&this]);
         Self {
             headers_changed: headers
                 .map(|path| changed(path))
@@ -100,12 +102,11 @@ fn compile_for_cards(sources: &Sources, out: &Path) {
         command.arg("-o").arg(output).arg(source);
         command
     });
-    let mut table = String::from("&[\n");
-    for path in &fatbins {
-        let name = stem(path);
-        table.push_str(&format!("    ({name:?}, include_bytes!({:?})),\n", path.display()));
-    }
-    table.push_str("]\n");
+    let lines: Vec<String> = fatbins
+        .iter()
+        .map(|path| format!("    ({:?}, include_bytes!({:?})),\n", stem(path), path.display()))
+        .collect();
+    let table = format!("&[\n{}]\n", lines.concat());
     fs::write(out.join("fatbins.rs"), table).expect("the build folder is writable");
 }
 
@@ -118,7 +119,10 @@ fn compile_for_the_host(sources: &Sources, out: &Path) {
         // Shared memory is read as other types than it was written, and products are rounded.
         command.args(["-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden"]);
         // Functions of one name in several kernel files stay apart, as they do on a card.
-        command.arg("-fno-weak");
+        command.args(["-fno-weak", "-w"]);
+        // What is an error on a card, or undefined there, stops the kernel here.
+        command.arg("-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero");
+        command.arg("-fsanitize-undefined-trap-on-error");
         command.arg("-c").arg(source).arg("-o").arg(output);
         command
     };
@@ -145,9 +149,9 @@ fn find_nvcc() -> PathBuf {
 fn run(command: &mut Command, what: &str) {
     let output = command.output().unwrap_or_else(|error| {
         panic!(
-            "cannot start {:?} for {what}: {error}; run `scripts/cuda-home.sh` and set CUDA_HOME to \
+            "cannot start `{}` for {what}: {error}; run `scripts/cuda-home.sh` and set CUDA_HOME to \
              what it prints, or install CUDA 13 (kernels) or g++ (emulation)",
-            command.get_program()
+            command.get_program().display()
         )
     });
     let text = String::from_utf8_lossy(&output.stderr);

@@ -159,6 +159,8 @@ pub enum KvCacheDtype {
     Bf16,
     /// Single precision.
     F32,
+    /// 4 bits of exponent and 3 of mantissa, on a card only.
+    Fp8,
 }
 
 /// How a GPU is told what to do.

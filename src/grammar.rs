@@ -14,6 +14,7 @@ pub mod compile;
 pub mod constraint;
 mod ebnf;
 pub mod matcher;
+mod pattern;
 pub mod schema;
 #[cfg(test)]
 mod tests;
@@ -22,3 +23,4 @@ mod vocabulary;
 pub use compile::{CompileError, GrammarCompiler};
 pub use constraint::Constraint;
 pub use matcher::{Before, Grammar, GrammarError, GrammarMatcher, Then, Trigger};
+pub use pattern::{search_pattern, text_pattern};

@@ -12,10 +12,14 @@ mod completions;
 mod connections;
 #[path = "api/constraints.rs"]
 mod constraints;
+#[path = "api/described.rs"]
+mod described;
 #[path = "api/embeddings.rs"]
 mod embeddings;
 #[path = "api/errors.rs"]
 mod errors;
+#[path = "api/examples.rs"]
+mod examples;
 #[path = "api/extras.rs"]
 mod extras;
 #[path = "api/fuzz.rs"]

@@ -14,6 +14,7 @@ use qwen_server::engine::{
     StopConditions, SubmitError, spawn,
 };
 use qwen_server::sampling::SamplingParams;
+use qwen_server::scheduler::step::{Runner, SchedulerOutput, SeqOutput, TokenMasks};
 use qwen_server::text::TokenId;
 
 #[path = "support/fake_runner.rs"]
@@ -308,6 +309,47 @@ async fn gives_up_after_repeated_failures() {
     thread.join().expect("contained");
     assert!(matches!(handle.health(), Health::Dead { reason } if reason.contains("panic")));
     assert!(matches!(handle.generate(request(&[1], 1)), Err(SubmitError::Dead { .. })));
+}
+
+/// A runner whose device answers with errors only once one has happened, and whose cache became
+/// smaller than was planned.
+struct OnCard(FakeRunner);
+
+impl Runner for OnCard {
+    type Error = String;
+
+    fn launch(&mut self, step: &SchedulerOutput) -> Result<(), String> {
+        self.0.launch(step)
+    }
+
+    fn sample(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+    ) -> Result<Vec<SeqOutput>, String> {
+        self.0.sample(step, masks)
+    }
+
+    fn num_blocks(&self) -> Option<u32> {
+        Some(16)
+    }
+
+    fn is_broken(&self) -> bool {
+        true
+    }
+}
+
+#[tokio::test]
+async fn a_lost_device_ends_the_engine_at_once() {
+    let (handle, thread) = spawn(config(), || Ok(OnCard(FakeRunner::default())));
+    let fine = collect(handle.generate(request(&[1], 3)).unwrap()).await;
+    assert!(matches!(fine.last(), Some(Event::Finished { .. })), "{fine:?}");
+    assert_eq!(handle.stats().num_blocks, 16);
+    let events = collect(handle.generate(request(&[ERROR_TOKEN], 3)).unwrap()).await;
+    assert!(matches!(events.last(), Some(Event::Failed(_))), "{events:?}");
+    handle.stopped().await;
+    thread.join().expect("contained");
+    assert!(matches!(handle.health(), Health::Dead { reason } if reason.contains("is lost")));
 }
 
 #[tokio::test]

@@ -9,11 +9,6 @@
 constexpr int LANES_PER_ROW = 4;  // of an mma accumulator
 constexpr int GRANULE = 8;        // keys; every block is a whole number of them
 
-// A number of a cache in 8 bits: sign, 4 bits of exponent with a bias of 7, 3 bits of mantissa.
-struct e4m3 {
-    uint8_t bits;
-};
-
 // How numbers of a cache are multiplied. What the tensor cores get is the number divided by DIVISOR.
 template <typename T>
 struct Format {

@@ -1,7 +1,7 @@
 // The device as a host compiler sees it: a kernel file that includes kernel.cuh becomes functions
 // `emulate_<kernel>` which run every thread of a block as a fiber.
 //
-// Compile with -std=c++17 -fno-strict-aliasing -ffp-contract=off -fvisibility=hidden -I kernels/include.
+// Compiled by build.rs, which says with which options and why.
 #pragma once
 
 #include <cstddef>

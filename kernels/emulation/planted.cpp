@@ -99,6 +99,13 @@ extern "C" __global__ void planted_exchange(const float* x, float* out, int mist
     if (mistake == 7 && i == 9) {
         out[i] = x[size_t(1) << 40];
     }
+    if (mistake == 8 && i == 9) {
+        out[i] = float(load_8(x + 1).x);
+    }
+    if (mistake == 9) {
+        const float values[4] = {x[0], x[1], x[2], x[3]};
+        out[i] = values[i];
+    }
     out[blockIdx.x * NUM_THREADS + i] = __shfl_sync(FULL_MASK, x[i], (lane + 1) % WARP_SIZE);
     __syncthreads();
 }

@@ -201,9 +201,14 @@ void on_fault(int signal, siginfo_t* info, void*) {
         sigaction(signal, &handlers_before[signal], nullptr);
         return;
     }
-    char text[96];
+    char text[160];
     if (signal == SIGFPE) {
         snprintf(text, sizeof text, "divides an integer by zero");
+    } else if (signal == SIGILL) {
+        // The compiler was told to check these, and to stop where a check fails.
+        snprintf(text, sizeof text,
+                 "accesses memory that is not aligned to the size of the access, indexes an array outside of its "
+                 "bounds, or shifts too far");
     } else if (info->si_addr) {
         snprintf(text, sizeof text, "accesses the address %p, where there is no memory", info->si_addr);
     } else {
@@ -217,7 +222,7 @@ void handle_faults() {
     action.sa_sigaction = on_fault;
     // The handler does not return: it must not leave the signal blocked.
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
-    for (const int signal : {SIGSEGV, SIGBUS, SIGFPE}) {
+    for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) {
         sigaction(signal, &action, &handlers_before[signal]);
     }
 }

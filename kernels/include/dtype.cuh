@@ -11,6 +11,11 @@ struct f16 {
     uint16_t bits;
 };
 
+// Sign, 4 bits of exponent with a bias of 7, 3 bits of mantissa; no infinities, 0x7f is a NaN.
+struct e4m3 {
+    uint8_t bits;
+};
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -50,6 +55,23 @@ __device__ __forceinline__ f16 to_f16(float x) {
 // As to_f16, but the largest finite number instead of infinity.
 __device__ __forceinline__ f16 to_f16_saturated(float x) {
     return x != x ? to_f16(x) : to_f16(fminf(fmaxf(x, -65504.0f), 65504.0f));
+}
+
+// Rounds to nearest, ties to even; what is too large becomes the largest number, 448, a NaN 0x7f. In
+// integers, because cards before 8.9 have no instruction for it.
+__device__ __forceinline__ e4m3 to_e4m3_saturated(float x) {
+    const uint32_t word = __float_as_uint(x);
+    const uint32_t sign = word >> 24 & 0x80;
+    const float magnitude = __uint_as_float(word & 0x7fffffff);
+    if (magnitude != magnitude) {
+        return {0x7f};
+    }
+    if (magnitude < 0.015625f) {
+        // Multiples of 2^-9, the unit in the last place of 2^14.
+        return {uint8_t(sign | (__float_as_uint(magnitude + 16384.0f) & 0xf))};
+    }
+    const uint32_t rounded = __float_as_uint(fminf(magnitude, 448.0f)) + 0x7ffff + (word >> 20 & 1);
+    return {uint8_t(sign | ((rounded >> 20) - ((127 - 7) << 3)))};
 }
 
 // Converts to the named type: from_float<bf16>(x).

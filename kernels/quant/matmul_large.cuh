@@ -7,11 +7,13 @@
 // WARPS_N row tiles of 16 rows and TOKENS / WARPS_N tokens. Weights (still packed) and activations come through a
 // ring of STAGES stages of 64 columns that cp.async fills.
 //
-// Operations of a stage of a warp, 4-bit weights, TOKENS = 128 (WARPS_N = 2, 8 token tiles): 64 mma, 256 FFMA to
-// scale the sums of 32 columns in f32 (the integers stay exact, as in matmul_small), 88 to unpack. At the
-// tensor cores' rate for mma.sync on Hopper, about 6 cycles each on a quarter of an SM, that is 390 cycles for 64 mma
-// beside 410 instructions: the scaling costs as much issue as the products leave free. Scaling the weights to
-// bf16 before the product would halve it, for an error as large as that of bf16 weights; not taken.
+// Operations of a stage of a warp of 128 tokens: 64 mma, 128 FFMA to scale the sums of 32 columns in f32 (the integers
+// stay exact, as in matmul_small), twice that with minima or a scale for 16 columns; in all 369 instructions for
+// Q4_0, 388 for Q5_0, 463 for Q8_0, 581 for Q4_K, 584 for Q6_K (sm_90a). At the tensor cores' rate for mma.sync on Hopper,
+// about 6 cycles each on a quarter of an SM, 64 mma take 390 cycles: what has no minima is bound by them, the rest
+// by issue, at two thirds of that rate. Scaling the weights to bf16 before the product would save the FFMA, for
+// an error as large as that of bf16 weights; not taken. With 64 tokens a stage has 32 mma and 259 (Q4_0) to 399
+// (Q4_K) instructions, with 32 tokens 16 mma and 155 to 242.
 //
 // Bytes: weights once for each token block, activations once for each row block, from the L2 cache. Splitting k fills
 // the SMs where there are few row blocks. How k is split is the host's choice by the shape of the matrix. The parts

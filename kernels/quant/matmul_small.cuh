@@ -2,22 +2,26 @@
 //
 // Shapes: x bf16 [num_tokens, num_cols], w packed as in formats.cuh or dense, y bf16 or f32 [num_tokens, rows].
 //
-// Bytes and operations. Each weight is read once: rows * cols * (4.5 to 9)/8 bytes, on an H200 (4.3 TB/s)
-//   3584 x 3584    4-bit (4.5)  7.2 MB    1.7 us       37888 x 3584   4-bit  76 MB    18 us
-//   3584 x 18944   4-bit         38 MB    8.9 us      152064 x 3584   6-bit 447 MB   104 us
-//   8192 x 29568   4-bit        136 MB     32 us       59136 x 8192   4-bit 273 MB    63 us
-// An SM must take 19 bytes a cycle for that, 27 cycles for a 4-bit tile, in which it issues at most 108 warp
-// instructions and 54 on the integer units; the header of matmul_small.cu counts what a tile takes.
+// Bytes and operations. Each weight is read once: rows * cols * (2.7 to 8.5)/8 bytes, on an H200 (4.3 TB/s)
+//   3584 x 3584    Q4_K  7.4 MB    1.7 us       37888 x 3584   Q4_K   78 MB    18 us
+//   3584 x 18944   Q4_K   39 MB    9.1 us      152064 x 3584   Q6_K  447 MB   104 us
+//   8192 x 29568   Q4_K  140 MB     33 us       59136 x 8192   Q4_K  280 MB    65 us
+// Of that an SM takes 16.5 bytes a cycle at 1.98 GHz, a tile of Q4_K (592 bytes with its scales) in 36 cycles,
+// in which it issues at most 143 warp instructions, 72 of them on the integer units. What a tile takes of these, of
+// one token with TILES = 4 (2 where the rows are few) / of eight with TILES = 2 / of 16 with TILES = 2 (sm_90a):
+//   Q4_0 61 (78) / 81 / 114    Q5_0 72 (87) / 95 / 120     Q8_0 - (114) / 120 / 151    Q2_K 123 (142) / 162 / 238
+//   Q4_1 72 (86) / 98 / 134    Q5_1 83 (97) / 109 / 157    Q6_K 102 (112) / 126 / 173  Q3_K  92 (108) / 121 / 165
+//   Q4_K 89 (105) / 116 / 159  Q5_K 99 (113) / 128 / 169
+// of which a third is on the integer units: 28 (4 bits) to 56 (8 bits) to unpack 1024 weights.
 // The activations are read from the L2 cache once for each TILES row tiles: 2 num_tokens bytes a column beside
-// 9 TILES bytes of weights. Few tokens need no more than TILES = 1, 16 tokens cost more there than the
-// weights do in memory unless TILES grows.
+// 9.5 TILES bytes of weights, so that from about eight tokens on that is what a matrix waits for.
 //
 // Work. A block takes groups of TILES row tiles, in steps of the grid. Its warps share k: warp w has tiles
-// w, w + W, ... of a row tile, each with a ring of STAGES stages in shared memory of its own that cp.async
-// fills, so that nothing in the loop waits for another warp, and that the next group's weights are on the way
-// while the sums of this one are added up. The sums of the warps are added in the order of warps.
+// w, w + W, ... of a row tile, each with a ring of stages in shared memory of its own that cp.async fills, so that
+// nothing in the loop waits for another warp, and that the next group's weights are on the way while the sums of
+// this one are added up. The sums of the warps are added in the order of warps.
 // How k is cut depends on W alone, which the host chooses by the shape of the matrix: the bits of a result depend
-// neither on the other tokens, nor on TILES, nor on the grid.
+// neither on the other tokens, nor on TILES, nor on the grid. W is a multiple of 4, as superscales are for 4 tiles.
 //
 // The sum over one scale group is a chain of mma with integers as A (see formats.cuh), then acc += scale * sum
 // in f32. Where a format has minima, acc -= minimum * sum(x), with sums by an mma whose A is all ones.

@@ -7,12 +7,13 @@
 //
 // Shapes: qkv bf16 [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], per token all queries, all keys,
 // all values; cos_sin f32 [max_positions, head_dim]; positions and slots u32 [num_tokens];
-// q bf16 [num_tokens, num_heads * head_dim]; k_cache and v_cache bf16 or f16
+// q bf16 [num_tokens, num_heads * head_dim]; k_cache and v_cache bf16, f16 or e4m3
 // [num_blocks, num_kv_heads, block_size, head_dim], slot = block * block_size + place in the block.
-// A token with slot 0xffffffff pads the batch: nothing is written to the cache.
+// A token with slot 0xffffffff pads the batch: nothing is written to the cache. Its position is one of the table.
 //
 // A thread takes WIDTH pairs of one head: 8, or 1 where head_dim is no multiple of 16.
-// Grid: (threads of a token / blockDim.x, tokens). f16 saturates at its largest number.
+// Grid: (threads of a token / blockDim.x, tokens). f16 and e4m3 saturate at their largest numbers. Keys and
+// values are multiplied with their factor before they are rounded: 1 unless they have 8 bits.
 //
 // Bytes per token: 4 * (num_heads + 2 * num_kv_heads) * head_dim + 4 * head_dim; 3 operations per value.
 #include "kernel.cuh"
@@ -26,6 +27,8 @@ struct Heads {
     int num_kv_heads;
     int head_dim;
     int block_size;
+    float k_factor;
+    float v_factor;
 };
 
 template <typename T>
@@ -34,6 +37,8 @@ template <>
 __device__ __forceinline__ bf16 to_cache<bf16>(float x) { return to_bf16(x); }
 template <>
 __device__ __forceinline__ f16 to_cache<f16>(float x) { return to_f16_saturated(x); }
+template <>
+__device__ __forceinline__ e4m3 to_cache<e4m3>(float x) { return to_e4m3_saturated(x); }
 
 template <int WIDTH>
 struct Pairs {
@@ -64,12 +69,12 @@ __device__ __forceinline__ void rotate(Pairs<WIDTH>& pairs, const float* cos_sin
 }
 
 template <typename T, int WIDTH>
-__device__ __forceinline__ void store_pairs(T* address, const Pairs<WIDTH>& pairs, int half) {
+__device__ __forceinline__ void store_pairs(T* address, const Pairs<WIDTH>& pairs, int half, float factor = 1.0f) {
     Pack<T, WIDTH> first, second;
 #pragma unroll
     for (int i = 0; i < WIDTH; i++) {
-        first[i] = to_cache<T>(pairs.first[i]);
-        second[i] = to_cache<T>(pairs.second[i]);
+        first[i] = to_cache<T>(pairs.first[i] * factor);
+        second[i] = to_cache<T>(pairs.second[i] * factor);
     }
     store_pack(address, first);
     store_pack(address + half, second);
@@ -105,7 +110,8 @@ __device__ __forceinline__ void rope_cache(
             const int kv_head = is_key ? from_first_key : from_first_key - heads.num_kv_heads;
             const size_t block = slot / heads.block_size, place = slot % heads.block_size;
             const size_t row = (block * heads.num_kv_heads + kv_head) * heads.block_size + place;
-            store_pairs((is_key ? k_cache : v_cache) + row * heads.head_dim + pair, pairs, half);
+            store_pairs((is_key ? k_cache : v_cache) + row * heads.head_dim + pair, pairs, half,
+                        is_key ? heads.k_factor : heads.v_factor);
         }
     }
 }
@@ -116,8 +122,8 @@ __device__ __forceinline__ void rope_cache(
     extern "C" __global__ void name(                                                                      \
         const bf16* qkv, const float* cos_sin, const uint32_t* positions, const uint32_t* slots, bf16* q, \
         Cache* k_cache, Cache* v_cache, int num_tokens, int num_heads, int num_kv_heads, int head_dim,    \
-        int block_size) {                                                                                 \
-        const Heads heads = {num_heads, num_kv_heads, head_dim, block_size};                              \
+        int block_size, float k_factor, float v_factor) {                                                 \
+        const Heads heads = {num_heads, num_kv_heads, head_dim, block_size, k_factor, v_factor};          \
         rope_cache<Cache, WIDTH>(qkv, cos_sin, positions, slots, q, k_cache, v_cache, num_tokens, heads); \
     }                                                                                                     \
     KERNEL(name)
@@ -126,3 +132,5 @@ ROPE_CACHE(rope_cache_bf16_8, bf16, 8);
 ROPE_CACHE(rope_cache_bf16_1, bf16, 1);
 ROPE_CACHE(rope_cache_f16_8, f16, 8);
 ROPE_CACHE(rope_cache_f16_1, f16, 1);
+ROPE_CACHE(rope_cache_e4m3_8, e4m3, 8);
+ROPE_CACHE(rope_cache_e4m3_1, e4m3, 1);

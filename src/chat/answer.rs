@@ -83,9 +83,9 @@ impl AnswerReader {
         self.reasoning.as_ref().is_some_and(ReasoningParser::is_reasoning)
     }
 
-    /// Whether a call was found.
-    pub fn has_calls(&self) -> bool {
-        self.tools.as_ref().is_some_and(ToolCallParser::has_calls)
+    /// Whether calls were found, all of them whole.
+    pub fn has_whole_calls(&self) -> bool {
+        self.tools.as_ref().is_some_and(ToolCallParser::has_whole_calls)
     }
 
     /// Whether the choice needs no more text: it has as many calls as it may have.

@@ -316,7 +316,7 @@ impl Choice {
         self.reader.finish(&mut self.pieces);
         let stop_reason = self.stop_reason.take().filter(|_| reason == FinishReason::Stop);
         let reason = match reason {
-            FinishReason::Stop if self.reader.has_calls() => FinishReason::ToolCalls,
+            FinishReason::Stop if self.reader.has_whole_calls() => FinishReason::ToolCalls,
             reason => reason,
         };
         self.take_delta(Some(Finish { reason, stop_reason }))

@@ -1,13 +1,13 @@
 //! Prefixes that a client asks to keep in the cache: where its marks are in the prompt.
 //!
 //! Marks are `cache_control` of Anthropic and DashScope, and `prompt_cache_breakpoint` with
-//! `prompt_cache_options` of OpenAI. They sit in messages, and a template may do anything with a
-//! message; so a mark's place is found by changing the text there and looking where the rendered
-//! prompt begins to differ.
+//! `prompt_cache_options` of OpenAI. They sit in messages and tools, and a template may do anything
+//! with those; so a mark's place is found by changing the text there, or by adding a tool behind it,
+//! and looking where the rendered prompt begins to differ.
 
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::chat::model::ServedModel;
 use crate::chat::prompt::PromptError;
@@ -25,25 +25,43 @@ const DEFAULT_OPTIONS_TTL: Duration = Duration::from_secs(30 * 60);
 /// Longest time a prefix is kept.
 const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A mark behind a part of a message, or behind the whole message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Mark {
-    message: usize,
-    part: Option<usize>,
+    place: Place,
     ttl: Duration,
 }
 
-/// What to keep of the prompt, which was rendered to a text and encoded to tokens.
+/// What a mark is behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Tool(usize),
+    Message(usize),
+    Part { message: usize, part: usize },
+}
+
+/// What to keep of the prompt, which was rendered to a text and encoded to tokens. `tools` are the
+/// definitions that it shows.
 pub(super) fn pins(
     request: &ChatCompletionRequest,
+    tools: Option<&Value>,
     (text, tokens): (&str, &[TokenId]),
     model: &ServedModel,
-    render: impl Fn(&[ChatMessage]) -> Result<String, PromptError>,
+    render: impl Fn(&[ChatMessage], Option<&Value>) -> Result<String, PromptError>,
 ) -> Result<Vec<Pin>, PromptError> {
     let marks = marks(request)?;
     let mut pins = Vec::new();
     for mark in marks {
-        let changed = render(&with_mark(&request.messages, mark))?;
+        let changed = match mark.place {
+            Place::Tool(index) => match tools {
+                Some(tools) => render(&request.messages, Some(&with_other_tool(tools, index)))?,
+                // They were not to be shown.
+                None => continue,
+            },
+            Place::Message(message) => render(&with_mark(&request.messages, message, None), tools)?,
+            Place::Part { message, part } => {
+                render(&with_mark(&request.messages, message, Some(part)), tools)?
+            }
+        };
         let num_bytes = common_prefix(text, &changed);
         // A template that leaves the marked text out has no place for the mark.
         if num_bytes < text.len() || num_bytes < changed.len() {
@@ -58,27 +76,35 @@ fn marks(request: &ChatCompletionRequest) -> Result<Vec<Mark>, PromptError> {
     let options = request.prompt_cache_options.as_ref();
     let options_ttl = options_ttl(options)?;
     let mut marks = Vec::new();
+    for (index, tool) in request.tools.iter().flatten().enumerate() {
+        let at = format!("tools[{index}]");
+        let own = cache_control_ttl(tool.get("cache_control"), &at)?;
+        let function = tool.get("function").and_then(|function| function.get("cache_control"));
+        let ttl = own.max(cache_control_ttl(function, &format!("{at}.function"))?);
+        marks.extend(ttl.map(|ttl| Mark { place: Place::Tool(index), ttl }));
+    }
     for (message, content) in request.messages.iter().enumerate() {
         let at = format!("messages[{message}]");
         if let Some(Content::Parts(parts)) = &content.content {
             for (part, value) in parts.iter().enumerate() {
                 let ttl = part_ttl(value, &format!("{at}.content[{part}]"), options_ttl)?;
-                marks.extend(ttl.map(|ttl| Mark { message, part: Some(part), ttl }));
+                marks.extend(ttl.map(|ttl| Mark { place: Place::Part { message, part }, ttl }));
             }
         }
         let ttl = cache_control_ttl(content.cache_control.as_ref(), &at)?;
-        marks.extend(ttl.map(|ttl| Mark { message, part: None, ttl }));
+        marks.extend(ttl.map(|ttl| Mark { place: Place::Message(message), ttl }));
     }
     if MAX_MARKS < marks.len() {
+        let is_in_tools = matches!(marks[MAX_MARKS].place, Place::Tool(_));
         return Err(PromptError::invalid(
-            "messages",
+            if is_in_tools { "tools" } else { "messages" },
             format!("at most {MAX_MARKS} marks can be kept in the cache, got {}", marks.len()),
         ));
     }
     if is_implicit(options)?
         && let Some(last) = request.messages.len().checked_sub(1)
     {
-        marks.push(Mark { message: last, part: None, ttl: options_ttl });
+        marks.push(Mark { place: Place::Message(last), ttl: options_ttl });
     }
     Ok(marks)
 }
@@ -154,10 +180,22 @@ fn parse_ttl(ttl: &str, param: &str) -> Result<Duration, PromptError> {
     })
 }
 
+/// The definitions with another one behind the marked one.
+fn with_other_tool(tools: &Value, index: usize) -> Value {
+    let mut tools = tools.as_array().cloned().unwrap_or_default();
+    let mut name = String::new();
+    append_other(&mut name);
+    let parameters = json!({"type": "object", "properties": {}});
+    let function = json!({"name": name, "description": "", "parameters": parameters});
+    let at = tools.len().min(index + 1);
+    tools.insert(at, json!({"type": "function", "function": function}));
+    tools.into()
+}
+
 /// The messages with other text behind the mark.
-fn with_mark(messages: &[ChatMessage], mark: Mark) -> Vec<ChatMessage> {
+fn with_mark(messages: &[ChatMessage], message: usize, part: Option<usize>) -> Vec<ChatMessage> {
     let mut messages = messages.to_vec();
-    match (&mut messages[mark.message].content, mark.part) {
+    match (&mut messages[message].content, part) {
         (Some(Content::Text(text)), _) => append_other(text),
         (Some(Content::Parts(parts)), part) => {
             let index = part.unwrap_or(parts.len().saturating_sub(1));
@@ -209,7 +247,12 @@ mod tests {
 
     fn marks_of(body: Value) -> Result<Vec<(usize, Option<usize>, u64)>, String> {
         let marks = marks(&request(body)).map_err(|error| error.to_string())?;
-        Ok(marks.iter().map(|mark| (mark.message, mark.part, mark.ttl.as_secs())).collect())
+        let place = |mark: &Mark| match mark.place {
+            Place::Tool(tool) => (100 + tool, None, mark.ttl.as_secs()),
+            Place::Message(message) => (message, None, mark.ttl.as_secs()),
+            Place::Part { message, part } => (message, Some(part), mark.ttl.as_secs()),
+        };
+        Ok(marks.iter().map(place).collect())
     }
 
     #[test]
@@ -230,6 +273,16 @@ mod tests {
         implicit["prompt_cache_options"] = json!({"mode": "explicit"});
         assert_eq!(marks_of(implicit).map(|marks| marks.len()), Ok(3));
         assert_eq!(marks_of(json!({"model": "m", "messages": []})), Ok(Vec::new()));
+        let control = json!({"type": "ephemeral"});
+        let body = json!({"model": "m", "messages": [], "tools": [
+            {"function": {"name": "a"}},
+            {"function": {"name": "b", "cache_control": control}},
+            {"function": {"name": "c"}, "cache_control": {"type": "ephemeral", "ttl": "1h"}},
+        ]});
+        assert_eq!(marks_of(body), Ok(vec![(101, None, 300), (102, None, 3600)]));
+        let tool = json!({"function": {"name": "a"}, "cache_control": control});
+        let error = marks_of(json!({"model": "m", "messages": [], "tools": vec![tool; 5]}));
+        assert!(error.expect_err("too many").starts_with("`tools`"));
     }
 
     #[test]

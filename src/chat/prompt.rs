@@ -164,8 +164,10 @@ pub fn prepare_chat(
     let mut settings = Settings::new(fields, logprobs, context)?;
     let tools = ToolUse::read(request)?;
     let definitions = tools.as_ref().map(|tools| &tools.definitions);
-    let render = |messages: &[ChatMessage]| render(messages, definitions, &options, context.model);
-    let mut text = render(&request.messages)?;
+    let render = |messages: &[ChatMessage], tools: Option<&Value>| {
+        render(messages, tools, &options, context.model)
+    };
+    let mut text = render(&request.messages, definitions)?;
     if thinking.is_off() && ReasoningStart::after_prompt(&text) == ReasoningStart::Inside {
         // The template opens a thought whatever it is told.
         text.push_str(reasoning::END);
@@ -174,7 +176,7 @@ pub fn prepare_chat(
     settings.constrain_calls(tools.as_ref(), context)?;
     settings.thinking = thinking.limit(settings.answer.reasoning, &context.model.tokenizer)?;
     let prompt = encode(&text, "messages", context)?;
-    let pins = pinning::pins(request, (&text, &prompt), context.model, render)?;
+    let pins = pinning::pins(request, definitions, (&text, &prompt), context.model, render)?;
     let demand = Demand { max_tokens, default: usize::MAX, param: max_tokens_param };
     let mut prepared = settings.prepare(prompt, &demand, ("messages", 0), context)?;
     settings.check_logprobs(std::slice::from_ref(&prepared), fields, 1)?;
@@ -446,8 +448,8 @@ impl Settings {
     }
 
     /// Adds what the tools ask of the output. Calls that must come win over a format for the
-    /// answer. Calls that may come are an alternative to an answer in JSON; any other format, and
-    /// one for a model whose calls cannot be constrained, wins over them.
+    /// answer. Calls that may come are an alternative to an answer in JSON; any other format
+    /// wins over them.
     fn constrain_calls(
         &mut self,
         tools: Option<&ToolUse>,

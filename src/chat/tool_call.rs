@@ -131,9 +131,9 @@ impl ToolCallParser {
         }
     }
 
-    /// Whether a call was found.
-    pub fn has_calls(&self) -> bool {
-        0 < self.calls.num_begun
+    /// Whether calls were found, none of which was cut short. Known at the end of the text.
+    pub fn has_whole_calls(&self) -> bool {
+        self.calls.has_calls() && self.calls.num_ended == self.calls.num_begun
     }
 
     /// Whether as many calls have ended as the choice may have.

@@ -6,6 +6,8 @@
 //! `strict`, its schema is followed to the letter or refused by its place. A schema that cannot be
 //! followed holds other calls to an object only, because nothing more was promised.
 
+mod qwen_coder;
+
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -36,15 +38,12 @@ pub(super) fn grammar(
     let is_forced = tools.demand == Demand::MustCall;
     let open = model.tokenizer.id_of(OPEN_TAG);
     let is_whole = is_forced || answer.is_some();
-    if model.conventions.tool_calls != ToolCallFormat::Hermes || (open.is_none() && !is_whole) {
-        // Where the format wins, there are no calls to be wrong.
-        let has_strict = answer.is_none() && tools.callable.iter().any(|tool| tool.is_strict);
-        let param = if is_forced { Some("tool_choice") } else { has_strict.then_some("tools") };
-        return match param {
-            Some(param) => {
-                Err(PromptError::invalid(param, "calls of this model cannot be constrained"))
-            }
-            None => Ok(None),
+    if open.is_none() && !is_whole {
+        let has_strict = tools.callable.iter().any(|tool| tool.is_strict);
+        return if has_strict {
+            Err(PromptError::invalid("tools", "calls of this model cannot be constrained"))
+        } else {
+            Ok(None)
         };
     }
     let answer = answer.and_then(|schema| prepare(schema).ok());
@@ -57,7 +56,9 @@ pub(super) fn grammar(
     let grammar = compile_calls(tools, shape, model)?;
     let trigger = match (shape, open) {
         (Shape::Rest, Some(token)) => {
-            let then = if tools.max_calls == 1 { Then::End } else { Then::Repeat };
+            // One within a thought is not the answer's call, so that may still come.
+            let is_last = tools.max_calls == 1 && reasoning.is_none();
+            let then = if is_last { Then::End } else { Then::Repeat };
             Some(Trigger { token, before: Before::MayEnd, then })
         }
         _ => behind_thought(reasoning, model),
@@ -92,28 +93,27 @@ fn compile_calls(
     model: &ServedModel,
 ) -> Result<Arc<Grammar>, PromptError> {
     let is_lenient = |tool: &Tool| tools.demand == Demand::MayCall && !tool.is_strict;
-    let mut schemas = Vec::with_capacity(tools.callable.len());
-    for tool in tools.callable.iter() {
-        schemas.push(match schema(tool) {
-            Err(_) if is_lenient(tool) => any_object(),
-            schema => schema?,
+    let format = model.conventions.tool_calls;
+    let mut rules = Vec::with_capacity(tools.callable.len());
+    for (index, tool) in tools.callable.iter().enumerate() {
+        rules.push(match rule(format, index, tool) {
+            Err(_) if is_lenient(tool) => free_rule(format, index, tool),
+            rule => rule?,
         });
     }
-    let build = |schemas: &[Value]| {
-        let lark = lark(&tools.callable, schemas, shape, model);
-        compile(&Constraint::Lark(lark), "tools", model)
-    };
-    let whole = build(&schemas);
+    let build =
+        |rules: &[String]| compile(&Constraint::Lark(lark(rules, shape, model)), "tools", model);
+    let whole = build(&rules);
     if !matches!(whole, Err(PromptError::Invalid { .. })) {
         return whole;
     }
-    // The schemas one by one, to find the one to blame.
+    // The tools one by one, to find the one to blame.
     let mut is_changed = false;
-    for (tool, schema) in tools.callable.iter().zip(&mut schemas) {
-        let alone = Constraint::Lark(format!("start: %json {schema}"));
+    for (index, (tool, rule)) in tools.callable.iter().zip(&mut rules).enumerate() {
+        let alone = Constraint::Lark(format!("start: {}\n{rule}", rule_name(index)));
         match compile(&alone, &tool.param, model) {
             Err(PromptError::Invalid { .. }) if is_lenient(tool) => {
-                *schema = any_object();
+                *rule = free_rule(format, index, tool);
                 is_changed = true;
             }
             checked => {
@@ -121,7 +121,36 @@ fn compile_calls(
             }
         }
     }
-    if is_changed { build(&schemas) } else { whole }
+    if is_changed { build(&rules) } else { whole }
+}
+
+fn rule_name(index: usize) -> String {
+    format!("tool_{index}")
+}
+
+/// The rule of a call of this tool without its tags, if its schema can be followed.
+fn rule(format: ToolCallFormat, index: usize, tool: &Tool) -> Result<String, PromptError> {
+    match format {
+        ToolCallFormat::Hermes => Ok(hermes_rule(index, tool, &schema(tool)?)),
+        ToolCallFormat::QwenCoder => qwen_coder::rule(&rule_name(index), tool).map_err(|flaw| {
+            PromptError::invalid(format!("{}{}", tool.param, flaw.part), flaw.message)
+        }),
+    }
+}
+
+/// The rule of a call of this tool with any arguments.
+fn free_rule(format: ToolCallFormat, index: usize, tool: &Tool) -> String {
+    match format {
+        ToolCallFormat::Hermes => hermes_rule(index, tool, &any_object()),
+        ToolCallFormat::QwenCoder => qwen_coder::free_rule(&rule_name(index), tool),
+    }
+}
+
+fn hermes_rule(index: usize, tool: &Tool, schema: &Value) -> String {
+    let name = rule_name(index);
+    let head = format!("{{\"name\": {}, \"arguments\": ", Value::from(tool.name.as_str()));
+    let head = Value::from(head);
+    format!("{name}: {head} {name}_arguments \"}}\"\n{name}_arguments: %json {schema}\n")
 }
 
 /// The schema of a tool's arguments, if it can be followed.
@@ -138,7 +167,7 @@ fn schema(tool: &Tool) -> Result<Value, PromptError> {
         .map_err(|flaw| PromptError::invalid(format!("{}{}", tool.param, flaw.part), flaw.message))
 }
 
-fn lark(tools: &[Tool], schemas: &[Value], shape: Shape<'_>, model: &ServedModel) -> String {
+fn lark(rules: &[String], shape: Shape<'_>, model: &ServedModel) -> String {
     // Tags are tokens of their own if the model has them, else plain text.
     let tag = |tag: &str| match model.tokenizer.id_of(tag) {
         Some(_) => tag.to_owned(),
@@ -156,15 +185,10 @@ fn lark(tools: &[Tool], schemas: &[Value], shape: Shape<'_>, model: &ServedModel
         };
         let _ = writeln!(lark, "calls: call{more}\ncall: {} rest", tag(OPEN_TAG));
     }
-    let names: Vec<String> = (0..tools.len()).map(|index| format!("tool_{index}")).collect();
+    let names: Vec<String> = (0..rules.len()).map(rule_name).collect();
     let _ = writeln!(lark, "rest: \"\\n\" object \"\\n\" {}", tag(CLOSE_TAG));
     let _ = writeln!(lark, "object: {}", names.join(" | "));
-    for ((tool, schema), name) in tools.iter().zip(schemas).zip(&names) {
-        let head = format!("{{\"name\": {}, \"arguments\": ", Value::from(tool.name.as_str()));
-        let head = Value::from(head);
-        let _ = writeln!(lark, "{name}: {head} {name}_arguments \"}}\"");
-        let _ = writeln!(lark, "{name}_arguments: %json {schema}");
-    }
+    lark.extend(rules.iter().map(String::as_str));
     lark
 }
 
@@ -289,6 +313,17 @@ mod tests {
     }
 
     #[test]
+    fn a_call_in_a_thought_is_not_the_only_one() {
+        let model = model();
+        let one = tools(Demand::MayCall, 1, &add_and_now());
+        let inside = grammar(&one, None, Some(ReasoningStart::Inside), &model).unwrap().unwrap();
+        let plain = grammar(&one, None, None, &model).unwrap().unwrap();
+        let text = format!("I could say {}.\n</think>\n\nNo.", call("now", "{}"));
+        assert!(accepts(&model, &inside, &text));
+        assert!(!accepts(&model, &plain, &text));
+    }
+
+    #[test]
     fn beside_a_format_the_output_is_calls_or_the_answer() {
         let model = model();
         let answer = json!({
@@ -335,17 +370,167 @@ mod tests {
         }
     }
 
-    #[test]
-    fn models_that_write_calls_otherwise_promise_nothing() {
+    fn coder() -> ServedModel {
         let mut model = model();
         model.conventions.tool_calls = ToolCallFormat::QwenCoder;
-        let forced = tools(Demand::MustCall, 1, &add_and_now());
-        assert_eq!(param(grammar(&forced, None, None, &model)), "tool_choice");
+        model
+    }
+
+    fn coder_call(name: &str, parameters: &[(&str, &str)]) -> String {
+        let parameters = parameters
+            .iter()
+            .map(|(name, value)| format!("<parameter={name}>\n{value}\n</parameter>\n"));
+        let parameters = parameters.collect::<Vec<_>>().concat();
+        format!("<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>")
+    }
+
+    fn search() -> Tool {
+        let schema = json!({
+            "type": "object",
+            "description": "What is looked for.",
+            "properties": {
+                "query": {"type": "string"},
+                "limit": {"$ref": "#/$defs/limit"},
+                "kind": {"type": "string", "enum": ["file", "a \"b\"\n/c"]},
+                "code": {"type": "string", "pattern": "^[A-Z]{2}-\\d+$"},
+                "short": {"type": "string", "minLength": 1, "maxLength": 3},
+                "tags": {"type": "array", "items": {"type": "string"}},
+            },
+            "required": ["query"],
+            "$defs": {"limit": {"type": "integer", "minimum": 1}},
+        });
+        tool("search", schema)
+    }
+
+    #[test]
+    fn calls_in_elements_are_forced_by_their_schemas() {
+        let model = coder();
+        let one = tools(
+            Demand::MustCall,
+            1,
+            &[search(), tool("now", json!({"type": "object", "properties": {}}))],
+        );
+        let one = grammar(&one, None, None, &model).unwrap().unwrap();
+        let query = ("query", "any <b>text</b>\n\n中 </paramete> \"\\\"");
+        for (parameters, is_accepted) in [
+            (vec![query], true),
+            (vec![("query", "")], true),
+            (vec![("query", "\n\n")], true),
+            (vec![query, ("limit", "12"), ("tags", "[\"a\", \"</parameter>\"]")], true),
+            (vec![query, ("kind", "file"), ("code", "AB-7"), ("short", "日本語")], true),
+            (vec![query, ("kind", "a \"b\"\n/c")], true),
+            (vec![query, ("limit", "0")], false),
+            (vec![query, ("limit", "many")], false),
+            (vec![query, ("kind", "folder")], false),
+            (vec![query, ("kind", "\"file\"")], false),
+            (vec![query, ("code", "ab-7")], false),
+            (vec![query, ("code", "xAB-7")], false),
+            (vec![query, ("short", "")], false),
+            (vec![query, ("short", "four")], false),
+            (vec![query, ("tags", "[1]")], false),
+            (vec![query, ("other", "x")], false),
+            (vec![query, query], false),
+            (vec![("query", "a</parameter>b")], false),
+            (vec![], false),
+        ] {
+            let text = coder_call("search", &parameters);
+            assert_eq!(accepts(&model, &one, &text), is_accepted, "{text}");
+        }
+        assert!(accepts(&model, &one, &coder_call("now", &[])));
+        for wrong in ["Well.", "<tool_call>\n<function=other>\n</function>\n</tool_call>", ""] {
+            assert!(!accepts(&model, &one, wrong), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn calls_in_elements_that_may_come_are_held_if_their_schema_can_be() {
+        let model = coder();
         let [add, now] = add_and_now();
-        let free = tools(Demand::MayCall, 1, &[add.clone(), now.clone()]);
-        assert!(grammar(&free, None, None, &model).unwrap().is_none());
-        let strict = tools(Demand::MayCall, 1, &[add, Tool { is_strict: true, ..now }]);
-        assert_eq!(param(grammar(&strict, None, None, &model)), "tools");
-        assert!(grammar(&strict, Some(&json!({})), None, &model).unwrap().is_none());
+        let free = tools(Demand::MayCall, u32::MAX, &[add.clone(), now]);
+        let free = grammar(&free, None, None, &model).unwrap().unwrap();
+        let good = coder_call("add", &[("n", "1")]);
+        for (text, is_accepted) in [
+            ("Any text".to_owned(), true),
+            (format!("First {good} then\n{good}."), true),
+            (coder_call("add", &[("n", "one")]), false),
+            (coder_call("add", &[]), false),
+        ] {
+            assert_eq!(accepts(&model, &free, &text), is_accepted, "{text}");
+        }
+        let unlike = json!({"properties": {"x": {"type": "string", "format": "date"}}});
+        let bad = tool("bad", unlike);
+        let strict = Tool { is_strict: true, ..bad.clone() };
+        for (demand, tool) in [(Demand::MustCall, &bad), (Demand::MayCall, &strict)] {
+            let forced = tools(demand, 1, &[add.clone(), tool.clone()]);
+            assert_eq!(
+                param(grammar(&forced, None, None, &model)),
+                "bad.parameters.properties.x.format"
+            );
+        }
+        let free = tools(Demand::MayCall, u32::MAX, &[add, bad]);
+        let free = grammar(&free, None, None, &model).unwrap().unwrap();
+        assert!(accepts(&model, &free, &coder_call("bad", &[("x", "soon"), ("y", "[1")])));
+        assert!(!accepts(&model, &free, &coder_call("add", &[("n", "one")])), "others still hold");
+    }
+
+    #[test]
+    fn calls_in_elements_stand_beside_a_format() {
+        let model = coder();
+        let either = tools(Demand::MayCall, u32::MAX, &add_and_now());
+        let answer = json!({"type": "object", "properties": {}, "additionalProperties": false});
+        let either = grammar(&either, Some(&answer), None, &model).unwrap().unwrap();
+        let add = coder_call("add", &[("n", "1")]);
+        for (text, is_accepted) in
+            [("{}", true), (&*add, true), (&*format!("{add}\n{add}"), true), ("text", false)]
+        {
+            assert_eq!(accepts(&model, &either, text), is_accepted, "{text}");
+        }
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(48))]
+
+        // Goal: the grammar and the parser mean the same. What a call may hold is accepted as it
+        // is written, and read as what was meant.
+        #[test]
+        fn what_is_written_in_elements_is_read_as_it_was_meant(
+            query in "(\\PC|[\n<>/]|</para|</parameter)*",
+            limit in 1..u32::MAX,
+            short in "[a-z<é中🌀]{1,3}",
+            tags in proptest::collection::vec("\\PC{0,8}", 0..3),
+        ) {
+            use crate::chat::answer::Pieces;
+            use crate::chat::tool_call::{BareToolCalls, ToolCallParser, ToolReading};
+            let model = coder();
+            let one = tools(Demand::MustCall, 1, &[search()]);
+            let one = grammar(&one, None, None, &model).unwrap().unwrap();
+            let tags = Value::from(tags);
+            let text = coder_call("search", &[
+                ("query", &query),
+                ("limit", &limit.to_string()),
+                ("short", &short),
+                ("tags", &tags.to_string()),
+            ]);
+            let is_clear = !query.contains("</parameter>");
+            proptest::prop_assert_eq!(accepts(&model, &one, &text), is_clear);
+            if is_clear {
+                let reading = Arc::new(ToolReading {
+                    format: ToolCallFormat::QwenCoder,
+                    tools: [search()].into(),
+                    bare: BareToolCalls::Text,
+                    demand: Demand::MustCall,
+                    max_calls: 1,
+                    id_seed: "x".into(),
+                });
+                let mut parser = ToolCallParser::new(&reading, 0);
+                let mut out = Pieces::default();
+                parser.push(&text, &mut out);
+                parser.finish(&mut out);
+                let parts = out.tool_calls.iter().map(|part| part.arguments.as_str());
+                let read: Value = serde_json::from_str(&parts.collect::<String>()).unwrap();
+                let meant = json!({"query": query, "limit": limit, "short": short, "tags": tags});
+                proptest::prop_assert_eq!(read, meant);
+            }
+        }
     }
 }

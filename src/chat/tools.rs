@@ -57,7 +57,7 @@ impl ToolUse {
     /// what keeps a model from calling one.
     pub fn read(request: &ChatCompletionRequest) -> Result<Option<Self>, PromptError> {
         let (definitions, tools) = match (&request.tools, &request.functions) {
-            (Some(tools), _) => (tools.clone(), read_tools(tools)?),
+            (Some(tools), _) => (without_marks(tools), read_tools(tools)?),
             (None, Some(functions)) => {
                 let tools = read_all("functions", functions, read_function)?;
                 let definition = |f: &Value| json!({"type": "function", "function": f});
@@ -84,6 +84,19 @@ impl ToolUse {
             max_calls: if is_single || choice.is_single { 1 } else { u32::MAX },
         }))
     }
+}
+
+/// The definitions as the model is to see them: what to keep in the cache is nothing to it.
+fn without_marks(tools: &[Value]) -> Vec<Value> {
+    const MARK: &str = "cache_control";
+    let mut tools = tools.to_vec();
+    for tool in tools.iter_mut().filter_map(Value::as_object_mut) {
+        tool.shift_remove(MARK);
+        if let Some(function) = tool.get_mut("function").and_then(Value::as_object_mut) {
+            function.shift_remove(MARK);
+        }
+    }
+    tools
 }
 
 /// Checks the definitions of tools.

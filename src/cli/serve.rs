@@ -192,6 +192,7 @@ fn load_options(config: &Config, device: Device) -> LoadOptions {
             KvCacheDtype::F16 => DType::F16,
             KvCacheDtype::Bf16 => DType::BF16,
             KvCacheDtype::F32 => DType::F32,
+            KvCacheDtype::Fp8 => DType::F8E4M3,
         },
         max_model_len: config.model.max_model_len.map(usize::from),
         block_size: engine.block_size,

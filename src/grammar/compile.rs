@@ -18,6 +18,7 @@ use super::cache::GrammarCache;
 use super::constraint::Constraint;
 use super::ebnf;
 use super::matcher::{Grammar, GrammarError, GrammarMatcher, plain};
+use super::pattern::{ASCII_CLASSES, ends_with_escape};
 use super::schema::{self, Flaw};
 use super::vocabulary::Vocabulary;
 use crate::text::{TokenBitmask, TokenId, Tokenizer};
@@ -257,18 +258,15 @@ fn source(constraint: &Constraint) -> Result<TopLevelGrammar, CompileError> {
     }
 }
 
-/// Anchors at both ends are what is meant anyway. Classes such as `\d` mean ASCII, because that is
-/// what every engine that may check the output agrees on.
+/// Anchors at both ends are what is meant anyway.
 fn regex_grammar(regex: &str) -> Result<String, CompileError> {
     let inner = regex.strip_prefix('^').unwrap_or(regex);
-    let inner = match inner.strip_suffix('$') {
-        Some(rest) if rest.chars().rev().take_while(|c| *c == '\\').count() % 2 == 0 => rest,
-        _ => inner,
-    };
+    let at_end = inner.strip_suffix('$').filter(|rest| !ends_with_escape(rest));
+    let inner = at_end.unwrap_or(inner);
     if inner.is_empty() {
         return Err(CompileError::invalid("must not be empty"));
     }
-    Ok(format!("start: /{}/", regex_to_lark(inner, "dws")))
+    Ok(format!("start: /{}/", regex_to_lark(inner, ASCII_CLASSES)))
 }
 
 /// One terminal, so that choices that begin alike stay open together.

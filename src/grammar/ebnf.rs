@@ -85,20 +85,27 @@ fn rules(tokens: &[Token]) -> Result<Vec<Rule<'_>>, String> {
 }
 
 /// Which rules never lead back to a rule on the way: found by striking those that only use such
-/// rules, until nothing changes.
+/// rules, each of which may free those that use it.
 fn terminals(links: &[Vec<usize>]) -> Vec<bool> {
-    let mut is_terminal = vec![false; links.len()];
-    loop {
-        let found: Vec<usize> = (0..links.len())
-            .filter(|&rule| !is_terminal[rule] && links[rule].iter().all(|&to| is_terminal[to]))
-            .collect();
-        if found.is_empty() {
-            return is_terminal;
-        }
-        for rule in found {
-            is_terminal[rule] = true;
+    let mut users = vec![Vec::new(); links.len()];
+    for (rule, targets) in links.iter().enumerate() {
+        for &target in targets {
+            users[target].push(rule);
         }
     }
+    let mut num_open: Vec<usize> = links.iter().map(Vec::len).collect();
+    let mut found: Vec<usize> = (0..links.len()).filter(|&rule| num_open[rule] == 0).collect();
+    let mut is_terminal = vec![false; links.len()];
+    while let Some(rule) = found.pop() {
+        is_terminal[rule] = true;
+        for &user in &users[rule] {
+            num_open[user] -= 1;
+            if num_open[user] == 0 {
+                found.push(user);
+            }
+        }
+    }
+    is_terminal
 }
 
 struct Lexer {

@@ -13,6 +13,9 @@ use serde_json::{Map, Value, json};
 const MAX_NODES: usize = 20_000;
 /// Most steps of the search for something finite.
 const MAX_STEPS: usize = 200_000;
+/// Most schemas on the way to a part of a schema, with those that references lead to: what follows
+/// them does so by recursion.
+const MAX_DEPTH: usize = 512;
 /// Whole numbers below this are exact as `f64`, which is how llguidance reads them.
 const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
 
@@ -82,7 +85,7 @@ pub fn prepare(schema: &Value) -> Result<Value, Flaw> {
     };
     let mut walk = Walk { num_nodes: 0, path: Vec::new() };
     walk.check(&mut prepared)?;
-    let mut search = FiniteSearch { root: &prepared, pending: Vec::new(), num_steps: 0 };
+    let mut search = FiniteSearch { root: &prepared, pending: Vec::new(), depth: 0, num_steps: 0 };
     match search.is_finite(&prepared) {
         Some(true) => {}
         Some(false) => {
@@ -223,16 +226,24 @@ struct FiniteSearch<'a> {
     root: &'a Value,
     /// References that are being followed.
     pending: Vec<&'a str>,
+    depth: usize,
     num_steps: usize,
 }
 
 impl<'a> FiniteSearch<'a> {
-    /// `None` when the search takes too long.
+    /// `None` when the search takes too long or goes too deep.
     fn is_finite(&mut self, schema: &'a Value) -> Option<bool> {
         self.num_steps += 1;
-        if MAX_STEPS < self.num_steps {
+        if MAX_STEPS < self.num_steps || MAX_DEPTH <= self.depth {
             return None;
         }
+        self.depth += 1;
+        let is_finite = self.is_finite_within(schema);
+        self.depth -= 1;
+        is_finite
+    }
+
+    fn is_finite_within(&mut self, schema: &'a Value) -> Option<bool> {
         let Some(map) = schema.as_object() else { return Some(true) };
         if map.contains_key("const") || map.contains_key("enum") {
             return Some(true);

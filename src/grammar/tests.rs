@@ -363,3 +363,40 @@ fn a_token_outside_of_the_mask_is_an_error_for_good() {
     let mut other = GrammarMatcher::new(grammar);
     assert!(other.mask().is_ok(), "others go on");
 }
+
+/// Definitions each of which is the next.
+fn chain_of_references(num: usize) -> Value {
+    let mut definitions = serde_json::Map::new();
+    for index in 0..num {
+        let next = format!("#/$defs/{:x}", index + 1);
+        definitions.insert(format!("{index:x}"), json!({"$ref": next}));
+    }
+    definitions.insert(format!("{num:x}"), json!({"type": "null"}));
+    json!({"$ref": "#/$defs/0", "$defs": definitions})
+}
+
+// A stack that overflows ends the whole process, and a request must never do that.
+#[test]
+fn constraints_that_lead_deep_end_on_any_stack() {
+    let world = World::new();
+    world.grammar(&Constraint::Json(chain_of_references(200)));
+    let deep = chain_of_references(14_000);
+    world.error(&Constraint::Json(deep.clone()));
+    let rules = |define: &str| -> String {
+        let rule = |rule| format!("a{rule} {define} a{}\n", rule + 1);
+        (0..20_000).map(rule).collect::<Vec<_>>().concat()
+    };
+    let (ebnf, lark) = (rules("::="), rules(":"));
+    let terminals = lark.replace('a', "A");
+    for constraint in [
+        Constraint::Grammar(format!("root ::= a0\n{ebnf}a20000 ::= \"x\"")),
+        Constraint::Grammar(format!("start: a0\n{lark}a20000: \"x\"")),
+        Constraint::Grammar(format!("start: A0\n{terminals}A20000: \"x\"")),
+        Constraint::Grammar(format!("start: %json {deep}")),
+        Constraint::Regex(format!("{}a{}", "(".repeat(100_000), ")".repeat(100_000))),
+        Constraint::Regex("((a{1000}){1000}){1000}".into()),
+    ] {
+        // Whether it is accepted is not the point.
+        let _ = world.compiler.compile(&constraint);
+    }
+}

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::error::ApiError;
 use super::extract::{GenerationBody, ignored_header};
-use super::generation::{ResponseHead, run_sized};
+use super::generation::{ResponseHead, preparation_bytes, run_sized};
 use super::models::check_model;
 use super::state::AppState;
 use crate::chat::prompt::{PromptContext, PromptError, prepare_chat, prepare_completion};
@@ -23,7 +23,9 @@ pub(super) async fn chat(
 ) -> Result<Response, ApiError> {
     check_model(&body.request.model, &state)?;
     let head = ResponseHead::new("chatcmpl", &body.request.model);
-    answer(&state, &head, body, |body, context| {
+    let has_tools = body.request.tools.is_some() || body.request.functions.is_some();
+    let num_bytes = if has_tools { usize::MAX } else { body.num_bytes };
+    answer(&state, &head, (body, num_bytes), |body, context| {
         let prepared = prepare_chat(&body.request, &body.fields, context)?;
         Ok(prepared.rendered(&body.fields, context.model))
     })
@@ -36,7 +38,8 @@ pub(super) async fn completion(
 ) -> Result<Response, ApiError> {
     check_model(&body.request.model, &state)?;
     let head = ResponseHead::new("cmpl", &body.request.model);
-    answer(&state, &head, body, |body, context| {
+    let num_bytes = body.num_bytes;
+    answer(&state, &head, (body, num_bytes), |body, context| {
         let prepared = prepare_completion(&body.request, &body.fields, context)?;
         let rendered = prepared.iter().map(|one| one.rendered(&body.fields, context.model));
         Ok(rendered.collect::<Vec<_>>())
@@ -47,12 +50,13 @@ pub(super) async fn completion(
 async fn answer<T: Send + 'static, R: Serialize + Send + 'static>(
     state: &AppState,
     head: &ResponseHead,
-    body: GenerationBody<T>,
+    (body, num_bytes): (GenerationBody<T>, usize),
     render: fn(&GenerationBody<T>, &PromptContext<'_>) -> Result<R, PromptError>,
 ) -> Result<Response, ApiError> {
     let ignored = ignored_header(&body.ignored);
     let (model, limits, id) = (Arc::clone(&state.model), state.prompt_limits(), head.id.clone());
-    let rendered = run_sized(body.num_bytes, state, move || {
+    let num_bytes = preparation_bytes(&body.fields, num_bytes);
+    let rendered = run_sized(num_bytes, state, move || {
         let context = PromptContext { model: &model, limits, id: &id, random_seed: 0 };
         render(&body, &context)
     });

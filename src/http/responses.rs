@@ -220,6 +220,16 @@ pub(super) async fn delete(
     Ok(Json(DeletedResponse { id, object: "response", deleted: true }))
 }
 
+/// Only what is made in the background can be cancelled by its id, and nothing is here: a client
+/// that leaves a response's stream ends it.
+pub(super) async fn cancel(State(state): State<AppState>, id: StoredId) -> ApiError {
+    match known(id) {
+        Err(error) => error,
+        Ok(id) if state.responses.get(&id).is_none() => ApiError::ResponseNotFound(id),
+        Ok(_) => invalid("background", "only a response made in the background can be cancelled"),
+    }
+}
+
 /// The conversation that led to a response, the newest item first unless asked otherwise.
 pub(super) async fn input_items(
     State(state): State<AppState>,

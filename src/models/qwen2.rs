@@ -63,12 +63,11 @@ impl DecoderLayer {
         kv: &KvCache,
         metadata: &AttentionMetadata,
     ) -> Result<(Option<Tensor>, Tensor)> {
-        let (residual, x) = match x {
-            Some(x) => self.input_layernorm.add_forward(&x, &residual)?,
-            None => {
-                let x = self.input_layernorm.forward(&residual)?;
-                (residual, x)
-            }
+        let (residual, x) = if let Some(x) = x {
+            self.input_layernorm.add_forward(&x, &residual)?
+        } else {
+            let x = self.input_layernorm.forward(&residual)?;
+            (residual, x)
         };
         let x = self.self_attn.forward(&x, rope, kv, metadata)?;
         let (residual, x) = self.post_attention_layernorm.add_forward(&x, &residual)?;

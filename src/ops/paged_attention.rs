@@ -95,8 +95,8 @@ impl AttentionMetadata {
             let num_entries = self.block_table.len();
             bail!("block_table has {num_entries} entries for {num_seqs} sequences of {row_len}");
         }
-        if let Some(pair) = starts.windows(2).find(|pair| pair[1] < pair[0]) {
-            bail!("query_start_loc falls from {} to {}", pair[0], pair[1]);
+        if let Some(&[start, end]) = starts.windows(2).find(|pair| pair[1] < pair[0]) {
+            bail!("query_start_loc falls from {start} to {end}");
         }
         Ok(())
     }
@@ -212,7 +212,7 @@ impl GpuKvCache {
     pub fn new(shape: KvCacheShape, dtype: DType, gpu: &Gpu) -> Result<Self> {
         let num_bytes = shape.num_elements()? * dtype.size_in_bytes();
         if !matches!(dtype, DType::F16 | DType::BF16 | DType::F8E4M3) {
-            bail!("a KV cache of {dtype:?} is not supported on the GPU; use f16 or bf16");
+            bail!("a KV cache of {dtype:?} is not supported on the GPU; use f16, bf16 or fp8");
         }
         let (k, v) = (gpu.alloc(num_bytes)?, gpu.alloc(num_bytes)?);
         let counters = gpu::new_counters(gpu, shape.num_kv_heads)?;
@@ -234,7 +234,7 @@ impl CpuKvCache {
             DType::F16 => lazy_zeros::<f16>(dims),
             DType::BF16 => lazy_zeros::<bf16>(dims),
             DType::F32 => lazy_zeros::<f32>(dims),
-            _ => bail!("a KV cache of {dtype:?} is not supported"),
+            _ => bail!("a KV cache of {dtype:?} is not supported on the CPU; use f16, bf16 or f32"),
         };
         Ok(Self { k: zeros()?, v: zeros()?, block_size })
     }

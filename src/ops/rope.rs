@@ -194,7 +194,7 @@ fn num_query_heads(width: usize, table: &RopeTable, shape: KvCacheShape) -> Resu
     if table.head_dim != shape.head_dim {
         bail!("heads of {} are rotated as heads of {}", shape.head_dim, table.head_dim);
     }
-    if width <= 2 * kv_width || width % shape.head_dim != 0 {
+    if width <= 2 * kv_width || !width.is_multiple_of(shape.head_dim) {
         bail!("rows of {width} values hold no queries beside {kv_width} keys and values");
     }
     Ok((width - 2 * kv_width) / shape.head_dim)

@@ -13,7 +13,7 @@ use std::num::NonZeroU32;
 use bytemuck::Zeroable;
 use candle_core::{DType, Result, bail};
 
-use self::packing::{Inputs, ROW_BYTES, ResultWords};
+use self::packing::{Inputs, Needs, ROW_BYTES, ResultWords};
 use super::tensor::GpuTensor;
 use crate::device::gpu::{Arg, DeviceBuffer, Gpu, Kernel, LaunchConfig};
 use crate::text::{TokenBitmask, TokenId};
@@ -138,7 +138,8 @@ pub struct RowLogprobs {
 }
 
 /// Buffers for a number of rows. A step is [`RowSampler::upload`], [`RowSampler::launch`],
-/// [`RowSampler::download`]; the middle one may be a recording of an earlier launch of as many rows.
+/// [`RowSampler::download`]; the middle one may be a recording of
+/// [`RowSampler::launch_for_recording`] with as many rows.
 #[derive(Debug)]
 pub struct RowSampler {
     gpu: Gpu,
@@ -196,11 +197,24 @@ impl RowSampler {
         self.num_moves
     }
 
-    /// Draws as the last upload said. The logits stay as they are.
+    /// Draws as the last upload said, with the kernels that its rows need. The logits stay as they
+    /// are.
     ///
     /// # Errors
     /// If the logits have another type or length, or a launch fails.
     pub fn launch(&self, logits: &GpuTensor) -> Result<()> {
+        self.launch_kernels(logits, self.inputs.needs())
+    }
+
+    /// The same with all kernels, so that a recording of it serves any later upload.
+    ///
+    /// # Errors
+    /// As [`RowSampler::launch`].
+    pub fn launch_for_recording(&self, logits: &GpuTensor) -> Result<()> {
+        self.launch_kernels(logits, Needs { weights: true, logprobs: true })
+    }
+
+    fn launch_kernels(&self, logits: &GpuTensor, needs: Needs) -> Result<()> {
         let num_launched = self.inputs.num_launched();
         if logits.dtype != DType::F32 || logits.num_cols != self.num_cols {
             bail!("rows of {} {:?} for a sampler of f32", logits.num_cols, logits.dtype);
@@ -239,12 +253,16 @@ impl RowSampler {
             logits, inputs, keys, best, raw_best, masses, raw_masses, bin_counts, bin_masses,
             num_cols,
         ];
-        self.gpu.launch(WEIGH, tiles(WEIGH_SHARED_BYTES), &args)?;
+        if needs.weights {
+            self.gpu.launch(WEIGH, tiles(WEIGH_SHARED_BYTES), &args)?;
+        }
         let args = [logits, inputs, keys, best, masses, bin_counts, bin_masses, results, num_cols];
         self.gpu.launch(DRAW, row_blocks(1024, DRAW_SHARED_BYTES), &args)?;
         let args = [logits, inputs, raw_best, raw_masses, results, num_cols];
         let shared_bytes = (self.num_cols.div_ceil(CHUNK) * 8) as u32;
-        self.gpu.launch(LOGPROBS, row_blocks(CHUNK as u32, shared_bytes), &args)?;
+        if needs.logprobs {
+            self.gpu.launch(LOGPROBS, row_blocks(CHUNK as u32, shared_bytes), &args)?;
+        }
         Ok(())
     }
 

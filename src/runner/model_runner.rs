@@ -78,12 +78,11 @@ impl ModelRunner {
         let max_rows = if self.gpu.is_some() { GPU_LOGITS_ROWS_MAX } else { LOGITS_ROWS_MAX };
         for (chunk_index, chunk) in wanted.chunks(max_rows).enumerate() {
             let first = chunk_index * max_rows;
-            let logits = match &launched.logits {
-                Some(logits) => logits.narrow(first, chunk.len())?,
-                None => {
-                    let rows = launched.hidden.narrow(first, chunk.len())?;
-                    self.pool.install(|| self.model.compute_logits(&rows))?
-                }
+            let logits = if let Some(logits) = &launched.logits {
+                logits.narrow(first, chunk.len())?
+            } else {
+                let rows = launched.hidden.narrow(first, chunk.len())?;
+                self.pool.install(|| self.model.compute_logits(&rows))?
             };
             let rows = Rows { step, masks, wanted: chunk };
             match &mut self.gpu {

@@ -50,13 +50,21 @@ impl DeviceSampler {
         self.rows.upload(&rows, num_launched)
     }
 
-    /// Starts what was uploaded. May be recorded, and the recording replayed after other uploads
-    /// that are launched with as many rows, until [`RowSampler::num_moves`] changes.
+    /// Starts what was uploaded.
     ///
     /// # Errors
     /// If the logits are not those of the vocabulary, or the launch fails.
     pub fn launch(&self, logits: &GpuTensor) -> Result<()> {
         self.rows.launch(logits)
+    }
+
+    /// The same for a recording, which may be replayed after other uploads that are launched with
+    /// as many rows, until [`RowSampler::num_moves`] changes.
+    ///
+    /// # Errors
+    /// As [`DeviceSampler::launch`].
+    pub fn launch_for_recording(&self, logits: &GpuTensor) -> Result<()> {
+        self.rows.launch_for_recording(logits)
     }
 
     /// The kernels' side: their results on the card, and whether a recording is still good.
@@ -88,7 +96,7 @@ impl DeviceSampler {
     }
 }
 
-fn sample_row<'a>(logits_row: usize, wanted: Wanted<'a>) -> SampleRow<'a> {
+fn sample_row(logits_row: usize, wanted: Wanted<'_>) -> SampleRow<'_> {
     let (request, mask) = match wanted {
         Wanted::Token(request, mask) => (request, mask),
         Wanted::Logprobs(token, num_top) => {
@@ -310,7 +318,11 @@ mod tests {
         for (len, num_rows) in
             [(1, 1), (5, 5), (255, 3), (300, 5), (2048, 5), (4097, 4), (20_000, 3)]
         {
-            let logits: Vec<_> = (0..num_rows).map(|row| model_like(len, row)).collect();
+            let mut logits: Vec<_> = (0..num_rows).map(|row| model_like(len, row)).collect();
+            // One of them without ties.
+            for (position, logit) in logits[0].iter_mut().enumerate() {
+                *logit += rng::uniform(8, 8, position) as f32;
+            }
             let sets = parameter_sets();
             let requests = sets.into_iter().enumerate().flat_map(|(number, params)| {
                 (0..num_rows as usize)
@@ -427,6 +439,21 @@ mod tests {
         assert_eq!(case.compare(&gpu, "ties"), 108);
     }
 
+    /// Goal: a small top-k, which is bounded by the best token of each chunk, keeps exactly k.
+    /// Method: chunks with one good token each, all about as likely.
+    #[test]
+    fn top_k_takes_one_token_of_each_chunk() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let mut row = vec![-20.0; 256 * 40];
+        for chunk in 0..40 {
+            row[256 * chunk + 7 * chunk % 256] = (chunk * 17 % 40) as f32 * 0.05;
+        }
+        let requests = [1, 2, 5, 20, 39, 40, 41].into_iter().flat_map(|top_k| {
+            (0..10).map(move |i| request(params(2.0, top_k, 1.0, 0.0), top_k as usize * 10 + i))
+        });
+        Case::new(vec![row], requests.collect()).compare(&gpu, "chunks");
+    }
+
     #[test]
     fn broken_rows_fail_alone() {
         let Some(gpu) = Gpu::for_tests() else { return };
@@ -484,7 +511,10 @@ mod tests {
         let requests: Vec<_> = parameter_sets()
             .into_iter()
             .enumerate()
-            .map(|(index, params)| request(SamplingParams { logprobs: Some(3), ..params }, index))
+            .map(|(index, params)| {
+                let logprobs = index.is_multiple_of(3).then_some(3);
+                request(SamplingParams { logprobs, ..params }, index)
+            })
             .collect();
         let tensor = upload(&gpu, &logits);
         let wanted: Vec<_> = requests
@@ -495,7 +525,8 @@ mod tests {
         let mut sampler = sampler(&gpu, 16, 5000);
         let together = sampler.sample(&tensor, &wanted).unwrap();
         for (wanted, expected) in wanted.iter().zip(&together) {
-            assert_eq!(sampler.sample(&tensor, &[*wanted]).unwrap(), [expected.clone()]);
+            let alone = sampler.sample(&tensor, &[*wanted]).unwrap();
+            assert_eq!(alone[0], *expected);
         }
         let backwards: Vec<_> = wanted.iter().rev().copied().collect();
         sampler.upload(&backwards, 16).unwrap();
@@ -517,9 +548,10 @@ mod tests {
             .collect();
         let (mut recorded, mut plain) = (sampler(&gpu, 2, 3000), sampler(&gpu, 2, 3000));
         recorded.upload(&[(0, Wanted::Token(&steps[0], None))], 2).unwrap();
-        recorded.launch(&tensor).unwrap();
-        let ((), graph) =
-            gpu.capture(|| recorded.launch(&tensor).map_err(|_| GpuError::NotBuilt)).unwrap();
+        recorded.launch_for_recording(&tensor).unwrap();
+        let ((), graph) = gpu
+            .capture(|| recorded.launch_for_recording(&tensor).map_err(|_| GpuError::NotBuilt))
+            .unwrap();
         for pair in steps.windows(2) {
             let wanted = [(1, Wanted::Token(&pair[0], None)), (0, Wanted::Token(&pair[1], None))];
             recorded.upload(&wanted, 2).unwrap();

@@ -132,3 +132,55 @@ async fn what_only_others_can_do_is_refused_by_name() {
     let answer = server.post(CHAT, with(chat("x"), hints)).await;
     assert_eq!(answer.header("x-ignored-params"), Some("prediction,verbosity"));
 }
+
+#[tokio::test]
+async fn marks_on_tools_keep_the_prompt_up_to_there() {
+    let control = json!({"type": "ephemeral"});
+    let text = "t".repeat(100);
+    let function = |name: &str| json!({"name": name, "description": text});
+    let parameters = json!({"type": "object", "properties": {}});
+    let plain = |name: &str| json!({"type": "function", "function": function(name)});
+    // By OpenAI's clients on the tool or in it, and by Anthropic's.
+    let marked = [with(plain("a"), json!({"cache_control": control})), {
+        let mut tool = plain("a");
+        tool["function"]["cache_control"] = control.clone();
+        tool
+    }];
+    let mut written = Vec::new();
+    for tool in marked {
+        let server = FakeServer::start();
+        let ask = |text: &str| with(chat(text), json!({"tools": [tool, plain("b")]}));
+        let first = server.post(CHAT, ask("one")).await.ok();
+        let details = &first["usage"]["prompt_tokens_details"];
+        let num_kept = details["cache_write_tokens"].as_u64().unwrap();
+        // `<tools>[`, the first definition and what the next has in common with any other.
+        let end = json!([plain("a")]).to_string().len() + 7;
+        assert!(num_kept as usize / 16 >= end / 16 && (num_kept as usize) < end + 80, "{first}");
+        written.push(num_kept);
+        let second = server.post(CHAT, ask("two")).await.ok();
+        let details = &second["usage"]["prompt_tokens_details"];
+        assert_eq!(details["cache_write_tokens"], 0);
+        assert!(num_kept <= details["cached_tokens"].as_u64().unwrap());
+        // The mark is nothing to the model.
+        let path = "/v1/chat/completions/render";
+        let rendered = server.post(path, ask("x")).await.ok();
+        assert!(!rendered["prompt"].as_str().unwrap().contains("cache_control"), "{rendered}");
+        // Tools that are not shown have no place in the prompt.
+        let hidden = with(ask("three"), json!({"tool_choice": "none"}));
+        assert_eq!(server.post(CHAT, hidden).await.status, 200);
+    }
+    assert_eq!(written[0], written[1]);
+    let server = FakeServer::start();
+    let tool = |control: &Value| json!({"name": "a", "description": text, "input_schema": parameters, "cache_control": control});
+    let ask = |control: &Value| with(chat("x"), json!({"max_tokens": 9, "tools": [tool(control)]}));
+    let answer = server.post("/v1/messages", ask(&control)).await;
+    assert_eq!(answer.header("x-ignored-params"), None);
+    assert!(96 < answer.ok()["usage"]["cache_creation_input_tokens"].as_u64().unwrap());
+    let answer = server.post("/v1/messages", ask(&json!({"type": "eternal"}))).await;
+    let message = answer.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(message.starts_with("`tools[0].cache_control.type`"), "{message}");
+    let tool = json!({"type": "function", "name": "a", "cache_control": {"type": "eternal"}});
+    let body = json!({"model": MODEL, "input": "x", "tools": [tool]});
+    let error = server.post("/v1/responses", body).await.error(400);
+    assert_eq!(error["param"], "tools[0].cache_control.type");
+}

@@ -1,6 +1,7 @@
 //! Anthropic's `/v1/messages`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use qwen_server::chat::model::{Conventions, Reasoning};
 use qwen_server::http::HttpLimits;
@@ -293,4 +294,61 @@ async fn errors_have_anthropics_shape_whoever_made_them() {
     let server = FakeServer::with(&config(), limits);
     error(&server.post(PATH, ask("x")).await, 413, "request_too_large");
     server.post("/v1/messagesx", ask("x")).await.error(404);
+}
+
+#[tokio::test]
+async fn a_stream_that_fails_midway_says_so() {
+    let server = FakeServer::start();
+    let half = r#"Well.<tool_call>{"name": "add", "arguments": {"a": "#;
+    for fault in ["then:nan;", "then:error;"] {
+        for (text, num_blocks) in [("hello", 1), (half, 2)] {
+            let content = format!("say:{text};{fault}");
+            let more = json!({
+                "messages": [{"role": "user", "content": content}],
+                "stream": true,
+                "tools": tools(),
+            });
+            let events = server.post(PATH, with(ask(""), more)).await.events();
+            let types: Vec<&str> =
+                events.iter().map(|event| event["type"].as_str().unwrap()).collect();
+            assert_eq!(types[0], "message_start");
+            let num_deltas = types.iter().filter(|kind| **kind == "content_block_delta").count();
+            assert!(0 < num_deltas, "{types:?}");
+            let num_begun = types.iter().filter(|kind| **kind == "content_block_start").count();
+            assert_eq!(num_begun, num_blocks, "{types:?}");
+            let (last, before) = events.split_last().unwrap();
+            let error = last["error"].as_object().unwrap();
+            assert_eq!(last["type"], "error");
+            assert_eq!(error["type"], "api_error");
+            assert_eq!(error.keys().collect::<Vec<_>>(), ["type", "message"], "{last}");
+            // A message that failed never ends as if it had not.
+            assert!(before.iter().all(|event| event["type"] != "message_stop"
+                && event["type"] != "message_delta"
+                && event["type"] != "error"));
+        }
+    }
+    // A failure before the first piece has a status of its own, and the server goes on.
+    let more = json!({"messages": [{"role": "user", "content": "say:;then:nan;"}], "stream": true});
+    error(&server.post(PATH, with(ask(""), more)).await, 500, "api_error");
+    server.post(PATH, ask("x")).await.ok();
+}
+
+#[tokio::test]
+async fn a_stream_that_the_server_cuts_says_so() {
+    let server = FakeServer::with(&config(), HttpLimits::default());
+    let abort = async {
+        server.wait_until_running(1).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        server.state.engine.abort_all();
+    };
+    let messages = json!([{"role": "user", "content": "Go on."}]);
+    let body = json!({"model": MODEL, "messages": messages, "max_tokens": 3000, "stream": true});
+    let (answer, ()) = tokio::join!(server.post(PATH, body), abort);
+    let events = answer.events();
+    assert_eq!(events[0]["type"], "message_start");
+    let last = events.last().unwrap();
+    assert_eq!(
+        (&last["type"], &last["error"]["type"]),
+        (&json!("error"), &json!("overloaded_error"))
+    );
 }

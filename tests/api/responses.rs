@@ -10,7 +10,7 @@ use qwen_server::chat::model::{Conventions, Reasoning};
 use qwen_server::http::HttpLimits;
 use serde_json::{Value, json};
 
-use crate::api_fake::{FakeServer, MODEL, config, model, with};
+use crate::api_fake::{Answer, FakeServer, MODEL, config, model, with};
 
 const PATH: &str = "/v1/responses";
 const CALL: &str = r#"Well.<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>"#;
@@ -295,6 +295,12 @@ async fn a_response_can_be_continued_read_and_deleted() {
     assert_eq!((status, &deleted["deleted"]), (200, &json!(true)));
     assert_eq!(server.get(&format!("{PATH}/{id}")).await.error(404)["code"], "response_not_found");
     assert_eq!(delete(&server, &format!("{PATH}/{id}")).await.0, 404);
+    server.get(&format!("{PATH}/%ff")).await.error(404);
+    let gone = server.post(&format!("{PATH}/{id}/cancel"), json!({})).await.error(404);
+    assert_eq!(
+        (&gone["param"], &gone["code"]),
+        (&json!("response_id"), &json!("response_not_found"))
+    );
     let error = server.post(PATH, body).await.error(400);
     assert_eq!(error["code"], "previous_response_not_found");
     assert_eq!(error["param"], "previous_response_id");
@@ -396,4 +402,100 @@ async fn every_flaw_is_named() {
         Some("unknown,context_management,text.verbosity,max_tool_calls,reasoning")
     );
     answer.ok();
+}
+
+/// The last event of a response that failed, after checking what comes before it.
+#[track_caller]
+fn failed(answer: &Answer) -> Value {
+    let events = answer.events();
+    let (last, before) = events.split_last().unwrap();
+    assert_eq!(last["type"], "response.failed", "{last}");
+    let response = &last["response"];
+    assert_eq!(response["status"], "failed");
+    assert_eq!(response["error"]["code"], "server_error");
+    assert!(response["error"]["message"].is_string());
+    assert_eq!(response["incomplete_details"], Value::Null);
+    assert!(response["completed_at"].is_null());
+    assert_eq!(fold(&events), response["output"]);
+    let is_end = |event: &Value| {
+        let name = event["type"].as_str().unwrap();
+        ["response.completed", "response.incomplete", "response.failed", "error"].contains(&name)
+    };
+    assert!(!before.iter().any(is_end));
+    response.clone()
+}
+
+#[tokio::test]
+async fn a_stream_that_fails_midway_says_so() {
+    let server = FakeServer::start();
+    let half = r#"Well.<tool_call>{"name": "add", "arguments": {"a": "#;
+    for fault in ["then:nan;", "then:error;"] {
+        for (text, kinds) in [("hello", vec!["message"]), (half, vec!["message", "function_call"])]
+        {
+            let input = format!("say:{text};{fault}");
+            let body = json!({"model": MODEL, "input": input, "stream": true, "tools": tools()});
+            let response = failed(&server.post(PATH, body).await);
+            let output = response["output"].as_array().unwrap();
+            let found: Vec<&str> =
+                output.iter().map(|item| item["type"].as_str().unwrap()).collect();
+            assert_eq!(found, kinds);
+            // The last item is what was cut; those before it are whole.
+            assert_eq!(output.last().unwrap()["status"], "incomplete");
+            assert!(output.len() == 1 || output[0]["status"] == "completed");
+            let path = format!("{PATH}/{}", response["id"].as_str().unwrap());
+            assert_eq!(server.get(&path).await.ok(), response);
+        }
+        // Without a stream there is a status to say it with, and nothing is stored.
+        let body = json!({"model": MODEL, "input": format!("say:hello;{fault}")});
+        assert_eq!(server.post(PATH, body).await.error(500)["code"], "engine_failed");
+    }
+    let body = json!({"model": MODEL, "input": "say:;then:nan;", "stream": true});
+    server.post(PATH, body).await.error(500);
+    server.post(PATH, ask("x")).await.ok();
+}
+
+#[tokio::test]
+async fn a_thought_that_fails_midway_is_an_incomplete_item() {
+    let server = thinking_server();
+    let body = json!({"model": MODEL, "input": "say:<think>hm;then:nan;", "stream": true});
+    let response = failed(&server.post(PATH, body).await);
+    assert_eq!(response["output"][0]["type"], "reasoning");
+    assert_eq!(response["output"][0]["status"], "incomplete");
+}
+
+#[tokio::test]
+async fn a_stream_that_the_server_cuts_says_so() {
+    let server = FakeServer::with(&config(), HttpLimits::default());
+    let abort = async {
+        server.wait_until_running(1).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        server.state.engine.abort_all();
+    };
+    let body = json!({"model": MODEL, "input": "Go on.", "stream": true});
+    let (answer, ()) = tokio::join!(server.post(PATH, body), abort);
+    failed(&answer);
+}
+
+#[tokio::test]
+async fn nothing_is_made_in_the_background() {
+    let server = FakeServer::start();
+    let body = with(ask("x"), json!({"background": true}));
+    let error = server.post(PATH, body).await.error(400);
+    assert_eq!(
+        (&error["param"], &error["type"]),
+        (&json!("background"), &json!("invalid_request_error"))
+    );
+    let response = server.post(PATH, with(ask("x"), json!({"background": false}))).await.ok();
+    assert_eq!(response["background"], false);
+    let path = format!("{PATH}/{}/cancel", response["id"].as_str().unwrap());
+    // Official clients send no body, and no content type.
+    let request = Request::post(&path).body(Body::empty()).unwrap();
+    assert_eq!(server.send(request).await.status(), 400);
+    let error = server.post(&path, json!({})).await.error(400);
+    assert_eq!(
+        (&error["param"], &error["type"]),
+        (&json!("background"), &json!("invalid_request_error"))
+    );
+    server.get(&path).await.error(405);
+    server.post(&format!("{PATH}/%ff/cancel"), json!({})).await.error(404);
 }

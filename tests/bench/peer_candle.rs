@@ -11,7 +11,7 @@ use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::quantized_qwen2::ModelWeights;
 use qwen_server::config::Execution;
-use qwen_server::device::Device;
+use qwen_server::device::Device as ModelDevice;
 use qwen_server::kv::{BlockId, BlockTable};
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
 use qwen_server::runner::model_runner::ModelRunner;
@@ -78,7 +78,7 @@ fn prompt(len: usize) -> Vec<u32> {
 
 fn load_ours(path: &Path) -> anyhow::Result<ModelRunner> {
     let options = LoadOptions {
-        device: Device::Cpu,
+        device: ModelDevice::Cpu,
         gpu_memory_utilization: 0.9,
         execution: Execution::Eager,
         kv_cache_bytes: Some(64 << 20),

@@ -2,8 +2,9 @@
 //! what the prompt tells it to.
 //!
 //! A prompt that contains `say:TEXT;` is answered with `TEXT` and the end of the sequence, any
-//! other with letters that depend on the choice, for ever, or on the seed if it says so. The runner reads the prompt back
-//! through the block table, so a misplaced block changes the answer.
+//! other with letters that depend on the choice, for ever, or on the seed if it says so. Behind
+//! `then:nan;` logits are not finite after the text, and behind `then:error;` the step fails. The
+//! runner reads the prompt back through the block table, so a misplaced block changes the answer.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,11 +20,11 @@ use qwen_server::engine::{EngineConfig, spawn};
 use qwen_server::grammar::GrammarCompiler;
 use qwen_server::http::{AppState, HttpLimits, router};
 use qwen_server::scheduler::step::{
-    Runner, SampleRequest, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput, TokenLogprobs,
-    TokenMasks,
+    NonFiniteLogits, Runner, SampleError, SampleRequest, SampledToken, ScheduledSeq,
+    SchedulerOutput, SeqOutput, TokenLogprobs, TokenMasks,
 };
 use qwen_server::text::tokenizer::TokenizerSpec;
-use qwen_server::text::{TokenId, Tokenizer};
+use qwen_server::text::{TokenBitmask, TokenId, Tokenizer};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
@@ -276,7 +277,11 @@ impl FakeRunner {
         positions.map(|pos| self.slots[seq.blocks.slot(pos, self.block_size)]).collect()
     }
 
-    fn next_token(&self, seq: &ScheduledSeq, sample: &SampleRequest) -> TokenId {
+    fn next_token(
+        &self,
+        seq: &ScheduledSeq,
+        sample: &SampleRequest,
+    ) -> Result<TokenId, SampleFault> {
         let done = sample.num_output_tokens;
         let prompt = self.prompt(seq, done);
         let find = |from: &[TokenId], what: &str| {
@@ -288,14 +293,39 @@ impl FakeRunner {
             Some(&rest[..find(rest, ";")?])
         });
         let token = match script {
-            Some(tokens) => tokens.get(done).copied().unwrap_or(IM_END),
+            Some(tokens) if done < tokens.len() => tokens[done],
+            Some(_) if find(&prompt, "then:nan;").is_some() => return Err(SampleFault::Row),
+            Some(_) if find(&prompt, "then:error;").is_some() => return Err(SampleFault::Step),
+            Some(_) => IM_END,
             None if find(&prompt, "show the seed").is_some() => {
                 TokenId::from(b'a') + (sample.params.seed % 26) as u32
             }
             None => TokenId::from(b'a') + (done as u32 + sample.choice) % 26,
         };
-        if sample.forbidden.contains(&token) { TokenId::from(b'x') } else { token }
+        Ok(if sample.forbidden.contains(&token) { TokenId::from(b'x') } else { token })
     }
+
+    fn sampled(
+        &self,
+        seq: &ScheduledSeq,
+        sample: &SampleRequest,
+        mask: Option<&TokenBitmask>,
+    ) -> Result<SampledToken, SampleFault> {
+        let wanted = self.next_token(seq, sample)?;
+        let ids = (wanted..VOCAB_SIZE as TokenId).chain(0..wanted);
+        let id = ids.into_iter().find(|&id| mask.is_none_or(|mask| mask.allows(id)));
+        let id = id.expect("something is allowed");
+        let logprobs = sample.params.logprobs.map(|num_top| logprobs(id, num_top));
+        Ok(SampledToken { id, logprobs })
+    }
+}
+
+/// What goes wrong because a prompt says so.
+enum SampleFault {
+    /// This sequence alone.
+    Row,
+    /// All of the step.
+    Step,
 }
 
 impl Runner for FakeRunner {
@@ -318,15 +348,13 @@ impl Runner for FakeRunner {
         // A model takes its time; without it, long answers would end before a client can leave.
         #[allow(clippy::disallowed_methods, reason = "the engine thread is not a test")]
         std::thread::sleep(Duration::from_micros(200));
+        let mut has_failed = false;
         let outputs = step.scheduled.iter().map(|seq| SeqOutput {
             sampled: seq.sample.as_ref().map(|sample| {
-                let wanted = self.next_token(seq, sample);
-                let mask = masks.get(&seq.id);
-                let ids = (wanted..VOCAB_SIZE as TokenId).chain(0..wanted);
-                let id = ids.into_iter().find(|&id| mask.is_none_or(|mask| mask.allows(id)));
-                let id = id.expect("something is allowed");
-                let logprobs = sample.params.logprobs.map(|num_top| logprobs(id, num_top));
-                Ok(SampledToken { id, logprobs })
+                self.sampled(seq, sample, masks.get(&seq.id)).map_err(|fault| {
+                    has_failed |= matches!(fault, SampleFault::Step);
+                    SampleError::from(NonFiniteLogits)
+                })
             }),
             prompt_logprobs: seq
                 .prompt_logprobs
@@ -345,7 +373,8 @@ impl Runner for FakeRunner {
             }),
             ..SeqOutput::default()
         });
-        Ok(outputs.collect())
+        let outputs = outputs.collect();
+        if has_failed { Err("the prompt asked for an error".to_owned()) } else { Ok(outputs) }
     }
 }
 

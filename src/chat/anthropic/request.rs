@@ -47,7 +47,6 @@ pub fn convert(
     {
         last.cache_control = Some(control.clone());
     }
-    let mut ignored = Vec::new();
     let mut fields = fields.clone();
     if let Some(sequences) = &request.stop_sequences {
         if fields.stop.is_some() {
@@ -66,7 +65,7 @@ pub fn convert(
         model: request.model.clone(),
         messages: conversation.messages,
         max_tokens: request.max_tokens,
-        tools: request.tools.as_deref().map(|all| tools(all, &mut ignored)).transpose()?,
+        tools: request.tools.as_deref().map(tools).transpose()?,
         // An answer that the client began is continued.
         continue_final_message: request
             .messages
@@ -78,19 +77,21 @@ pub fn convert(
     set_tool_choice(&mut chat, request.tool_choice.as_ref())?;
     set_thinking(&mut chat, request.thinking.as_ref())?;
     set_output(&mut chat, &mut fields, request.output_config.as_ref())?;
-    Ok(Converted { chat, fields, ignored, origins: conversation.origins, renamed: &RENAMED })
+    Ok(Converted {
+        chat,
+        fields,
+        ignored: Vec::new(),
+        origins: conversation.origins,
+        renamed: &RENAMED,
+    })
 }
 
-fn tools(tools: &[Value], ignored: &mut Vec<String>) -> Result<Vec<Value>, PromptError> {
+fn tools(tools: &[Value]) -> Result<Vec<Value>, PromptError> {
     let convert = |(index, tool): (usize, &Value)| {
         let fields = Fields::of(tool, format!("tools[{index}]"))?;
         if let Some(kind) = fields.text("type")?.filter(|kind| *kind != "custom") {
             let flaw = format!("`{kind}` is not supported: only tools of the client are");
             return Err(fields.invalid("type", flaw));
-        }
-        // Where tools stand in the prompt is the template's choice, so nothing ends there.
-        if fields.get("cache_control").is_some() {
-            ignored.push(fields.path_of("cache_control"));
         }
         let mut function = Map::new();
         function.insert("name".into(), fields.require("name")?.clone());
@@ -101,7 +102,11 @@ fn tools(tools: &[Value], ignored: &mut Vec<String>) -> Result<Vec<Value>, Promp
         if let Some(strict) = fields.get("strict") {
             function.insert("strict".into(), strict.clone());
         }
-        Ok(json!({"type": "function", "function": function}))
+        let mut tool = json!({"type": "function", "function": function});
+        if let Some(control) = fields.get("cache_control") {
+            tool["cache_control"] = control.clone();
+        }
+        Ok(tool)
     };
     tools.iter().enumerate().map(convert).collect()
 }

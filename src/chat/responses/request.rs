@@ -235,6 +235,16 @@ fn tool_choice(choice: &Value) -> Result<Value, PromptError> {
     }
 }
 
+/// A tool with the members that clients expect of every one, and the values that were in effect.
+fn described_tool(tool: &Value) -> Value {
+    let mut tool = tool.clone();
+    if let Value::Object(fields) = &mut tool {
+        fields.entry("parameters").or_insert(Value::Null);
+        fields.entry("strict").or_insert(Value::Bool(false));
+    }
+    tool
+}
+
 /// What the response repeats of the request.
 pub fn echo(request: &ResponsesRequest, prepared: &Prepared) -> RequestEcho {
     let params = &prepared.request.params;
@@ -259,7 +269,7 @@ pub fn echo(request: &ResponsesRequest, prepared: &Prepared) -> RequestEcho {
         temperature: params.temperature,
         text: text.into(),
         tool_choice: request.tool_choice.clone().unwrap_or_else(|| "auto".into()),
-        tools: request.tools.clone().unwrap_or_default(),
+        tools: request.tools.iter().flatten().map(described_tool).collect(),
         top_logprobs: request.top_logprobs.unwrap_or(0),
         top_p: params.top_p,
         truncation: "disabled",

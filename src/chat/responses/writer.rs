@@ -123,7 +123,10 @@ impl ResponseWriter {
         if self.response.output.is_empty() {
             self.open(ItemKind::Message);
         }
-        self.close(status);
+        // A call that is the end of the answer makes another reason than this one.
+        let is_call_cut =
+            self.open == Some(ItemKind::Call) && self.finish == Some(FinishReason::Stop);
+        self.close(if is_call_cut { Status::Incomplete } else { status });
         self.response.status = status;
         self.response.usage = Some(response_usage(usage));
         if is_cut {

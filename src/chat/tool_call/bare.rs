@@ -95,7 +95,7 @@ impl BareCalls {
     /// In the line of the opening fence.
     fn take_fence(&mut self, c: char) -> bool {
         let State::Before { source } = &mut self.state else { return false };
-        if source.len() <= FENCE.len() {
+        if !source.starts_with(FENCE) || source.len() == FENCE.len() {
             return self.calls.is_empty() && FENCE.starts_with(source.as_str());
         }
         if c != '\n' {

@@ -125,12 +125,12 @@ impl HermesParser {
 
     pub(super) fn finish(&mut self, calls: &mut CallWriter, out: &mut Pieces) {
         match std::mem::replace(&mut self.state, State::Outside) {
-            State::Outside | State::Arguments(_) | State::Rest { .. } => {}
+            State::Outside | State::Arguments(_) => {}
             State::Opened { source, .. } => {
                 self.finder.pass(OPEN_TAG, out);
                 self.finder.pass(&source, out);
             }
-            State::Closing { .. } => calls.end(),
+            State::Rest { .. } | State::Closing { .. } => calls.end(),
         }
         self.finder.finish(calls.has_calls(), out);
     }

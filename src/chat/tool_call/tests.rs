@@ -127,6 +127,8 @@ fn what_only_looks_like_a_call_stays_text() {
         "{\"name\": \"weather\", \"arguments\": {}}",
         "{\"name\": \"weather\", \"arguments\": {\"city\": 1}}",
         "{\"name\": \"now\"}",
+        "`中文`\n",
+        "`\u{fffd}``json\n{\"name\": \"now\", \"arguments\": {}}\n```",
         "{\"name\": \"now\", \"arguments\": {}, \"other\": 1}",
         "{\"name\": \"now\", \"arguments\": {",
         "```python\n{\"name\": \"now\", \"arguments\": {}}\n```",

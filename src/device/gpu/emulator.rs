@@ -267,10 +267,10 @@ fn find(kernel: Kernel) -> Result<Entry, GpuError> {
     });
     let name = CString::new(format!("emulate_{}", kernel.function)).expect("no zeros in a name");
     let library = std::ptr::with_exposed_provenance_mut::<c_void>(library);
-    // SAFETY: the handle is open for the life of the program.
     let entry = if library.is_null() {
         std::ptr::null_mut()
     } else {
+        // SAFETY: the handle is open for the life of the program.
         unsafe { libc::dlsym(library, name.as_ptr()) }
     };
     if entry.is_null() {
@@ -330,7 +330,9 @@ mod tests {
             "ends while others wait at __syncthreads",
             "of its warp waits for it at __shfl_sync",
             "waits for ever at barrier 1",
-            "thread (9, 0, 0): accesses",
+            "thread (9, 0, 0): accesses the address",
+            "thread (9, 0, 0): accesses memory that is not aligned",
+            "indexes an array outside of its bounds",
         ];
         for (mistake, expected) in (1..).zip(expected) {
             let error = run("planted_exchange", 32, mistake).unwrap_err();

@@ -11,7 +11,7 @@ pub(super) struct FreeRanges {
 impl FreeRanges {
     /// All of `0..len` is free.
     pub(super) fn new(len: usize) -> Self {
-        Self { free: vec![0..len] }
+        Self { free: std::iter::once(0..len).collect() }
     }
 
     /// Takes `len` bytes from the first range that has them, so that the same calls in the same

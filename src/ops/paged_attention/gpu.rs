@@ -122,7 +122,7 @@ pub(super) fn attend(
 fn check(q: &GpuTensor, kv: &GpuKvCache) -> Result<Heads> {
     let shape = kv.shape;
     let kv_width = shape.num_kv_heads * shape.head_dim;
-    if q.dtype != DType::BF16 || q.num_cols == 0 || q.num_cols % kv_width != 0 {
+    if q.dtype != DType::BF16 || q.num_cols == 0 || !q.num_cols.is_multiple_of(kv_width) {
         let (dtype, width) = (q.dtype, q.num_cols);
         bail!("{dtype:?} queries of {width} values do not fit {shape:?}; they must be bf16");
     }
@@ -130,7 +130,7 @@ fn check(q: &GpuTensor, kv: &GpuKvCache) -> Result<Heads> {
     if !matches!(shape.head_dim, 64 | 128) || MAX_DECODE_ROWS < group {
         bail!("attention with {group} heads of {} per KV head has no kernel", shape.head_dim);
     }
-    if shape.block_size % 8 != 0 {
+    if !shape.block_size.is_multiple_of(8) {
         bail!("blocks of {} tokens are not supported; use a multiple of 8", shape.block_size);
     }
     Ok(Heads { num_kv_heads: shape.num_kv_heads, group })

@@ -33,6 +33,8 @@ pub(super) fn rope_and_cache(
         (DType::BF16, false) => "rope_cache_bf16_1",
         (DType::F16, true) => "rope_cache_f16_8",
         (DType::F16, false) => "rope_cache_f16_1",
+        (DType::F8E4M3, true) => "rope_cache_e4m3_8",
+        (DType::F8E4M3, false) => "rope_cache_e4m3_1",
         (dtype, _) => bail!("a KV cache of {dtype:?} is not supported on the GPU"),
     };
     let threads_per_token = num_all_heads * (shape.head_dim / 2 / pairs_per_thread);
@@ -49,6 +51,8 @@ pub(super) fn rope_and_cache(
         Arg::I32(shape.num_kv_heads as i32),
         Arg::I32(shape.head_dim as i32),
         Arg::I32(shape.block_size as i32),
+        Arg::F32(kv.k_scale.recip()),
+        Arg::F32(kv.v_scale.recip()),
     ];
     let kernel = Kernel { module: "rope_cache", function };
     qkv.gpu.launch(kernel, over_rows(num_tokens, threads_per_token), &args)?;
@@ -148,6 +152,54 @@ mod tests {
                 let num_blocks = 23_usize.div_ceil(block_size) + 1;
                 let shape = KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim };
                 compare(&gpu, num_heads, shape, dtype);
+            }
+        }
+    }
+
+    /// What the 8 bits say.
+    fn from_e4m3(bits: u8) -> f32 {
+        let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
+        let sign = if bits & 128 == 0 { 1.0 } else { -1.0 };
+        match (exponent, bits & 7) {
+            (15, 7) => f32::NAN,
+            (0, _) => sign * mantissa / 512.0,
+            _ => sign * (8.0 + mantissa) * 2.0_f32.powi(exponent - 10),
+        }
+    }
+
+    #[test]
+    fn numbers_of_8_bits_are_the_nearest_and_saturate() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let shape = KvCacheShape { num_blocks: 40, num_kv_heads: 1, block_size: 8, head_dim: 128 };
+        let config =
+            RopeConfig { head_dim: 128, theta: 1e6, max_positions: 1, scaling: RopeScaling::None };
+        let table = RopeTable::new(&config, &Device::Gpu(gpu.clone())).unwrap();
+        let mut kv = GpuKvCache::new(shape, DType::F8E4M3, &gpu).unwrap();
+        (kv.k_scale, kv.v_scale) = (0.5, 1.0);
+        // Every sign and exponent of bf16 from 2^-12 to 2^11, with all mantissas.
+        let numbers = (0x3980..0x4580_u16).flat_map(|bits| [bits, bits | 0x8000]);
+        let numbers: Vec<f32> = numbers.map(|bits| bf16::from_bits(bits).to_f32()).collect();
+        let num_tokens = numbers.len() / 128;
+        let rows = numbers.chunks(128).flat_map(|row| row.iter().copied().cycle().take(3 * 128));
+        let rows: Vec<f32> = rows.collect();
+        let qkv = GpuTensor::from_slice(&gpu, &rows, DType::BF16, (num_tokens, 3 * 128)).unwrap();
+        let meta = AttentionMetadata {
+            positions: indices(&gpu, vec![0; num_tokens]),
+            slot_mapping: indices(&gpu, (0..num_tokens as u32).collect()),
+            ..AttentionMetadata::default()
+        };
+        rope_and_cache(&qkv, &table, &kv, &meta).unwrap();
+        for (buffer, scale) in [(&kv.k, kv.k_scale), (&kv.v, kv.v_scale)] {
+            let found = buffer.download().unwrap();
+            for (&found, number) in found.iter().zip(&numbers) {
+                let number = number / scale;
+                let distance = |bits: u8| (from_e4m3(bits) - number).abs();
+                let nearest = (0..=255).map(distance).fold(f32::INFINITY, f32::min);
+                assert!(distance(found) == nearest, "{number}: {found:#x}");
+                // Of two that are as near, the even one; zeros have the number's sign.
+                let is_tie = (0..=255).any(|bits| bits != found && distance(bits) == nearest);
+                assert!(!is_tie || found & 1 == 0, "{number}: {found:#x}");
+                assert!((found & 128 != 0) == (number < 0.0), "{number}: {found:#x}");
             }
         }
     }

@@ -12,6 +12,8 @@ const GREEDY: u32 = 0;
 const DRAW: u32 = 1;
 const SCORE: u32 = 2;
 const IDLE: u32 = 3;
+/// A row with a larger top-k needs its weights, as `sample_row.cuh` decides.
+const SMALL_TOP_K: u32 = 128;
 /// No mask, no log-probabilities.
 const NONE: u32 = u32::MAX;
 
@@ -60,6 +62,13 @@ pub(super) struct ResultWords {
     top_logprobs: [f32; MAX_TOP as usize],
 }
 
+/// Which kernels any row needs, beside those that all need.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Needs {
+    pub(super) weights: bool,
+    pub(super) logprobs: bool,
+}
+
 /// Descriptions of rows, then their lists.
 #[derive(Debug, Default)]
 pub(super) struct Inputs {
@@ -67,6 +76,7 @@ pub(super) struct Inputs {
     num_launched: usize,
     /// One more than the highest row of logits that is named.
     num_logits_rows: usize,
+    needs: Needs,
     /// Of each described row.
     wants_logprobs: Vec<bool>,
 }
@@ -78,11 +88,14 @@ impl Inputs {
         self.words.resize(num_launched * ROW_WORDS, 0);
         self.num_launched = num_launched;
         self.num_logits_rows = rows.iter().map(|row| row.logits_row + 1).max().unwrap_or(0);
+        self.needs = Needs::default();
         self.wants_logprobs.clear();
         self.wants_logprobs.extend(rows.iter().map(|row| row.num_top.is_some()));
         for index in 0..num_launched {
             let idle = RowWords { mode: IDLE, ..RowWords::zeroed() };
             let words = rows.get(index).map_or(idle, |row| self.pack_row(row, num_cols));
+            self.needs.logprobs |= words.wants_logprobs();
+            self.needs.weights |= words.wants_logprobs() || words.is_wide();
             let place = &mut self.words[index * ROW_WORDS..][..ROW_WORDS];
             place.copy_from_slice(bytemuck::cast_slice(&[words]));
         }
@@ -90,6 +103,10 @@ impl Inputs {
 
     pub(super) fn bytes(&self) -> &[u8] {
         bytemuck::cast_slice(&self.words)
+    }
+
+    pub(super) fn needs(&self) -> Needs {
+        self.needs
     }
 
     pub(super) fn num_launched(&self) -> usize {
@@ -181,6 +198,16 @@ impl Inputs {
     }
 }
 
+impl RowWords {
+    fn wants_logprobs(&self) -> bool {
+        self.mode != IDLE && self.num_top != NONE
+    }
+
+    fn is_wide(&self) -> bool {
+        self.mode == DRAW && !(1..=SMALL_TOP_K).contains(&self.top_k)
+    }
+}
+
 impl ResultWords {
     fn logprobs(&self) -> RowLogprobs {
         let top = self.top_ids.into_iter().zip(self.top_logprobs);
@@ -196,7 +223,7 @@ fn halves(value: u64) -> [u32; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::sample::Edits;
+    use crate::ops::sample::{Draw, Edits};
 
     /// Goal: no word is uploaded that changes nothing. Method: the lengths of one row's inputs.
     #[test]
@@ -217,6 +244,28 @@ mod tests {
         assert_eq!(num_words(1.0, 0.0), 0);
         assert_eq!(num_words(1.0, 0.5), 1);
         assert_eq!(num_words(1.1, 0.5), 3);
+    }
+
+    /// Goal: rows with the usual parameters cost two launches. Method: what single rows need.
+    #[test]
+    fn kernels_that_no_row_needs_are_not_launched() {
+        let needs = |pick, num_top| {
+            let row = SampleRow { logits_row: 0, pick, edits: Edits::default(), num_top };
+            let mut inputs = Inputs::default();
+            inputs.pack(&[row], 4, 100);
+            (inputs.needs().weights, inputs.needs().logprobs)
+        };
+        let draw = |top_k| {
+            let top_k = NonZeroU32::new(top_k);
+            let (temperature, min_p, top_p) = (0.7, 0.0, 0.8);
+            Pick::Draw(Draw { temperature, min_p, top_k, top_p, seed: 0, choice: 0, position: 0 })
+        };
+        assert_eq!(needs(Pick::Largest, None), (false, false));
+        assert_eq!(needs(draw(SMALL_TOP_K), None), (false, false));
+        assert_eq!(needs(draw(SMALL_TOP_K + 1), None), (true, false));
+        assert_eq!(needs(draw(0), None), (true, false));
+        assert_eq!(needs(Pick::Largest, Some(0)), (true, true));
+        assert_eq!(needs(Pick::Given(3), Some(5)), (true, true));
     }
 
     #[test]

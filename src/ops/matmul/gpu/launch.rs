@@ -19,9 +19,11 @@ const BUSY_BLOCKS: usize = 132;
 const SPLIT_TOKENS: usize = 128;
 /// The fewest tiles that are worth a block of their own.
 const SPLIT_TILES: usize = 8;
-/// Row tiles above which a warp takes two of them at a time, or four for one token.
-const TWO_TILES: usize = 4 * BUSY_BLOCKS;
+/// Row tiles above which a warp takes four of them at a time, for one token. Of packed weights it
+/// takes two as soon as there are more than busy blocks, because its copies cost instructions.
 const FOUR_TILES: usize = 8 * BUSY_BLOCKS;
+/// Row tiles above which a warp takes two of them at a time that need no unpacking.
+const DENSE_TWO_TILES: usize = 4 * BUSY_BLOCKS;
 /// Bytes of shared memory that the blocks of a multiprocessor share.
 const SHARED_BYTES: usize = 226 << 10;
 
@@ -47,36 +49,44 @@ pub(super) enum Plan {
 }
 
 impl Plan {
-    pub(super) fn new(
-        weights: Weights,
-        num_tokens: usize,
-        (num_rows, num_cols): (usize, usize),
-    ) -> Self {
-        let num_row_tiles = num_rows.div_ceil(TILE_ROWS);
-        let num_tiles = num_cols.div_ceil(TILE_COLS);
+    pub(super) fn new(weights: Weights, num_tokens: usize, shape: (usize, usize)) -> Self {
         if num_tokens <= SMALL_TOKENS {
-            let columns = [1, 8, 16].into_iter().find(|columns| num_tokens <= *columns);
-            let columns = columns.unwrap_or(SMALL_TOKENS);
-            let four = columns == 1 && weights.has_four_tiles();
-            let tiles = match num_row_tiles {
-                n if four && FOUR_TILES < n => 4,
-                n if TWO_TILES < n => 2,
-                _ => 1,
-            };
-            // Where there are no more row tiles than blocks, more warps share one.
-            let num_warps = if num_row_tiles <= BUSY_BLOCKS { 16 } else { 8 };
-            return Self::Small { columns, tiles, num_warps };
+            Self::small(weights, num_tokens, shape.0)
+        } else {
+            Self::large(num_tokens, shape)
         }
+    }
+
+    /// Row tiles at a time do not change the sums, warps do: only the shape may choose these.
+    fn small(weights: Weights, num_tokens: usize, num_rows: usize) -> Self {
+        let num_row_tiles = num_rows.div_ceil(TILE_ROWS);
+        let columns = [1, 8].into_iter().find(|columns| num_tokens <= *columns);
+        let columns = columns.unwrap_or(SMALL_TOKENS);
+        let is_packed = matches!(weights, Weights::Packed(_));
+        let two = if is_packed { BUSY_BLOCKS } else { DENSE_TWO_TILES };
+        let tiles = match num_row_tiles {
+            n if columns == 1 && weights.has_four_tiles() && FOUR_TILES < n => 4,
+            n if two < n => 2,
+            _ => 1,
+        };
+        // Where all row tiles are taken at once, more warps share one.
+        let most = if is_packed { 2 * BUSY_BLOCKS } else { BUSY_BLOCKS };
+        let num_warps = if num_row_tiles <= most { 16 } else { 8 };
+        Self::Small { columns, tiles, num_warps }
+    }
+
+    fn large(num_tokens: usize, (num_rows, num_cols): (usize, usize)) -> Self {
         let num_row_blocks = num_rows.div_ceil(LARGE_ROWS);
-        let num_blocks = |tokens| num_row_blocks * num_tokens.div_ceil(tokens);
+        let num_tiles = num_cols.div_ceil(TILE_COLS);
+        let num_blocks = num_row_blocks * num_tokens.div_ceil(128);
         let tokens = match num_tokens {
             ..=32 => 32,
-            _ if SPLIT_TOKENS < num_tokens && BUSY_BLOCKS <= num_blocks(128) => 128,
+            _ if SPLIT_TOKENS < num_tokens && BUSY_BLOCKS <= num_blocks => 128,
             _ => 64,
         };
         let mut num_splits = 1;
         if num_tokens <= SPLIT_TOKENS {
-            let wanted = BUSY_BLOCKS.div_ceil(num_row_blocks);
+            let wanted = BUSY_BLOCKS.div_ceil(num_row_blocks.max(1));
             num_splits = wanted.min(num_tiles / SPLIT_TILES).max(1);
         }
         Self::Large { tokens, split_tiles: num_tiles.div_ceil(num_splits).max(1) }

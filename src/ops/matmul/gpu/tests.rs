@@ -129,7 +129,7 @@ const SMALL: [Plan; 7] = [
     Plan::Small { columns: 1, tiles: 2, num_warps: 8 },
     Plan::Small { columns: 1, tiles: 4, num_warps: 8 },
     Plan::Small { columns: 8, tiles: 1, num_warps: 16 },
-    Plan::Small { columns: 8, tiles: 2, num_warps: 8 },
+    Plan::Small { columns: 8, tiles: 2, num_warps: 16 },
     Plan::Small { columns: 16, tiles: 1, num_warps: 16 },
     Plan::Small { columns: 16, tiles: 2, num_warps: 8 },
 ];
@@ -306,10 +306,11 @@ fn plans() {
     let plan = |num_tokens, shape| Plan::new(weights, num_tokens, shape);
     let (qkv, up, down) = ((4608, 3584), (37888, 3584), (3584, 18944));
     assert_eq!(plan(1, (896, 896)), Plan::Small { columns: 1, tiles: 1, num_warps: 16 });
-    assert_eq!(plan(1, down), Plan::Small { columns: 1, tiles: 1, num_warps: 8 });
+    assert_eq!(plan(1, down), Plan::Small { columns: 1, tiles: 2, num_warps: 16 });
     assert_eq!(plan(1, up), Plan::Small { columns: 1, tiles: 4, num_warps: 8 });
     assert_eq!(plan(4, up), Plan::Small { columns: 8, tiles: 2, num_warps: 8 });
-    assert_eq!(plan(16, down), Plan::Small { columns: 16, tiles: 1, num_warps: 8 });
+    assert_eq!(plan(1, qkv), Plan::Small { columns: 1, tiles: 2, num_warps: 8 });
+    assert_eq!(plan(16, down), Plan::Small { columns: 16, tiles: 2, num_warps: 16 });
     assert_eq!(plan(17, qkv), Plan::Large { tokens: 32, split_tiles: 14 });
     assert_eq!(plan(64, down), Plan::Large { tokens: 64, split_tiles: 60 });
     assert_eq!(plan(64, up), Plan::Large { tokens: 64, split_tiles: 56 });

@@ -1,0 +1,20 @@
+//! Fuzzing of what reads untrusted text: answers of models, conversations and templates, bodies.
+//!
+//! Method: a loop that mutates the inputs of `tests/fuzz/corpus`, and keeps those whose outcome was
+//! not seen before. Each target runs for `QWEN_SERVER_FUZZ_SECONDS`, three if that is not set, from
+//! the seed `QWEN_SERVER_FUZZ_SEED`. An input that fails is printed and kept beside the binaries;
+//! as a file of the corpus it is tried first from then on.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+#[allow(dead_code, reason = "the other tests use the rest")]
+#[path = "support/api_fake.rs"]
+mod api_fake;
+
+#[path = "fuzz/answers.rs"]
+mod answers;
+#[path = "fuzz/bodies.rs"]
+mod bodies;
+#[path = "fuzz/fuzzer.rs"]
+mod fuzzer;
+#[path = "fuzz/templates.rs"]
+mod templates;
