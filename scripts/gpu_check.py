@@ -53,7 +53,8 @@ class Run:
     def step(self, name, limit, action):
         """Runs one step within its limit and what is left, and writes down how it went."""
         begun = time.time()
-        seconds = min(limit, self.left())
+        # A machine without a card is slow, and what it finds is only that the script works.
+        seconds = min(4 * limit if REHEARSAL else limit, self.left())
         print(f"== {name} (at most {seconds:.0f} s)", flush=True)
         try:
             if seconds < 5:
