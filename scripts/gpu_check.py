@@ -203,18 +203,23 @@ class Server:
             cwd=run.bundle, stdout=open(self.log, "w"), stderr=subprocess.STDOUT, start_new_session=True)
 
     def __enter__(self):
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            end(self.process)
+            raise
+        return self
+
+    def wait_until_ready(self):
         while True:
             log = self.log.read_text(errors="replace")
             ready = re.search(r"ready on (http://\S+)", log)
             if ready:
                 self.url = re.sub(r"\x1b\[[0-9;]*m", "", ready[1])
                 self.seconds_to_ready = time.time() - self.begun
-                return self
-            if self.process.poll() is not None:
-                raise Failed(f"the server ended: {log[-500:]}")
-            if time.time() > self.until:
-                end(self.process)
-                raise Failed(f"the server was not ready in time: {log[-300:]}")
+                return
+            require(self.process.poll() is None, f"the server ended: {log[-500:]}")
+            require(time.time() < self.until, f"the server was not ready in time: {log[-300:]}")
             time.sleep(0.1)
 
     def __exit__(self, *_):
