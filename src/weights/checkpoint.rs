@@ -137,7 +137,8 @@ impl Checkpoint {
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
         let (info, bytes) = self.shaped(name, &[len])?;
         if self.is_dummy() {
-            return Ok(vec![if name.ends_with(".bias") { 0.0 } else { 1.0 }; len]);
+            let is_bias = name.rsplit('.').next() == Some("bias");
+            return Ok(vec![if is_bias { 0.0 } else { 1.0 }; len]);
         }
         let bytes = bytes.as_ref();
         let values = match info.dtype {
