@@ -58,6 +58,8 @@ pub struct ModelConfig {
     pub aliases: Vec<Alias>,
     /// Whether the model answers to the names of DashScope's text models.
     pub hosted_names: HostedNames,
+    /// Where its weights come from.
+    pub load_format: LoadFormat,
     /// The longest sequence, if shorter than the model allows.
     pub max_model_len: Option<NonZeroUsize>,
     /// What embeddings are made of.
@@ -134,6 +136,15 @@ pub struct LogConfig {
     pub level: LogLevel,
     /// How lines look.
     pub format: LogFormat,
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LoadFormat {
+    /// From the model's files.
+    Auto,
+    /// They are random, for measurements without files.
+    Dummy,
 }
 
 /// What embeddings are made of.
@@ -370,6 +381,11 @@ impl Config {
         }
         Ok(self)
     }
+}
+
+/// Where files go that nobody needs for long.
+pub fn temporary_folder() -> std::path::PathBuf {
+    std::env::temp_dir()
 }
 
 /// As many threads as the machine lets this process run at once.

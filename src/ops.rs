@@ -12,6 +12,7 @@ pub mod indices;
 pub mod matmul;
 mod operand;
 pub mod paged_attention;
+pub mod random_rows;
 pub mod rms_norm;
 pub mod rope;
 mod rows;

@@ -5,6 +5,7 @@
 
 pub mod catalogue;
 pub mod checkpoint;
+pub mod dummy;
 pub mod gguf;
 pub mod hub;
 pub mod resolve;

@@ -30,6 +30,31 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
+/// Goal: a model of the catalogue is measured without its file. Method: the whole way, from the
+/// server's start to a report; and what cannot be made up is refused.
+#[test]
+fn random_weights_need_no_file() {
+    let bench = |model: &str| {
+        let args = ["--concurrency", "1", "--requests", "1", "--prompt-tokens", "5"];
+        command(&["bench", "--direct", model, "--output-tokens", "2"])
+            .args(args)
+            .env("QWEN_SERVER_LOAD_FORMAT", "dummy")
+            .env("QWEN_SERVER_DEVICE", "cpu")
+            .env("QWEN_SERVER_KV_CACHE_MEMORY", "32MiB")
+            .output()
+            .unwrap()
+    };
+    let output = bench("qwen2.5-0.5b-instruct:q4_0");
+    let text = stderr(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("RANDOM") && text.contains("noise"), "{text}");
+    assert!(stdout(&output).starts_with("qwen2.5-0.5b-instruct at "), "{}", stdout(&output));
+
+    let output = bench("qwen2.5-0.5b-instruct:q2_k");
+    assert_fails(&output, "have no quantisation `q2_k`");
+    assert_fails(&bench("gpt-2"), "knows no model `gpt-2`");
+}
+
 /// Fails with the message on one line and nothing on standard output.
 fn assert_fails(output: &Output, message: &str) {
     let text = stderr(output);

@@ -26,6 +26,8 @@ use qwen_server::weights::checkpoint::Checkpoint;
 use qwen_server::weights::gguf::Gguf;
 use serde::Deserialize;
 
+#[path = "models/dummy.rs"]
+mod dummy;
 #[path = "models/gpu.rs"]
 mod gpu;
 
@@ -77,7 +79,11 @@ fn tiny(name: &str) -> PathBuf {
 }
 
 fn start(model: &Path, setup: Setup) -> EngineHandle {
-    let options = LoadOptions {
+    start_planned(&PlannedModel::open(model, load_options(setup)).unwrap(), setup)
+}
+
+fn load_options(setup: Setup) -> LoadOptions {
+    LoadOptions {
         device: setup.place.device(),
         gpu_memory_utilization: 0.9,
         execution: setup.place.execution(),
@@ -88,8 +94,10 @@ fn start(model: &Path, setup: Setup) -> EngineHandle {
         max_num_seqs: 16,
         max_num_batched_tokens: setup.max_num_batched_tokens,
         num_threads: setup.num_threads,
-    };
-    let planned = PlannedModel::open(model, options).unwrap();
+    }
+}
+
+fn start_planned(planned: &PlannedModel, setup: Setup) -> EngineHandle {
     let config = EngineConfig {
         max_num_batched_tokens: setup.max_num_batched_tokens,
         max_num_seqs: 16,

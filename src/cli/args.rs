@@ -10,8 +10,8 @@ use clap::{ArgAction, Args};
 
 use crate::config::{
     self, Alias, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice,
-    EmbeddingPooling, EngineOptions, Execution, HostedNames, HttpConfig, KvCacheDtype, LogConfig,
-    LogFormat, LogLevel, ModelConfig, PrefixCaching, Settings, Source,
+    EmbeddingPooling, EngineOptions, Execution, HostedNames, HttpConfig, KvCacheDtype, LoadFormat,
+    LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Settings, Source,
 };
 
 const AFTER_HELP: &str = "\
@@ -61,6 +61,14 @@ struct ModelFlags {
     /// first.
     #[arg(long, env = "QWEN_SERVER_MODEL", default_value = DEFAULT_MODEL)]
     model: String,
+
+    /// Where weights come from: the model's files, or nowhere
+    ///
+    /// `dummy` measures a model of the catalogue, such as `qwen2.5-72b-instruct:q4_k_m`, without
+    /// downloading it: its weights are random, and so are its answers.
+    #[arg(long, env = "QWEN_SERVER_LOAD_FORMAT", value_name = "FORMAT")]
+    #[arg(value_enum, default_value_t = LoadFormat::Auto)]
+    load_format: LoadFormat,
 
     /// Name that clients know the model by, instead of its own [repeatable]
     ///
@@ -269,6 +277,7 @@ impl ServeArgs {
                 } else {
                     HostedNames::Unknown
                 },
+                load_format: model.load_format,
                 max_model_len: model.max_model_len.and_then(NonZeroUsize::new),
                 embedding_pooling: model.embedding_pooling,
                 bare_tool_calls: if model.bare_tool_calls && !model.no_bare_tool_calls {

@@ -1,6 +1,7 @@
 //! `serve`: joins weights, engine and HTTP, and waits for a signal to stop.
 
 mod device;
+mod dummy;
 mod plan;
 mod served_model;
 
@@ -21,7 +22,8 @@ use tokio::sync::oneshot;
 use super::{Hinted, hub_from_environment};
 use crate::cli::progress::DownloadProgress;
 use crate::config::{
-    ByteSize, Config, EngineOptions, KvCacheDtype, LogConfig, LogFormat, LogLevel, PrefixCaching,
+    ByteSize, Config, EngineOptions, KvCacheDtype, LoadFormat, LogConfig, LogFormat, LogLevel,
+    PrefixCaching,
 };
 use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
@@ -30,7 +32,7 @@ use crate::http::{AppState, HttpLimits, serve};
 use crate::runner::ModelRunner;
 use crate::runner::load::{LoadOptions, PlannedModel};
 use crate::telemetry::{logging, metrics};
-use crate::weights::resolve::resolve;
+use crate::weights::resolve::{ResolvedModel, resolve};
 
 /// Threads that speak HTTP. They only move bytes; the cores belong to the model.
 const HTTP_THREADS: usize = 2;
@@ -71,11 +73,7 @@ impl Server {
             .context("cannot start the HTTP threads")?;
         let listener = runtime.block_on(listen(config))?;
 
-        let resolved =
-            resolve(&config.model.model, &hub_from_environment()?, &mut DownloadProgress::new())?;
-        let planned =
-            PlannedModel::open(&resolved.gguf, load_options(config, opened.device.clone()))
-                .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
+        let (resolved, planned) = find_model(config, opened.device.clone())?;
         let planned = Arc::new(planned);
         let names = config.model.names(&resolved.name);
         eprintln!("{}", plan::describe(config, &resolved, &planned, (&names, &opened)));
@@ -158,6 +156,19 @@ fn install_logging(config: LogConfig) {
         LogFormat::Json => logging::LineFormat::Json,
     };
     logging::install(level, format);
+}
+
+/// Finds the model's files, or makes up a model.
+fn find_model(config: &Config, device: Device) -> Result<(ResolvedModel, PlannedModel)> {
+    let options = load_options(config, device);
+    let name = &config.model.model;
+    if config.model.load_format == LoadFormat::Dummy {
+        return dummy::make_up(name, options);
+    }
+    let resolved = resolve(name, &hub_from_environment()?, &mut DownloadProgress::new())?;
+    let planned = PlannedModel::open(&resolved.gguf, options)
+        .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
+    Ok((resolved, planned))
 }
 
 /// Takes the address first: a port that is in use should be known before a model is loaded.

@@ -1,7 +1,10 @@
 //! Token embedding: rows of a table, decoded one by one from the file's own encoding.
 
+use std::borrow::Cow;
+
 use candle_core::Result;
 
+use super::content::rows;
 use crate::ops::embedding::{EmbeddingTable, embedding};
 use crate::ops::indices::Indices;
 use crate::ops::tensor::{Device, Tensor};
@@ -24,9 +27,12 @@ impl Embedding {
     ) -> anyhow::Result<Self> {
         let matrix = checkpoint.matrix(&format!("{name}.weight"), vocab_size, hidden_size)?;
         let num_bytes = matrix.bytes.as_ref().len();
-        let table = EmbeddingTable::new(matrix.bytes, matrix.dtype, (vocab_size, hidden_size))?
-            .to_device(device)?;
-        Ok(Self { table, num_bytes })
+        let shape = (vocab_size, hidden_size);
+        let table = match rows(&matrix)? {
+            Cow::Borrowed(_) => EmbeddingTable::new(matrix.bytes, matrix.dtype, shape)?,
+            Cow::Owned(rows) => EmbeddingTable::new(rows, matrix.dtype, shape)?,
+        };
+        Ok(Self { table: table.to_device(device)?, num_bytes })
     }
 
     /// `[num_tokens]` ids to `[num_tokens, hidden_size]`.

@@ -2,9 +2,12 @@
 
 use candle_core::Result;
 
-use crate::ops::matmul::{MatrixSource, Stacking, Weights, gated_matmul, matmul, matmul_f32};
+use super::content::rows;
+use crate::ops::matmul::{
+    MatrixSource, RandomSource, Stacking, Weights, gated_matmul, matmul, matmul_f32,
+};
 use crate::ops::tensor::{Device, Tensor};
-use crate::weights::checkpoint::{Checkpoint, StoredMatrix};
+use crate::weights::checkpoint::{Checkpoint, Content, StoredMatrix};
 
 /// A linear projection, or several that share their input and run as one.
 pub struct Linear {
@@ -115,13 +118,29 @@ fn pack(
     stacking: Stacking,
     device: &Device,
 ) -> Result<Weights> {
+    if let Some(random) = random_sources(stored) {
+        return Weights::random(&random, in_features, stacking, device);
+    }
+    let rows = stored.iter().map(rows).collect::<Result<Vec<_>>>()?;
     let sources: Vec<_> = stored
         .iter()
-        .map(|matrix| MatrixSource {
+        .zip(&rows)
+        .map(|(matrix, rows)| MatrixSource {
             dtype: matrix.dtype,
-            data: matrix.bytes.as_ref(),
+            data: rows,
             num_rows: matrix.num_rows,
         })
         .collect();
     Weights::pack(&sources, in_features, stacking, device)
+}
+
+/// What to make up of matrices that are best made up in place.
+fn random_sources(stored: &[StoredMatrix]) -> Option<Vec<RandomSource>> {
+    let sources = stored.iter().map(|matrix| match matrix.content {
+        Content::RandomInPlace { seed } => {
+            Some(RandomSource { dtype: matrix.dtype, num_rows: matrix.num_rows, seed })
+        }
+        Content::Stored | Content::Random { .. } => None,
+    });
+    sources.collect()
 }

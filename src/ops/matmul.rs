@@ -40,6 +40,7 @@ use self::plan::{Epilogue, Plan};
 use self::simd::{Isa, LANES};
 use crate::device::threads::parallel_for;
 use crate::ops::gguf_blocks::{block_layout, row_bytes};
+use crate::ops::random_rows::random_rows;
 use crate::ops::simd::Isa as FloatIsa;
 use crate::ops::tensor::{Device, GpuTensor, Tensor};
 
@@ -57,6 +58,17 @@ pub struct MatrixSource<'a> {
     pub data: &'a [u8],
     /// How many rows there are.
     pub num_rows: usize,
+}
+
+/// Rows of weights that nobody has, see [`crate::ops::random_rows`].
+#[derive(Clone, Copy, Debug)]
+pub struct RandomSource {
+    /// Format of the blocks.
+    pub dtype: GgmlDType,
+    /// How many rows there are.
+    pub num_rows: usize,
+    /// Makes them differ from those of other matrices.
+    pub seed: u64,
 }
 
 /// A matrix of weights `[num_rows, num_cols]` on the device that multiplies with it.
@@ -85,6 +97,36 @@ impl Weights {
                 Self::Gpu(Arc::new(GpuMatrix::pack(gpu, sources, num_cols, stacking)?))
             }
         })
+    }
+
+    /// Makes up weights on a device: other ones than another device does.
+    ///
+    /// # Errors
+    /// As [`Weights::pack`].
+    pub fn random(
+        sources: &[RandomSource],
+        num_cols: usize,
+        stacking: Stacking,
+        device: &Device,
+    ) -> Result<Self> {
+        if let Device::Gpu(gpu) = device {
+            let matrix = GpuMatrix::random(gpu, sources, num_cols, stacking)?;
+            return Ok(Self::Gpu(Arc::new(matrix)));
+        }
+        let rows = sources
+            .iter()
+            .map(|source| random_rows(source.dtype, (source.num_rows, num_cols), source.seed))
+            .collect::<Result<Vec<_>>>()?;
+        let sources: Vec<_> = sources
+            .iter()
+            .zip(&rows)
+            .map(|(&RandomSource { dtype, num_rows, .. }, data)| MatrixSource {
+                dtype,
+                data,
+                num_rows,
+            })
+            .collect();
+        Self::pack(&sources, num_cols, stacking, device)
     }
 
     /// Rows of all sources.

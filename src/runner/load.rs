@@ -57,7 +57,15 @@ pub struct PlannedModel {
 impl PlannedModel {
     /// Opens the file, checks that it can be run and plans its memory.
     pub fn open(path: &Path, options: LoadOptions) -> anyhow::Result<Self> {
-        let checkpoint = Checkpoint::open(path)?;
+        Self::plan(Checkpoint::open(path)?, options)
+    }
+
+    /// The same with random weights instead of the file's.
+    pub fn open_dummy(path: &Path, options: LoadOptions) -> anyhow::Result<Self> {
+        Self::plan(Checkpoint::open_dummy(path)?, options)
+    }
+
+    fn plan(checkpoint: Checkpoint, options: LoadOptions) -> anyhow::Result<Self> {
         let metadata = checkpoint.gguf().metadata();
         registry::check_architecture(metadata.str("general.architecture")?)?;
         let config = ModelConfig::from_checkpoint(&checkpoint)?;

@@ -39,7 +39,35 @@ pub enum CheckpointError {
 /// The parameters of one model file.
 pub struct Checkpoint {
     gguf: Gguf,
+    filling: Filling,
 }
+
+/// Where a checkpoint's weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Filling {
+    File,
+    Random,
+}
+
+/// Where the weights of a matrix come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// They are in the file.
+    Stored,
+    /// They are random, and the same on every device; the file's bytes mean nothing.
+    Random {
+        /// Makes them differ from those of other matrices.
+        seed: u64,
+    },
+    /// The same of a model so large that its weights are best made where they are used.
+    RandomInPlace {
+        /// Makes them differ from those of other matrices.
+        seed: u64,
+    },
+}
+
+/// A dummy with more bytes is made in place: it takes the processor longer than anyone waits.
+const MAX_PORTABLE_BYTES: usize = 2 << 30;
 
 /// A matrix as it lies in the file.
 pub struct StoredMatrix {
@@ -51,12 +79,24 @@ pub struct StoredMatrix {
     pub num_cols: usize,
     /// The encoded rows, one after another.
     pub bytes: TensorBytes,
+    /// Whether these are the weights.
+    pub content: Content,
 }
 
 impl Checkpoint {
     /// Maps a GGUF file and, for a split one, its siblings.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        Ok(Self { gguf: Gguf::open(path)? })
+        Ok(Self { gguf: Gguf::open(path)?, filling: Filling::File })
+    }
+
+    /// The same with random weights, norms of one and biases of zero instead of the file's.
+    pub fn open_dummy(path: &Path) -> Result<Self, CheckpointError> {
+        Ok(Self { gguf: Gguf::open(path)?, filling: Filling::Random })
+    }
+
+    /// Whether the weights are random.
+    pub fn is_dummy(&self) -> bool {
+        self.filling == Filling::Random
     }
 
     /// The file's header.
@@ -77,12 +117,29 @@ impl Checkpoint {
         num_cols: usize,
     ) -> Result<StoredMatrix, CheckpointError> {
         let (info, bytes) = self.shaped(name, &[num_rows, num_cols])?;
-        Ok(StoredMatrix { dtype: info.dtype, num_rows, num_cols, bytes })
+        let content = self.content(name);
+        Ok(StoredMatrix { dtype: info.dtype, num_rows, num_cols, bytes, content })
+    }
+
+    fn content(&self, name: &str) -> Content {
+        let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        let num_bytes: usize = self.gguf.tensors().map(|tensor| tensor.num_bytes).sum();
+        match self.filling {
+            Filling::File => Content::Stored,
+            Filling::Random if num_bytes <= MAX_PORTABLE_BYTES => Content::Random { seed },
+            Filling::Random => Content::RandomInPlace { seed },
+        }
     }
 
     /// A vector of the given length as 32-bit floats.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
         let (info, bytes) = self.shaped(name, &[len])?;
+        if self.is_dummy() {
+            let is_bias = name.rsplit('.').next() == Some("bias");
+            return Ok(vec![if is_bias { 0.0 } else { 1.0 }; len]);
+        }
         let bytes = bytes.as_ref();
         let values = match info.dtype {
             GgmlDType::F32 => le_words(bytes).map(f32::from_le_bytes).collect(),

@@ -12,7 +12,6 @@ mod header;
 mod metadata;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
 pub(crate) mod writer;
 
 use std::collections::HashMap;

@@ -35,12 +35,18 @@ pub(super) fn describe(
         names.push("the names of DashScope's text models");
     }
     let weights = planned.checkpoint.gguf();
+    let mut file = resolved.gguf.display().to_string();
+    let mut weight_bytes = HumanBytes(plan.weight_bytes).to_string();
+    if planned.checkpoint.is_dummy() {
+        "none".clone_into(&mut file);
+        weight_bytes.push_str(" OF RANDOM NUMBERS: every answer is noise");
+    }
     let lines = [
         ("model", format!("{}, {}", planned.config.architecture, weights.quantization())),
-        ("file", resolved.gguf.display().to_string()),
+        ("file", file),
         ("answers to", names.join(", ")),
         ("device", device(config, opened)),
-        ("weights", HumanBytes(plan.weight_bytes).to_string()),
+        ("weights", weight_bytes),
         ("workspace", format!("about {}", HumanBytes(plan.workspace_bytes))),
         (
             "KV cache",

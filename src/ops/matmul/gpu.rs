@@ -9,6 +9,7 @@
 mod launch;
 mod layout;
 mod pack;
+mod random;
 #[cfg(test)]
 mod tests;
 

@@ -292,6 +292,13 @@ fn dtype_from_code(code: u32) -> Option<GgmlDType> {
     })
 }
 
+/// The number of a type in a file.
+pub(super) fn code_of(dtype: GgmlDType) -> u32 {
+    const CODES: std::ops::RangeInclusive<u32> = 0..=30;
+    let mut codes = CODES.filter(|code| dtype_from_code(*code) == Some(dtype));
+    codes.next().expect("every type has a number")
+}
+
 /// What ggml calls a type that cannot be read here.
 fn dtype_name(code: u32) -> String {
     let name = match code {

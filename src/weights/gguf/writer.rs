@@ -1,4 +1,9 @@
-//! Writes tiny GGUF files for tests, with every number open to tampering.
+//! Writes GGUF files: tiny ones for tests, with every number open to tampering, and headers of
+//! large ones whose tensors are holes.
+
+use candle_core::quantized::GgmlDType;
+
+use super::header::code_of;
 
 /// A GGUF file under construction.
 #[derive(Clone, Debug, Default)]
@@ -15,10 +20,12 @@ struct Tensor {
     dimensions: Vec<u64>,
     code: u32,
     offset: Option<u64>,
+    #[cfg(test)]
     bytes: Vec<u8>,
+    num_bytes: u64,
 }
 
-const ALIGNMENT: usize = 32;
+const ALIGNMENT: u64 = 32;
 
 impl Writer {
     pub(crate) fn new() -> Self {
@@ -59,12 +66,38 @@ impl Writer {
         self.raw(key, 9, &bytes)
     }
 
+    pub(crate) fn bool(self, key: &str, value: bool) -> Self {
+        self.raw(key, 7, &[u8::from(value)])
+    }
+
+    /// Adds a tensor whose bytes are left out; dimensions innermost first.
+    pub(crate) fn hole(
+        mut self,
+        name: &str,
+        dimensions: &[u64],
+        dtype: GgmlDType,
+        num_bytes: u64,
+    ) -> Self {
+        self.tensors.push(Tensor {
+            name: name.to_owned(),
+            dimensions: dimensions.to_vec(),
+            code: code_of(dtype),
+            offset: None,
+            #[cfg(test)]
+            bytes: Vec::new(),
+            num_bytes,
+        });
+        self
+    }
+
     /// Adds a tensor with its own bytes; dimensions innermost first.
+    #[cfg(test)]
     pub(crate) fn tensor(self, name: &str, dimensions: &[u64], code: u32, bytes: &[u8]) -> Self {
         self.tensor_at(name, dimensions, code, (None, bytes))
     }
 
     /// The same with a chosen offset, which moves the description and not the bytes.
+    #[cfg(test)]
     pub(crate) fn tensor_at(
         mut self,
         name: &str,
@@ -78,12 +111,24 @@ impl Writer {
             code,
             offset,
             bytes: bytes.to_vec(),
+            num_bytes: bytes.len() as u64,
         });
         self
     }
 
     /// The file's bytes, version 3.
+    #[cfg(test)]
     pub(crate) fn build(&self) -> Vec<u8> {
+        let (mut file, _) = self.header();
+        for tensor in &self.tensors {
+            file.extend(&tensor.bytes);
+            file.resize(file.len().next_multiple_of(ALIGNMENT as usize), 0);
+        }
+        file
+    }
+
+    /// What stands before the tensors' bytes, and the length of the whole file.
+    pub(crate) fn header(&self) -> (Vec<u8>, u64) {
         let mut file = b"GGUF".to_vec();
         file.extend(3_u32.to_le_bytes());
         file.extend((self.tensors.len() as u64).to_le_bytes());
@@ -92,7 +137,7 @@ impl Writer {
             file.extend(text(key));
             file.extend(value);
         }
-        let mut data: Vec<u8> = Vec::new();
+        let mut data_len = 0;
         for tensor in &self.tensors {
             file.extend(text(&tensor.name));
             file.extend((tensor.dimensions.len() as u32).to_le_bytes());
@@ -100,13 +145,12 @@ impl Writer {
                 file.extend(size.to_le_bytes());
             }
             file.extend(tensor.code.to_le_bytes());
-            file.extend(tensor.offset.unwrap_or(data.len() as u64).to_le_bytes());
-            data.extend(&tensor.bytes);
-            data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
+            file.extend(tensor.offset.unwrap_or(data_len).to_le_bytes());
+            data_len = (data_len + tensor.num_bytes).next_multiple_of(ALIGNMENT);
         }
-        file.resize(file.len().next_multiple_of(ALIGNMENT), 0);
-        file.extend(data);
-        file
+        file.resize(file.len().next_multiple_of(ALIGNMENT as usize), 0);
+        let len = file.len() as u64 + data_len;
+        (file, len)
     }
 }
 

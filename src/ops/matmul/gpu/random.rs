@@ -1,0 +1,164 @@
+//! Random weights made on the card: `kernels/dummy/fill_random.cu`.
+//!
+//! A few rows are made and packed as those of a file are; the card repeats their scales and turns
+//! the bits of their integers at random. So 40 GB take no longer than writing them.
+
+use candle_core::Result;
+
+use super::{GATED_ROWS, TILE_COLS, TILE_ROWS};
+use super::{GpuMatrix, Interleaving, Segment, Stacking, Weights};
+use crate::device::gpu::{Arg, DeviceBuffer, Gpu, Kernel, LaunchConfig};
+use crate::ops::matmul::{MatrixSource, RandomSource};
+use crate::ops::random_rows::random_rows;
+
+/// The bytes of a `uint4`.
+const UNIT: usize = 16;
+const NUM_THREADS: u32 = 256;
+const BLOCKS_PER_MULTIPROCESSOR: usize = 16;
+
+impl GpuMatrix {
+    /// Makes a matrix of random weights on the card.
+    ///
+    /// # Errors
+    /// As [`GpuMatrix::pack`].
+    pub fn random(
+        gpu: &Gpu,
+        sources: &[RandomSource],
+        num_cols: usize,
+        stacking: Stacking,
+    ) -> Result<Self> {
+        let rows = sources
+            .iter()
+            .map(|source| random_rows(source.dtype, (TILE_ROWS, num_cols), source.seed))
+            .collect::<Result<Vec<_>>>()?;
+        let samples: Vec<_> = sources
+            .iter()
+            .zip(&rows)
+            .map(|(source, data)| MatrixSource { dtype: source.dtype, data, num_rows: TILE_ROWS })
+            .collect();
+        let mut matrix = Self::pack(gpu, &samples, num_cols, stacking)?;
+        matrix.num_rows = 0;
+        for segment in &mut matrix.segments {
+            let first = segment.first_row / TILE_ROWS;
+            let sources = &sources[first..first + segment.num_rows / TILE_ROWS];
+            let num_rows = sources.iter().map(|source| source.num_rows).sum();
+            segment.buffer = segment.filled(gpu, num_rows, (num_cols, sources[0].seed))?;
+            segment.first_row = matrix.num_rows;
+            segment.num_rows = num_rows;
+            matrix.num_rows += num_rows;
+        }
+        Ok(matrix)
+    }
+}
+
+impl Segment {
+    /// Memory for `num_rows` rows, filled after the first row tile of this segment.
+    fn filled(
+        &self,
+        gpu: &Gpu,
+        num_rows: usize,
+        (num_cols, seed): (usize, u64),
+    ) -> Result<DeviceBuffer> {
+        let num_tiles = num_cols.div_ceil(TILE_COLS);
+        let (row_tile_bytes, tile_bytes, integer_bytes, mask) = match self.weights {
+            Weights::Packed(format) => (
+                format.row_tile_bytes(num_tiles),
+                format.tile_bytes(),
+                format.integer_bytes(),
+                u32::MAX,
+            ),
+            Weights::Dense { row_stride } => {
+                let bytes = TILE_ROWS * row_stride * 2;
+                (bytes, bytes, bytes, 0x807f_807f)
+            }
+        };
+        let tiles_bytes = match self.weights {
+            Weights::Packed(_) => num_tiles * tile_bytes,
+            Weights::Dense { .. } => tile_bytes,
+        };
+        let num_row_tiles = match self.layout {
+            Interleaving::Plain => num_rows.div_ceil(TILE_ROWS),
+            Interleaving::Gated => (num_rows / 2).div_ceil(GATED_ROWS),
+        };
+        let buffer = gpu.alloc(num_row_tiles * row_tile_bytes)?;
+        let num_units = buffer.len() / UNIT;
+        let args = [
+            Arg::Buffer(&self.buffer),
+            Arg::Buffer(&buffer),
+            Arg::I64(num_units as i64),
+            Arg::U32((row_tile_bytes / UNIT) as u32),
+            Arg::U32((tiles_bytes / UNIT) as u32),
+            Arg::U32((tile_bytes / UNIT) as u32),
+            Arg::U32((integer_bytes / UNIT) as u32),
+            Arg::U32(mask),
+            Arg::U32(seed as u32 & 0x00ff_ffff),
+        ];
+        let wanted = num_units.div_ceil(NUM_THREADS as usize);
+        let num_blocks = wanted.min(gpu.num_multiprocessors() * BLOCKS_PER_MULTIPROCESSOR);
+        let kernel = Kernel { module: "fill_random", function: "fill_random" };
+        gpu.launch(kernel, LaunchConfig::linear(num_blocks, NUM_THREADS), &args)?;
+        Ok(buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use candle_core::quantized::GgmlDType;
+
+    use super::*;
+    use crate::ops::gguf_blocks::tests::Random;
+    use crate::ops::tensor::GpuTensor;
+
+    /// Goal: random weights are as large as they should be, and rows differ. Method: the products
+    /// with random activations have the activations' spread, and equal no other's.
+    #[test]
+    fn products_with_random_weights_are_as_large_as_their_input() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let num_cols = if gpu.is_emulated() { 256 } else { 8192 };
+        let mut random = Random::new(3);
+        let spread = 3.0_f32.sqrt();
+        let x: Vec<f32> = (0..num_cols).map(|_| random.float() * spread).collect();
+        let x = GpuTensor::from_slice(&gpu, &x, DType::BF16, (1, num_cols)).unwrap();
+        for dtype in [
+            GgmlDType::BF16,
+            GgmlDType::F16,
+            GgmlDType::Q8_0,
+            GgmlDType::Q4_0,
+            GgmlDType::Q4_1,
+            GgmlDType::Q5_0,
+            GgmlDType::Q5_1,
+            GgmlDType::Q2K,
+            GgmlDType::Q3K,
+            GgmlDType::Q4K,
+            GgmlDType::Q5K,
+            GgmlDType::Q6K,
+        ] {
+            let source = |num_rows, seed| RandomSource { dtype, num_rows, seed };
+            let sources = [source(160, 1), source(48, 2), source(16, 3)];
+            let matrix = GpuMatrix::random(&gpu, &sources, num_cols, Stacking::Below).unwrap();
+            assert_eq!(matrix.num_rows(), 224);
+            let y = matrix.matmul(&x, None, DType::F32).unwrap();
+            let y = y.to_vec().unwrap();
+            let square = y.iter().map(|y| y * y).sum::<f32>() / y.len() as f32;
+            assert!((0.15..1.7).contains(&square), "{dtype:?}: {square}");
+            let mut sorted = y.clone();
+            sorted.sort_by(f32::total_cmp);
+            let num_equal = sorted.windows(2).filter(|pair| pair[0] == pair[1]).count();
+            assert!(num_equal < 4, "{dtype:?}: {num_equal} of {} products are equal", y.len());
+        }
+    }
+
+    /// Goal: gates and ups of random weights multiply. Method: an activation of ones.
+    #[test]
+    fn random_gates_multiply() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let x = GpuTensor::from_slice(&gpu, &[1.0; 256], DType::BF16, (1, 256)).unwrap();
+        let source = |seed| RandomSource { dtype: GgmlDType::Q4K, num_rows: 72, seed };
+        let sources = [source(1), source(2)];
+        let matrix = GpuMatrix::random(&gpu, &sources, 256, Stacking::Gated).unwrap();
+        let y = matrix.gated_matmul(&x).unwrap().to_vec().unwrap();
+        assert_eq!(y.len(), 72);
+        assert!(y.iter().all(|y| y.is_finite()) && y.iter().any(|y| y.abs() > 0.01));
+    }
+}
