@@ -113,6 +113,10 @@ fn compile_for_cards(sources: &Sources, out: &Path) {
 /// One shared library of all kernels.
 fn compile_for_the_host(sources: &Sources, out: &Path) {
     let compiler = env::var("CXX").unwrap_or_else(|_| "g++".to_owned());
+    // Checkouts that share a target folder have this one in common, and other kernels each.
+    let checkout = env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+    let out = &out.join(checkout.replace(['/', '\\', ':'], "-"));
+    fs::create_dir_all(out).expect("the build folder is writable");
     let compile = |source: &Path, output: &Path| {
         let mut command = Command::new(&compiler);
         command.args(["-std=c++17", "-O2", "-fPIC", "-x", "c++", "-I", "kernels/include"]);
