@@ -97,7 +97,7 @@ extern "C" __global__ void planted_exchange(const float* x, float* out, int mist
         named_barrier(1, NUM_THREADS);
     }
     if (mistake == 7 && i == 9) {
-        out[i] = x[size_t(1) << 40];
+        out[i] = *(x - (ptrdiff_t(1) << 40));
     }
     if (mistake == 8 && i == 9) {
         out[i] = float(load_8(x + 1).x);
