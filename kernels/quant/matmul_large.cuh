@@ -16,9 +16,9 @@
 // (Q4_K) instructions, with 32 tokens 16 mma and 155 to 242.
 //
 // Bytes: weights once for each token block, activations once for each row block, from the L2 cache. Splitting k fills
-// the SMs where there are few row blocks. How k is split is the host's choice by the shape of the matrix. The parts
-// are written to `partial` in f32, and the block that comes last (a counter for each output block, left at zero)
-// adds them in the order of k: the result does not depend on which one that is.
+// the SMs where there are few row blocks. How k is split is the host's choice by the kernel and the shape of the
+// matrix. The parts are written to `partial` in f32, and the block that comes last (a counter for each output block,
+// left at zero) adds them in the order of k: the result does not depend on which one that is.
 //
 // Minima take sum(x) of each scale group, which matmul_sums has put into `sums` [group][sum_stride tokens].
 #pragma once

@@ -143,8 +143,8 @@ struct SmallSums {
 template <int TILES, int COLUMNS>
 constexpr int SMALL_WARP_SUMS = TILES * (COLUMNS == 1 ? TILE_ROWS : ceil_div(COLUMNS, 8) * 4 * WARP_SIZE);
 
-// How many stages a ring has, so that two blocks of eight warps fit into an SM, or one of 16, also of an A100, which has
-// 163 KB: 10 KB a warp. That is 80 to 160 KB on the way to an SM, and 40 are needed.
+// How many stages a ring has, so that two blocks of eight warps fit into an SM, or one of 16, also of an A100, which
+// has 163 KB: 10 KB a warp. Some 40 KB on the way to an SM are needed to keep memory busy.
 template <class F, int TILES, int COLUMNS>
 constexpr int small_stages() {
     const int free_bytes = 10240 - 2 * 4 * SMALL_WARP_SUMS<TILES, COLUMNS>;

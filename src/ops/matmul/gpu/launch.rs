@@ -88,8 +88,10 @@ impl Plan {
         };
         let mut num_splits = 1;
         if num_tokens <= SPLIT_TOKENS {
-            let wanted = BUSY_BLOCKS.div_ceil(num_row_blocks.max(1));
-            num_splits = wanted.min(num_tiles / SPLIT_TILES).max(1);
+            // As many as run at once: a second round for a few blocks would double the time.
+            let at_once = if tokens == 32 { 2 * BUSY_BLOCKS } else { BUSY_BLOCKS };
+            let num_blocks = num_row_blocks * num_tokens.div_ceil(tokens);
+            num_splits = (at_once / num_blocks.max(1)).min(num_tiles / SPLIT_TILES).max(1);
         }
         Self::Large { tokens, split_tiles: num_tiles.div_ceil(num_splits).max(1) }
     }

@@ -313,8 +313,8 @@ fn plans() {
     assert_eq!(plan(1, qkv), Plan::Small { columns: 1, tiles: 2, num_warps: 8 });
     assert_eq!(plan(16, down), Plan::Small { columns: 16, tiles: 1, num_warps: 16 });
     assert_eq!(plan(16, up), Plan::Small { columns: 16, tiles: 2, num_warps: 8 });
-    assert_eq!(plan(17, qkv), Plan::Large { tokens: 32, split_tiles: 14 });
-    assert_eq!(plan(64, down), Plan::Large { tokens: 64, split_tiles: 60 });
+    assert_eq!(plan(17, qkv), Plan::Large { tokens: 32, split_tiles: 8 });
+    assert_eq!(plan(64, down), Plan::Large { tokens: 64, split_tiles: 74 });
     assert_eq!(plan(64, up), Plan::Large { tokens: 64, split_tiles: 56 });
     assert_eq!(plan(512, down), Plan::Large { tokens: 64, split_tiles: 296 });
     assert_eq!(plan(4096, qkv), Plan::Large { tokens: 128, split_tiles: 56 });
