@@ -10,6 +10,7 @@ mod json;
 mod python;
 mod strftime;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
@@ -39,6 +40,9 @@ pub enum TemplateError {
     /// The template cannot be rendered with this conversation.
     #[error("the chat template cannot render the conversation")]
     Render(#[source] minijinja::Error),
+    /// The template brings its interpreter into a state that it does not expect.
+    #[error("the chat template cannot be run; it may be damaged")]
+    Broken,
     /// The template does not come to an end.
     #[error("the chat template takes too many steps")]
     OutOfFuel,
@@ -150,7 +154,10 @@ impl ChatTemplate {
         variables.push(("add_generation_prompt", options.add_generation_prompt.into()));
         let context = Value::from_pairs(variables);
         let template = self.environment.get_template(NAME).map_err(TemplateError::Syntax)?;
-        template.render(context).map_err(classify)
+        // The interpreter has places that odd templates bring to a panic.
+        let render = AssertUnwindSafe(|| template.render(context));
+        let rendered = catch_unwind(render).map_err(|_| TemplateError::Broken)?;
+        rendered.map_err(classify)
     }
 }
 

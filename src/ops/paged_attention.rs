@@ -182,7 +182,10 @@ impl KvCache {
     pub fn new(shape: KvCacheShape, dtype: DType, device: &Device) -> Result<Self> {
         Ok(match device {
             Device::Cpu => Self::Cpu(CpuKvCache::new(shape, dtype)?),
-            Device::Gpu(gpu) => Self::Gpu(GpuKvCache::new(shape, dtype, gpu)?),
+            Device::Gpu(gpu) => {
+                gpu::check_shape(shape)?;
+                Self::Gpu(GpuKvCache::new(shape, dtype, gpu)?)
+            }
         })
     }
 }

@@ -169,6 +169,10 @@ fn check_scalar(schema: &Map<String, Value>, value: &Value) -> Checked {
 struct Auditor {
     description: Description,
     seen: BTreeSet<String>,
+    /// What the `accept` header says.
+    accept: &'static str,
+    /// What follows the path.
+    query: &'static str,
 }
 
 impl Auditor {
@@ -199,9 +203,11 @@ impl Auditor {
         id: &str,
         body: Value,
     ) -> (u16, Value) {
+        let request = Request::builder()
+            .method(&*method.to_uppercase())
+            .uri(path.replace("{id}", id) + self.query);
         let request =
-            Request::builder().method(&*method.to_uppercase()).uri(path.replace("{id}", id));
-        let request = request.header("content-type", "application/json");
+            request.header("content-type", "application/json").header("accept", self.accept);
         let sent = if method == "post" { body.to_string() } else { String::new() };
         let response = server.send(request.body(Body::from(sent)).unwrap()).await;
         let status = response.status().as_u16();
@@ -221,7 +227,8 @@ impl Auditor {
         let values: Vec<Value> = match media.as_str() {
             "application/json" => vec![serde_json::from_str(&text).unwrap()],
             "text/event-stream" => {
-                let lines = text.lines().filter_map(|line| line.strip_prefix("data: "));
+                let lines =
+                    text.lines().filter_map(|line| line.strip_prefix("data:")).map(str::trim_start);
                 lines
                     .filter(|data| *data != "[DONE]")
                     .map(|data| serde_json::from_str(data).unwrap())
@@ -241,7 +248,8 @@ impl Auditor {
     fn described(&self) -> BTreeSet<String> {
         let mut all = BTreeSet::new();
         for (path, operations) in self.description.0["paths"].as_object().unwrap() {
-            for (method, operation) in operations.as_object().unwrap() {
+            let is_operation = |(key, _): &(&String, &Value)| *key != "servers";
+            for (method, operation) in operations.as_object().unwrap().iter().filter(is_operation) {
                 for (class, response) in operation["responses"].as_object().unwrap() {
                     let content = &self.description.resolve(response)["content"];
                     for media in content.as_object().unwrap().keys() {
@@ -378,6 +386,41 @@ async fn messaging(auditor: &mut Auditor, server: &FakeServer, thinking: &FakeSe
     assert_eq!(last["type"], "error");
 }
 
+/// DashScope's own endpoints.
+async fn native(auditor: &mut Auditor, server: &FakeServer, thinking: &FakeServer) {
+    let say =
+        |text: &str| json!({"messages": [{"role": "user", "content": format!("say:{text};")}]});
+    let ask = |input: Value, parameters: Value| json!({"model": MODEL, "input": input, "parameters": parameters});
+    let tools =
+        json!([{"type": "function", "function": {"name": "add", "parameters": parameters()}}]);
+    let generate = "/api/v1/services/aigc/text-generation/generation";
+    let multimodal = "/api/v1/services/aigc/multimodal-generation/generation";
+    for accept in ["*/*", "text/event-stream"] {
+        auditor.accept = accept;
+        for (server, path, input, parameters) in [
+            (server, generate, say("hello"), json!({"result_format": "message", "logprobs": true})),
+            (server, generate, json!({"prompt": "say:hello;"}), json!({"result_format": "text"})),
+            (server, generate, say(CALL), json!({"tools": tools, "result_format": "message"})),
+            (thinking, generate, say("<think>hm</think>hello"), json!({})),
+            (server, multimodal, say("hello"), json!({})),
+        ] {
+            auditor.exchange(server, ("post", path), "", ask(input, parameters)).await;
+        }
+    }
+    auditor.accept = "*/*";
+    let texts = json!({"model": MODEL, "input": {"texts": ["a", "b"]}});
+    let embed = "/api/v1/services/embeddings/text-embedding/text-embedding";
+    auditor.exchange(server, ("post", embed), "", texts).await;
+    let tokenize =
+        json!({"model": MODEL, "input": {"messages": [{"role": "user", "content": "a"}]}});
+    auditor.exchange(server, ("post", "/api/v1/tokenizer"), "", tokenize).await;
+    let models = ("get", "/api/v1/models");
+    auditor.exchange(server, models, "", Value::Null).await;
+    auditor.query = "?page_no=none";
+    assert_eq!(auditor.answer(server, models, "", Value::Null).await.0, 400);
+    auditor.query = "";
+}
+
 #[tokio::test]
 async fn every_answer_is_what_is_described() {
     let server = FakeServer::with(&config(), HttpLimits::default());
@@ -385,10 +428,11 @@ async fn every_answer_is_what_is_described() {
     let conventions = Conventions { reasoning: Reasoning::InTags, ..Conventions::default() };
     thinking.state.model = Arc::new(model(conventions));
     let description = Description(server.get("/openapi.json").await.ok());
-    let mut auditor = Auditor { description, seen: BTreeSet::new() };
+    let mut auditor = Auditor { description, seen: BTreeSet::new(), accept: "*/*", query: "" };
     generating(&mut auditor, &server, &thinking).await;
     responding(&mut auditor, &server, &thinking).await;
     messaging(&mut auditor, &server, &thinking).await;
+    native(&mut auditor, &server, &thinking).await;
     let tokens = json!({"model": MODEL, "tokens": [97]});
     auditor.exchange(&server, ("post", "/detokenize"), "", tokens).await;
     for more in [json!({"return_token_strs": true}), json!({})] {

@@ -89,11 +89,8 @@ fn conversations_are_rendered_or_refused() {
                 assert_eq!(first, second);
                 outcome(&(source.is_some(), first.len() / 8))
             }
-            (Err(first), Err(second)) => {
-                let (first, second) = (first.to_string(), second.to_string());
-                assert_eq!(first, second);
-                outcome(&(source.is_some(), first))
-            }
+            // What else a name could have meant is listed in no order.
+            (Err(first), Err(_)) => outcome(&(source.is_some(), first.to_string().len() / 8)),
             (first, second) => panic!("{first:?}, but then {second:?}"),
         }
     });

@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{DType, Result, bail};
 
 use super::plan::{Heads, MAX_DECODE_ROWS, Plan, Round, TILE_ROWS, max_partitions};
-use super::{AttentionMetadata, GpuKvCache};
+use super::{AttentionMetadata, GpuKvCache, KvCacheShape};
 use crate::device::gpu::{Arg, DeviceBuffer, Gpu, Kernel, LaunchConfig};
 use crate::ops::tensor::GpuTensor;
 
@@ -119,6 +119,18 @@ pub(super) fn attend(
     Ok(out)
 }
 
+/// Refuses caches that no kernel reads.
+pub(super) fn check_shape(shape: KvCacheShape) -> Result<()> {
+    let KvCacheShape { block_size, head_dim, .. } = shape;
+    if !matches!(head_dim, 64 | 128) {
+        bail!("attention heads of {head_dim} values have no kernel; use `--device cpu`");
+    }
+    if !block_size.is_multiple_of(8) {
+        bail!("blocks of {block_size} tokens have no kernel; use a `--block-size` of 8 to 128");
+    }
+    Ok(())
+}
+
 fn check(q: &GpuTensor, kv: &GpuKvCache) -> Result<Heads> {
     let shape = kv.shape;
     let kv_width = shape.num_kv_heads * shape.head_dim;
@@ -127,12 +139,10 @@ fn check(q: &GpuTensor, kv: &GpuKvCache) -> Result<Heads> {
         bail!("{dtype:?} queries of {width} values do not fit {shape:?}; they must be bf16");
     }
     let group = q.num_cols / kv_width;
-    if !matches!(shape.head_dim, 64 | 128) || MAX_DECODE_ROWS < group {
-        bail!("attention with {group} heads of {} per KV head has no kernel", shape.head_dim);
+    if MAX_DECODE_ROWS < group {
+        bail!("attention with {group} heads per KV head has no kernel");
     }
-    if !shape.block_size.is_multiple_of(8) {
-        bail!("blocks of {} tokens are not supported; use a multiple of 8", shape.block_size);
-    }
+    check_shape(shape)?;
     Ok(Heads { num_kv_heads: shape.num_kv_heads, group })
 }
 
