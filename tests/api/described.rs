@@ -488,6 +488,9 @@ async fn an_answer_that_is_not_as_described_would_be_noticed() {
     }
 }
 
+/// A request's body with a pattern.
+type MakeBody<'a> = &'a dyn Fn(&str) -> Value;
+
 // A grammar takes long to compile, and whoever compiles it on a worker keeps all others waiting.
 #[tokio::test]
 async fn a_grammar_is_never_compiled_where_others_wait() {
@@ -501,8 +504,7 @@ async fn a_grammar_is_never_compiled_where_others_wait() {
     let guided = |pattern: &str| with(chat("x"), json!({"guided_regex": pattern}));
     let complete = |pattern: &str| json!({"model": MODEL, "prompt": "x", "guided_regex": pattern});
     let (chats, texts) = ("/v1/chat/completions/render", "/v1/completions/render");
-    type Make<'a> = &'a dyn Fn(&str) -> Value;
-    let cases: [(&str, Make<'_>); 3] = [(chats, &tool), (chats, &guided), (texts, &complete)];
+    let cases: [(&str, MakeBody<'_>); 3] = [(chats, &tool), (chats, &guided), (texts, &complete)];
     for (index, (path, body)) in cases.into_iter().enumerate() {
         let mut others_ran = false;
         // A compilation may happen to be done before anybody looks.
