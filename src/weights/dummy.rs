@@ -1,7 +1,7 @@
 //! Model files without weights, so that the speed of any published model can be measured without
 //! downloading it.
 //!
-//! [`write`] makes a GGUF file with everything but the weights: their place is a hole, which takes
+//! [`write()`] makes a GGUF file with everything but the weights: their place is a hole, which takes
 //! no disk. [`super::checkpoint::Checkpoint::open_dummy`] reads such a file as one of random
 //! weights; the bytes of the hole are never looked at.
 
