@@ -286,7 +286,9 @@ def main():
                 results[side].setdefault(row, []).extend(values)
             os.makedirs(options.out, exist_ok=True)
             with open(os.path.join(options.out, "peers.json"), "w", encoding="utf-8") as file:
-                json.dump({"commands": commands, "threads": threads, **results}, file, indent=1)
+                # Names of files, not where they are on this machine.
+                named = {side: [os.path.basename(word) for word in words] for side, words in commands.items()}
+                json.dump({"commands": named, "threads": threads, **results}, file, indent=1)
     for name, text in (("peers.md", table(results)), ("peers.svg", plot(results))):
         with open(os.path.join(options.out, name), "w", encoding="utf-8") as file:
             file.write(text)
