@@ -287,14 +287,6 @@ impl Gpu {
         Ok(self.buffer(address + start as u64, num_bytes, place))
     }
 
-    /// Makes the workspace at least this large at once.
-    ///
-    /// # Errors
-    /// If there is no memory.
-    pub fn reserve_scratch(&self, num_bytes: usize) -> Result<(), GpuError> {
-        self.scratch(num_bytes).map(drop)
-    }
-
     /// The memory that was parked, as a buffer again.
     ///
     /// # Panics

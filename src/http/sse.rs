@@ -121,17 +121,27 @@ impl UsageMode {
     }
 }
 
-/// The response that streams a generation. It begins with the first piece of an answer, so that
-/// what fails before has a status of its own, but no later than a keep-alive is due.
+/// Waits for the first piece of an answer, so that what fails before has a status of its own, but no
+/// longer than until a keep-alive is due.
+async fn begin<R: RenderChunks>(
+    generation: Generation,
+    renderer: R,
+    limits: &HttpLimits,
+) -> Result<Producer<R>, ApiError> {
+    let mut producer = Producer::new(generation, renderer);
+    if let Ok(begun) = timeout(limits.keep_alive, producer.begin()).await {
+        begun?;
+    }
+    Ok(producer)
+}
+
+/// The response that streams a generation.
 pub(super) async fn response<R: RenderChunks>(
     generation: Generation,
     renderer: R,
     limits: &HttpLimits,
 ) -> Result<Response, ApiError> {
-    let mut producer = Producer::new(generation, renderer);
-    if let Ok(begun) = timeout(limits.keep_alive, producer.begin()).await {
-        begun?;
-    }
+    let producer = begin(generation, renderer, limits).await?;
     let keep_alive = R::keep_alive().interval(limits.keep_alive);
     let mut response = Sse::new(events(producer)).keep_alive(keep_alive).into_response();
     // Proxies must not collect a stream before they pass it on.
@@ -146,10 +156,7 @@ pub(super) async fn native_response<R: RenderChunks>(
     renderer: R,
     limits: &HttpLimits,
 ) -> Result<Response, ApiError> {
-    let mut producer = Producer::new(generation, renderer);
-    if let Ok(begun) = timeout(limits.keep_alive, producer.begin()).await {
-        begun?;
-    }
+    let producer = begin(generation, renderer, limits).await?;
     let headers = [
         (CONTENT_TYPE, "text/event-stream;charset=UTF-8"),
         (CACHE_CONTROL, "no-cache"),

@@ -111,7 +111,7 @@ impl GpuSteps {
     /// # Errors
     /// If the card has no memory for them.
     pub(super) fn new(gpu: &Gpu, limits: StepLimits, execution: Execution) -> Result<Self> {
-        let max_seqs = limits.max_num_seqs.max(SEQ_BUCKETS[SEQ_BUCKETS.len() - 1]);
+        let max_seqs = limits.max_num_seqs.max(GPU_LOGITS_ROWS_MAX);
         let max_blocks = limits.max_model_len.div_ceil(limits.block_size) + ALIGNMENT;
         let num_words = 4 * (limits.max_num_batched_tokens.max(max_seqs) + ALIGNMENT)
             + max_seqs * (max_blocks + 2)
