@@ -3,9 +3,11 @@
 //! Start at [`router`]. A handler parses, calls one function of `chat`, submits to the engine and
 //! renders. **Invariant:** whatever goes wrong is answered in OpenAI's shape with a request id.
 
+mod admin;
 mod aliases;
 mod anthropic_errors;
 mod body;
+mod caller;
 mod chat;
 mod completions;
 mod connection;
@@ -22,6 +24,7 @@ mod models;
 mod openapi;
 mod render;
 mod request_id;
+mod request_log;
 mod response_store;
 mod responses;
 mod router;

@@ -48,6 +48,8 @@ fn request(prompt: &[TokenId], max_tokens: usize) -> Request {
         thinking: None,
         cache_salt: None,
         priority: Priority::default(),
+        fairness_id: None,
+        deadline: None,
         pins: Arc::new([]),
         pooling: None,
     }

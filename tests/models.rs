@@ -122,6 +122,8 @@ fn request(prompt: &[u32], max_tokens: usize, params: SamplingParams) -> Request
         thinking: None,
         cache_salt: None,
         priority: Priority::default(),
+        fairness_id: None,
+        deadline: None,
         pins: Arc::new([]),
         pooling: None,
     }

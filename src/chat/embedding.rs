@@ -42,6 +42,8 @@ pub fn prepare_embeddings(
             cache_salt: cache_salt.clone(),
             priority,
             pins: Arc::new([]),
+            fairness_id: None,
+            deadline: None,
             pooling: Some(context.model.pooling),
         })
     };

@@ -580,6 +580,8 @@ impl Settings {
             cache_salt: self.cache_salt.clone(),
             priority: self.priority,
             pins: Arc::new([]),
+            fairness_id: None,
+            deadline: None,
             pooling: None,
         };
         let output = RequestOutput::new(&context.model.tokenizer, output);

@@ -51,7 +51,7 @@ pub enum SubmitError {
 /// The channel has no bound of its own: live sequences are bounded by [`Seats`], and each request
 /// sends at most one abort, and each choice one more.
 pub(super) enum Command {
-    Add(Submission),
+    Add(Box<Submission>),
     /// The client left.
     AbortRequest(RequestKey),
     /// The caller has all it wants of a choice.
@@ -175,6 +175,7 @@ impl EngineHandle {
         // by its own `n * max_tokens` and the length of its prompt.
         let (events, receiver) = mpsc::unbounded_channel();
         let submission = Submission { key, request, submitted_at: thread::now(), events };
+        let submission = Box::new(submission);
         if self.commands.send(Command::Add(submission)).is_err() {
             self.leave(num_seqs);
             return Err(self.refusal().unwrap_or(SubmitError::Stopping));

@@ -1,6 +1,7 @@
 //! What a client asked, validated once at the door.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::grammar::Grammar;
 pub use crate::kv::Pin;
@@ -56,6 +57,10 @@ pub struct Request {
     pub cache_salt: Option<Arc<str>>,
     /// How urgent it is.
     pub priority: Priority,
+    /// On whose behalf. Those who ask at the same time share the engine evenly.
+    pub fairness_id: Option<Arc<str>>,
+    /// When its client stops waiting for an answer.
+    pub deadline: Option<Instant>,
     /// Beginnings of the prompt to keep in the cache for a while.
     pub pins: Arc<[Pin]>,
     /// Present when the prompt's embedding is wanted; then nothing is generated.

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{GenerationBody, ignored_header, refuse_ignored};
 use super::generation::{Generation, ResponseHead, preparation_bytes, run_sized};
 use super::models::check_model;
-use super::request_id::RequestId;
 use super::sse::{self, RenderChunks, UsageMode};
 use super::state::AppState;
 use crate::chat::model::ServedModel;
@@ -35,7 +35,7 @@ type Body = GenerationBody<ChatCompletionRequest>;
 
 pub(super) async fn create(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
     check_model(&body.request.model, &state)?;
@@ -47,7 +47,7 @@ pub(super) async fn create(
     ignored.splice(0..0, prepared.ignored.iter().map(ToString::to_string));
     refuse_ignored(&ignored, is_strict)?;
     let ignored = ignored_header(&ignored);
-    let generation = Generation::submit(&state, &request_id, vec![prepared])?;
+    let generation = Generation::submit(&state, &caller, vec![prepared])?;
     let mut response = if is_stream {
         sse::response(generation, renderer, &state.limits).await?
     } else {

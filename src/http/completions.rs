@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{GenerationBody, ignored_header};
 use super::generation::{Generation, ResponseHead, preparation_bytes, run_sized};
 use super::models::check_model;
-use super::request_id::RequestId;
 use super::sse::{self, RenderChunks, UsageMode};
 use super::state::AppState;
 use crate::chat::best_of::Scores;
@@ -32,7 +32,7 @@ type Body = GenerationBody<CompletionRequest>;
 
 pub(super) async fn create(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
     check_model(&body.request.model, &state)?;
@@ -40,7 +40,7 @@ pub(super) async fn create(
     let ignored = ignored_header(&body.ignored);
     let is_stream = body.fields.stream == Some(true);
     let (prepared, renderer) = prepare(&state, head, body).await??;
-    let generation = Generation::submit(&state, &request_id, prepared)?;
+    let generation = Generation::submit(&state, &caller, prepared)?;
     let mut response = if is_stream {
         sse::response(generation, renderer, &state.limits).await?
     } else {

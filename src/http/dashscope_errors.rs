@@ -44,7 +44,7 @@ pub(super) async fn with_dashscope_errors(
     let (mut parts, _) = response.into_parts();
     let (new, body) = match dialect {
         Dialect::Native => {
-            let body = error_body(status, &body, &id);
+            let body = error_body(status, &body, &id.0);
             if body.code == INVALID_URL {
                 // Clients try other statuses again.
                 parts.status = StatusCode::BAD_REQUEST;
@@ -67,7 +67,7 @@ const INVALID_URL: &str = "InvalidURL";
 pub(super) fn error_body(
     status: StatusCode,
     body: &ErrorBody,
-    request_id: &RequestId,
+    request_id: &str,
 ) -> dashscope::ErrorBody {
     let code = match body.error.code.as_deref() {
         Some("empty_model") => "BadRequest.EmptyModel",
@@ -88,8 +88,8 @@ pub(super) fn error_body(
             _ => "InternalError",
         },
     };
-    let request_id = request_id.0.to_string();
-    dashscope::ErrorBody { code, message: body.error.message.clone(), request_id }
+    let message = body.error.message.clone();
+    dashscope::ErrorBody { code, message, request_id: request_id.to_owned() }
 }
 
 fn compatible_code(status: StatusCode, body: &ErrorBody) -> &'static str {

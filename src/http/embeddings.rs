@@ -2,17 +2,18 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{ApiJson, ignored_header};
-use super::generation::{RequestLog, run_sized};
+use super::generation::run_sized;
 use super::models::{check_model, pooling_name};
-use super::request_id::RequestId;
+use super::request_log::RequestLog;
 use super::state::AppState;
 use crate::chat::embedding::{embedding_values, prepare_embeddings};
 use crate::chat::prompt::PromptContext;
@@ -26,7 +27,7 @@ const MAX_AT_ONCE: usize = 16;
 
 pub(super) async fn create(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: ApiJson<EmbeddingRequest>,
 ) -> Result<Response, ApiError> {
     check_model(&body.value.model, &state)?;
@@ -34,14 +35,14 @@ pub(super) async fn create(
     let format = body.value.encoding_format.unwrap_or_default();
     let name = body.value.model.clone();
     let (model, limits) = (Arc::clone(&state.model), state.prompt_limits());
-    let id = Arc::clone(&request_id.0);
+    let id = Arc::clone(&caller.request_id);
     let requests = run_sized(body.num_bytes, &state, move || {
         let context = PromptContext { model: &model, limits, id: &id, random_seed: 0 };
         prepare_embeddings(&body.value, &context)
     });
     let requests = requests.await??;
     let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
-    let vectors = vectors(&state, &request_id, requests).await?;
+    let vectors = vectors(&state, &caller, requests).await?;
     let embedding = |(index, vector)| Embedding {
         object: "embedding",
         index,
@@ -68,10 +69,10 @@ pub(super) fn pooling_header(state: &AppState) -> (HeaderName, HeaderValue) {
 /// The vectors of inputs, in order, with a line in the log about them all.
 pub(super) async fn vectors(
     state: &AppState,
-    request_id: &RequestId,
+    caller: &Caller,
     requests: Vec<Request>,
 ) -> Result<Vec<Vec<f32>>, ApiError> {
-    let log = RequestLog::new(request_id);
+    let log = RequestLog::new(caller);
     if state.engine.is_loading() {
         return Err(ApiError::Loading);
     }

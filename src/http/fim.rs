@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 
+use super::caller::Caller;
 use super::chat::{ChatRenderer, fold};
 use super::error::ApiError;
 use super::extract::{GenerationBody, ignored_header};
 use super::generation::{Generation, ResponseHead, run_sized};
 use super::models::check_model;
-use super::request_id::RequestId;
 use super::sse;
 use super::state::AppState;
 use crate::chat::fim::prepare_fim;
@@ -20,7 +20,7 @@ use crate::openai::completion::FimRequest;
 
 pub(super) async fn create(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: GenerationBody<FimRequest>,
 ) -> Result<Response, ApiError> {
     check_model(&body.request.model, &state)?;
@@ -36,7 +36,7 @@ pub(super) async fn create(
         Ok::<_, PromptError>((prepared, renderer))
     });
     let (prepared, renderer) = prepared.await??;
-    let generation = Generation::submit(&state, &request_id, vec![prepared])?;
+    let generation = Generation::submit(&state, &caller, vec![prepared])?;
     let mut response = if is_stream {
         sse::response(generation, renderer, &state.limits).await?
     } else {

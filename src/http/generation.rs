@@ -6,14 +6,14 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
 
 use futures_util::stream::SelectAll;
 use futures_util::{Stream, StreamExt};
 use uuid::Uuid;
 
+use super::caller::Caller;
 use super::error::ApiError;
-use super::request_id::RequestId;
+use super::request_log::RequestLog;
 use super::state::{AppState, unix_seconds};
 use crate::chat::constraint;
 use crate::chat::output::{OutputError, RequestOutput, Update};
@@ -51,10 +51,10 @@ impl Generation {
     /// Submits every prompt, or none: dropping the streams of the first aborts them.
     pub(super) fn submit(
         state: &AppState,
-        request_id: &RequestId,
+        caller: &Caller,
         prepared: Vec<Prepared>,
     ) -> Result<Self, ApiError> {
-        let log = RequestLog::new(request_id);
+        let log = RequestLog::new(caller);
         if state.engine.is_loading() {
             return Err(ApiError::Loading);
         }
@@ -62,7 +62,7 @@ impl Generation {
         let mut prompts = SelectAll::new();
         for (index, mut prepared) in prepared.into_iter().enumerate() {
             // The engine's lines in the log are to be found by the id that the client knows.
-            prepared.request.id = Arc::clone(&request_id.0);
+            prepared.request.id = Arc::clone(&caller.request_id);
             usage.prompt_tokens += prepared.request.prompt.len();
             let events = state.engine.generate(prepared.request)?;
             let output = prepared.output;
@@ -76,15 +76,15 @@ impl Generation {
     /// follows an error.
     pub(super) async fn next(&mut self) -> Option<Result<(usize, Update), ApiError>> {
         let Some((prompt, result)) = self.prompts.next().await else {
-            self.log.outcome = "finished";
+            self.log.end("finished");
             return None;
         };
         let update = match result {
             Ok(update) => update,
             Err(error) => {
-                self.log.outcome = "failed";
+                self.log.end("failed");
                 if let OutputError::Failed(reason) = &error {
-                    let request_id = &self.log.request_id;
+                    let request_id = &self.log.caller.request_id;
                     tracing::error!(%request_id, %reason, "the engine failed a request");
                 }
                 return Some(Err(error.into()));
@@ -101,7 +101,7 @@ impl Generation {
                 self.usage.completion_tokens += delta.tokens.len();
                 self.usage.total_tokens += delta.tokens.len();
                 self.usage.completion_tokens_details.reasoning_tokens += delta.num_reasoning_tokens;
-                self.log.first_delta.get_or_insert_with(Instant::now);
+                self.log.delta();
             }
         }
         self.log.usage = self.usage;
@@ -147,53 +147,6 @@ impl Stream for PromptUpdates {
                 }
             }
         }
-    }
-}
-
-/// Writes one line when the request is over, however it ended. Never what was said.
-pub(super) struct RequestLog {
-    request_id: Arc<str>,
-    started: Instant,
-    first_delta: Option<Instant>,
-    usage: Usage,
-    outcome: &'static str,
-}
-
-impl RequestLog {
-    pub(super) fn new(request_id: &RequestId) -> Self {
-        Self {
-            request_id: Arc::clone(&request_id.0),
-            started: Instant::now(),
-            first_delta: None,
-            usage: Usage::default(),
-            outcome: "refused",
-        }
-    }
-
-    pub(super) fn end(&mut self, outcome: &'static str) {
-        self.outcome = outcome;
-    }
-
-    pub(super) fn begin(mut self, usage: Usage) -> Self {
-        self.usage = usage;
-        self.outcome = "cancelled";
-        self
-    }
-}
-
-impl Drop for RequestLog {
-    fn drop(&mut self) {
-        let millis = |instant: Instant| (instant - self.started).as_millis() as u64;
-        tracing::info!(
-            request_id = %self.request_id,
-            prompt_tokens = self.usage.prompt_tokens,
-            cached_tokens = self.usage.prompt_tokens_details.cached_tokens,
-            completion_tokens = self.usage.completion_tokens,
-            first_token_ms = self.first_delta.map(millis),
-            total_ms = millis(Instant::now()),
-            outcome = self.outcome,
-            "request finished"
-        );
     }
 }
 

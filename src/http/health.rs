@@ -5,13 +5,11 @@ use std::sync::atomic::Ordering;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::state::AppState;
 use crate::engine::Health;
-use crate::telemetry;
 
 /// `GET /health/live`: whether restarting would help. A busy server is alive.
 pub(super) async fn live(State(state): State<AppState>) -> Response {
@@ -32,12 +30,6 @@ pub(super) async fn ready(State(state): State<AppState>) -> Response {
 /// `GET /version`.
 pub(super) async fn version() -> Json<Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))
-}
-
-/// `GET /metrics`, in Prometheus' text format.
-pub(super) async fn metrics() -> Response {
-    let content_type = [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    (content_type, telemetry::metrics::render()).into_response()
 }
 
 fn engine_obstacle(state: &AppState) -> Option<&'static str> {

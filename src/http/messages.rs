@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::State;
 use axum::response::sse::{Event, KeepAlive};
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use uuid::Uuid;
 
 use super::anthropic_errors::error_object;
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{GenerationBody, ignored_header, refuse_ignored};
 use super::generation::{Generation, preparation_bytes, run_sized};
 use super::models::check_model;
-use super::request_id::RequestId;
 use super::sse::{self, RenderChunks};
 use super::state::AppState;
 use crate::anthropic::{MessagesRequest, StreamEvent, TokenCount};
@@ -26,7 +26,7 @@ type Body = GenerationBody<MessagesRequest>;
 
 pub(super) async fn create(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
     check_model(&body.request.model, &state)?;
@@ -38,7 +38,7 @@ pub(super) async fn create(
     let id = format!("msg_{}", Uuid::now_v7().simple());
     let writer = MessageWriter::new(id.clone(), body.request.model.clone());
     let (prepared, ignored) = prepare(&state, id, body).await?;
-    let generation = Generation::submit(&state, &request_id, vec![prepared])?;
+    let generation = Generation::submit(&state, &caller, vec![prepared])?;
     let renderer = MessageRenderer { writer };
     let mut response = if is_stream {
         sse::response(generation, renderer, &state.limits).await?

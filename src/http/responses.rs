@@ -3,19 +3,19 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, RawQuery, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{GenerationBody, ignored_header, refuse_ignored};
 use super::generation::{Generation, preparation_bytes, run_sized};
 use super::models::check_model;
-use super::request_id::RequestId;
 use super::response_store::{NewResponse, ResponseStore, StoredResponse};
 use super::sse::{self, RenderChunks};
 use super::state::{AppState, unix_seconds};
@@ -36,7 +36,7 @@ type Body = GenerationBody<ResponsesRequest>;
 
 pub(super) async fn create(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
     check_model(&body.request.model, &state)?;
@@ -46,7 +46,7 @@ pub(super) async fn create(
     let (prepared, renderer, more_ignored) = prepare(&state, body).await?;
     ignored.extend(more_ignored);
     refuse_ignored(&ignored, strict)?;
-    let generation = Generation::submit(&state, &request_id, vec![prepared])?;
+    let generation = Generation::submit(&state, &caller, vec![prepared])?;
     let mut response = if is_stream {
         sse::response(generation, renderer, &state.limits).await?
     } else {

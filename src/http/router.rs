@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
+use super::admin;
 use super::aliases;
 use super::anthropic_errors::with_anthropic_errors;
 use super::dashscope_errors::with_dashscope_errors;
@@ -47,7 +48,7 @@ pub fn router(state: AppState) -> Router {
         .route("/health/live", get(health::live))
         .route("/health/ready", get(health::ready))
         .route("/version", get(health::version))
-        .route("/metrics", get(health::metrics))
+        .merge(admin::routes())
         .route("/openapi.json", get(openapi::description))
         .route("/docs", get(openapi::page))
         .route("/api/v1/services/aigc/text-generation/generation", post(dashscope::text))

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 
 use super::body::NativeBody;
 use crate::chat::embedding::{embedding_values, prepare_embeddings};
@@ -12,12 +12,12 @@ use crate::chat::prompt::{PromptContext, PromptError};
 use crate::dashscope::{
     Answer, Embedding, EmbeddingInput, EmbeddingParameters, Embeddings, Texts, Usage,
 };
+use crate::http::caller::Caller;
 use crate::http::embeddings::{pooling_header, vectors};
 use crate::http::error::ApiError;
 use crate::http::extract::ignored_header;
 use crate::http::generation::run_sized;
 use crate::http::models::check_model;
-use crate::http::request_id::RequestId;
 use crate::http::state::AppState;
 use crate::openai::completion::Prompt;
 use crate::openai::embedding::{EmbeddingRequest, EmbeddingValues, EncodingFormat};
@@ -26,13 +26,13 @@ type Body = NativeBody<EmbeddingInput, EmbeddingParameters>;
 
 pub(in crate::http) async fn create(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
     check_model(&body.model, &state)?;
     let ignored = ignored_header(&body.ignored);
     let (model, limits) = (Arc::clone(&state.model), state.prompt_limits());
-    let id = Arc::clone(&request_id.0);
+    let id = Arc::clone(&caller.request_id);
     let requests = run_sized(body.num_bytes, &state, move || {
         let context = PromptContext { model: &model, limits, id: &id, random_seed: 0 };
         let request = embedding_request(body)?;
@@ -40,7 +40,7 @@ pub(in crate::http) async fn create(
     });
     let requests = requests.await??;
     let total_tokens = requests.iter().map(|request| request.prompt.len()).sum();
-    let vectors = vectors(&state, &request_id, requests).await?;
+    let vectors = vectors(&state, &caller, requests).await?;
     let embeddings = vectors.into_iter().enumerate().map(|(text_index, vector)| {
         let embedding = match embedding_values(vector, EncodingFormat::Float) {
             EmbeddingValues::Floats(values) => values,
@@ -51,7 +51,7 @@ pub(in crate::http) async fn create(
     let answer = Answer {
         output: Embeddings { embeddings: embeddings.collect() },
         usage: Usage { total_tokens: Some(total_tokens), ..Usage::default() },
-        request_id: request_id.0.to_string(),
+        request_id: caller.request_id.to_string(),
     };
     let mut response = Json(answer).into_response();
     response.headers_mut().extend(ignored);

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -13,12 +13,12 @@ use crate::chat::dashscope::{AnswerWriter, Endpoint, Progress, prepare};
 use crate::chat::output::Update;
 use crate::chat::prompt::{Prepared, PromptContext, PromptError};
 use crate::dashscope::{Answer, ErrorBody, Input, Output, Parameters};
+use crate::http::caller::Caller;
 use crate::http::dashscope_errors::error_body;
 use crate::http::error::ApiError;
 use crate::http::extract::{ignored_header, refuse_ignored};
 use crate::http::generation::{Generation, preparation_bytes, run_sized};
 use crate::http::models::check_model;
-use crate::http::request_id::RequestId;
 use crate::http::sse::{self, RenderChunks};
 use crate::http::state::AppState;
 use crate::openai::generation::{GenerationFields, Usage};
@@ -27,24 +27,24 @@ type Body = NativeBody<Input, Parameters, GenerationFields>;
 
 pub(in crate::http) async fn text(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    create(Endpoint::Text, state, request_id, body).await
+    create(Endpoint::Text, state, caller, body).await
 }
 
 pub(in crate::http) async fn media(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    create(Endpoint::Multimodal, state, request_id, body).await
+    create(Endpoint::Multimodal, state, caller, body).await
 }
 
 async fn create(
     endpoint: Endpoint,
     state: AppState,
-    request_id: RequestId,
+    caller: Caller,
     mut body: Body,
 ) -> Result<Response, ApiError> {
     check_model(&body.model, &state)?;
@@ -54,12 +54,11 @@ async fn create(
         ignored.push("parameters.stream".to_owned());
     }
     body.fields.stream = Some(is_stream);
-    let (prepared, writer, more_ignored) =
-        prepare_body(endpoint, &state, &request_id, body).await?;
+    let (prepared, writer, more_ignored) = prepare_body(endpoint, &state, &caller, body).await?;
     ignored.extend(more_ignored);
     refuse_ignored(&ignored, strict)?;
-    let generation = Generation::submit(&state, &request_id, vec![prepared])?;
-    let renderer = AnswerRenderer { writer, request_id };
+    let generation = Generation::submit(&state, &caller, vec![prepared])?;
+    let renderer = AnswerRenderer { writer, request_id: caller.request_id };
     let mut response = if is_stream {
         sse::native_response(generation, renderer, &state.limits).await?
     } else {
@@ -72,12 +71,12 @@ async fn create(
 async fn prepare_body(
     endpoint: Endpoint,
     state: &AppState,
-    request_id: &RequestId,
+    caller: &Caller,
     body: Body,
 ) -> Result<(Prepared, AnswerWriter, Vec<String>), ApiError> {
     let (model, limits, random_seed) =
         (Arc::clone(&state.model), state.prompt_limits(), state.seed());
-    let request_id = request_id.0.to_string();
+    let request_id = caller.request_id.to_string();
     // Tools come with a grammar, and compiling it may block.
     let has_tools = body.parameters.tools.is_some();
     let num_bytes =
@@ -119,7 +118,7 @@ enum NativeEvent {
 
 struct AnswerRenderer {
     writer: AnswerWriter,
-    request_id: RequestId,
+    request_id: Arc<str>,
 }
 
 impl AnswerRenderer {

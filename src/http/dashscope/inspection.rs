@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::{RawQuery, State};
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 
 use super::body::NativeBody;
 use crate::chat::dashscope as chat;
@@ -12,11 +12,11 @@ use crate::chat::prompt::PromptContext;
 use crate::dashscope::{
     Answer, Input, Model, ModelPage, ModelsAnswer, NoParameters, Tokens, Usage,
 };
+use crate::http::caller::Caller;
 use crate::http::error::ApiError;
 use crate::http::extract::ignored_header;
 use crate::http::generation::run_sized;
 use crate::http::models::check_model;
-use crate::http::request_id::RequestId;
 use crate::http::state::AppState;
 
 /// Models on a page that does not say how many it wants, and most of them.
@@ -25,7 +25,7 @@ const MAX_PAGE: usize = 100;
 
 pub(in crate::http) async fn tokenize(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: NativeBody<Input, NoParameters>,
 ) -> Result<Response, ApiError> {
     check_model(&body.model, &state)?;
@@ -37,7 +37,7 @@ pub(in crate::http) async fn tokenize(
     });
     let (token_ids, tokens) = tokens.await??;
     let usage = Usage { input_tokens: Some(token_ids.len()), ..Usage::default() };
-    let request_id = request_id.0.to_string();
+    let request_id = caller.request_id.to_string();
     let answer = Answer { output: Tokens { token_ids, tokens }, usage, request_id };
     let mut response = Json(answer).into_response();
     response.headers_mut().extend(ignored);
@@ -47,7 +47,7 @@ pub(in crate::http) async fn tokenize(
 /// A page of models, or the one that the query names.
 pub(in crate::http) async fn models(
     State(state): State<AppState>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
     let query = query.unwrap_or_default();
@@ -79,7 +79,7 @@ pub(in crate::http) async fn models(
     let first = page_size.saturating_mul(page_no - 1);
     let models = names.into_iter().skip(first).take(page_size).map(model).collect();
     let output = ModelPage { total, page_no, page_size, models };
-    Ok(Json(ModelsAnswer { request_id: request_id.0.to_string(), output }).into_response())
+    Ok(Json(ModelsAnswer { request_id: caller.request_id.to_string(), output }).into_response())
 }
 
 fn invalid(name: &str, max: usize) -> ApiError {

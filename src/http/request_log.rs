@@ -1,0 +1,61 @@
+//! The end of a request that was to be computed, wherever it comes.
+
+use std::time::Instant;
+
+use super::caller::Caller;
+use crate::openai::generation::Usage;
+
+/// Writes one line when the request is over, however it ended. Never what was said.
+pub(super) struct RequestLog {
+    pub(super) caller: Caller,
+    started: Instant,
+    first_delta: Option<Instant>,
+    pub(super) usage: Usage,
+    outcome: &'static str,
+}
+
+impl RequestLog {
+    pub(super) fn new(caller: &Caller) -> Self {
+        Self {
+            caller: caller.clone(),
+            started: Instant::now(),
+            first_delta: None,
+            usage: Usage::default(),
+            outcome: "refused",
+        }
+    }
+
+    /// A piece of the answer was sent.
+    pub(super) fn delta(&mut self) {
+        self.first_delta.get_or_insert_with(Instant::now);
+    }
+
+    /// Says how it ended; otherwise its client has left.
+    pub(super) fn end(&mut self, outcome: &'static str) {
+        self.outcome = outcome;
+    }
+
+    /// It was let in.
+    pub(super) fn begin(mut self, usage: Usage) -> Self {
+        self.usage = usage;
+        self.outcome = "cancelled";
+        self
+    }
+}
+
+impl Drop for RequestLog {
+    fn drop(&mut self) {
+        let millis = |instant: Instant| (instant - self.started).as_millis() as u64;
+        tracing::info!(
+            request_id = %self.caller.request_id,
+            client = %self.caller.client,
+            prompt_tokens = self.usage.prompt_tokens,
+            cached_tokens = self.usage.prompt_tokens_details.cached_tokens,
+            completion_tokens = self.usage.completion_tokens,
+            first_token_ms = self.first_delta.map(millis),
+            total_ms = millis(Instant::now()),
+            outcome = self.outcome,
+            "request finished"
+        );
+    }
+}
