@@ -96,6 +96,8 @@ pub struct HttpConfig {
     pub max_body_size: ByteSize,
     /// How long running requests may take to finish after a signal to stop.
     pub shutdown_timeout: Duration,
+    /// How long a request may take in all.
+    pub request_timeout: Option<Duration>,
 }
 
 /// How much runs at once, and on what.
@@ -113,6 +115,12 @@ pub struct EngineOptions {
     pub max_prefill_tokens_while_decoding: usize,
     /// Requests that may wait before further ones are refused.
     pub max_queue: usize,
+    /// Prompt tokens that may wait.
+    pub max_queue_tokens: usize,
+    /// How long the time between two tokens should be at most.
+    pub target_itl: Option<Duration>,
+    /// How long the time to the first token should be at most.
+    pub target_ttft: Option<Duration>,
     /// Tokens per block of the KV cache.
     pub block_size: usize,
     /// Memory for the KV cache; decided from what is free if absent.

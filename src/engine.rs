@@ -14,10 +14,14 @@ pub mod core;
 pub mod event;
 mod grammars;
 pub mod handle;
+mod heartbeat;
+mod queue_rate;
 pub mod request;
+mod seats;
 pub mod stats;
 mod thinking;
 pub mod thread;
+mod watchdog;
 
 pub use event::{Event, FinishReason};
 pub use handle::{EngineHandle, EventStream, SubmitError};

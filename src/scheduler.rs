@@ -5,6 +5,9 @@
 //! prefix-cache hits and recomputation after preemption are all the same rule. Start reading at
 //! [`Scheduler::schedule`].
 
+mod admission;
+pub mod fairness;
+mod prefill_budget;
 pub mod priority;
 mod queue;
 #[expect(clippy::module_inception, reason = "the file is named for its type")]
@@ -12,6 +15,7 @@ mod scheduler;
 pub mod sequence;
 pub mod step;
 
+pub use fairness::FairnessId;
 pub use priority::Priority;
 pub use scheduler::{
     DoesNotFit, Scheduler, SchedulerConfig, SchedulerStats, SeqEvent, SeqFinish, SeqPhase,

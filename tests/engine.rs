@@ -5,7 +5,7 @@
 //! runner's steps pass one by one.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt};
 use qwen_server::engine::request::Priority;
@@ -19,7 +19,7 @@ use qwen_server::text::TokenId;
 
 #[path = "support/fake_runner.rs"]
 mod fake_runner;
-use fake_runner::{ERROR_TOKEN, FakeRunner, NAN_TOKEN, PANIC_TOKEN};
+use fake_runner::{ERROR_TOKEN, FakeRunner, NAN_TOKEN, PANIC_TOKEN, once};
 
 fn config() -> EngineConfig {
     EngineConfig {
@@ -34,7 +34,7 @@ fn config() -> EngineConfig {
 }
 
 fn start(runner: FakeRunner) -> EngineHandle {
-    spawn(config(), || Ok(runner)).0
+    spawn(config(), once(runner)).0
 }
 
 fn request(prompt: &[TokenId], max_tokens: usize) -> Request {
@@ -208,7 +208,7 @@ async fn refuses_instead_of_waiting() {
 #[tokio::test]
 async fn drains() {
     let (runner, gate) = FakeRunner::default().gated();
-    let (handle, thread) = spawn(config(), || Ok(runner));
+    let (handle, thread) = spawn(config(), once(runner));
     let streams: Vec<_> =
         (0..6).map(|_| handle.generate(request(&[1, 2, 3], 5)).expect("accepted")).collect();
     handle.drain();
@@ -264,7 +264,7 @@ async fn infinite_logits_fail_only_their_request() {
 /// A failing step costs the requests of that step; those behind them do not notice.
 async fn survives(marker: TokenId, words: &str) {
     let (runner, gate) = FakeRunner::default().gated();
-    let (handle, _) = spawn(EngineConfig { max_num_seqs: 1, ..config() }, || Ok(runner));
+    let (handle, _) = spawn(EngineConfig { max_num_seqs: 1, ..config() }, once(runner));
     let before = handle.generate(request(&[1, 2, 3, 4, 5], 10)).expect("accepted");
     let bad = Request { n: 2, ..request(&[1, 2, 3, 4, marker], 30) };
     let bad = handle.generate(bad).expect("accepted");
@@ -277,7 +277,7 @@ async fn survives(marker: TokenId, words: &str) {
     assert_eq!(after[0], Event::Started { num_cached_tokens: 0 }, "the cache is in doubt");
     assert_eq!(tokens_of(&before, 0).len(), 10);
     assert_eq!(tokens_of(&before, 0), tokens_of(&after, 0));
-    assert_eq!(handle.stats().num_failed_steps, 1);
+    assert_eq!(handle.stats().num_failed_steps, 2, "it is tried once more, alone");
     assert_eq!(handle.health(), Health::Alive);
     until(&handle, is_empty).await;
 }
@@ -293,24 +293,134 @@ async fn survives_a_panic() {
 }
 
 #[tokio::test]
-async fn gives_up_after_repeated_failures() {
-    let config = EngineConfig { max_num_seqs: 1, ..config() };
-    let (handle, thread) = spawn(config, || Ok(FakeRunner::default()));
-    let bad: Vec<_> =
-        (0..5).filter_map(|_| handle.generate(request(&[PANIC_TOKEN], 3)).ok()).collect();
-    for stream in bad {
-        let events = collect(stream).await;
-        assert!(matches!(events.last(), Some(Event::Failed(_)) | None), "{events:?}");
+async fn others_in_a_failing_step_do_not_notice() {
+    let alone = start(FakeRunner::default());
+    let alone = collect(alone.generate(request(&[1, 2, 3], 40)).expect("accepted")).await;
+    let handle = start(FakeRunner::default());
+    let good: Vec<_> =
+        (0..3).map(|_| handle.generate(request(&[1, 2, 3], 40)).expect("accepted")).collect();
+    let bad = handle.generate(request(&[5, PANIC_TOKEN], 3)).expect("accepted");
+    assert!(matches!(collect(bad).await.last(), Some(Event::Failed(_))));
+    for stream in good {
+        assert_eq!(tokens_of(&collect(stream).await, 0), tokens_of(&alone, 0));
     }
-    for _ in 0..3 {
-        if let Ok(stream) = handle.generate(request(&[PANIC_TOKEN], 3)) {
-            collect(stream).await;
+    until(&handle, is_empty).await;
+}
+
+#[tokio::test]
+async fn no_number_of_poisoned_requests_ends_it() {
+    let (handle, _) = spawn(config(), || Ok(FakeRunner::default()));
+    for _ in 0..40 {
+        let bad = handle.generate(request(&[PANIC_TOKEN], 3)).expect("accepted");
+        assert!(matches!(collect(bad).await.last(), Some(Event::Failed(_))));
+    }
+    let good = collect(handle.generate(request(&[1], 5)).expect("accepted")).await;
+    assert_eq!(tokens_of(&good, 0).len(), 5);
+    assert_eq!(handle.health(), Health::Alive);
+    assert_eq!(handle.stats().num_failed_steps, 80);
+}
+
+/// A runner that computes nothing any more after so many steps.
+struct Wearing {
+    inner: FakeRunner,
+    num_good_steps: usize,
+}
+
+impl Runner for Wearing {
+    type Error = String;
+
+    fn launch(&mut self, step: &SchedulerOutput) -> Result<(), String> {
+        match self.num_good_steps.checked_sub(1) {
+            None => Err("worn out".to_owned()),
+            Some(rest) => {
+                self.num_good_steps = rest;
+                self.inner.launch(step)
+            }
         }
     }
-    handle.stopped().await;
-    thread.join().expect("contained");
-    assert!(matches!(handle.health(), Health::Dead { reason } if reason.contains("panic")));
-    assert!(matches!(handle.generate(request(&[1], 1)), Err(SubmitError::Dead { .. })));
+
+    fn sample(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+    ) -> Result<Vec<SeqOutput>, String> {
+        self.inner.sample(step, masks)
+    }
+}
+
+/// The engine gets one of these runners after the other.
+fn wearing(mut num_good_steps: Vec<usize>) -> (EngineHandle, std::thread::JoinHandle<()>) {
+    num_good_steps.reverse();
+    spawn(config(), move || {
+        let num_good_steps = num_good_steps.pop().ok_or("no other runner")?;
+        Ok(Wearing { inner: FakeRunner::default(), num_good_steps })
+    })
+}
+
+#[tokio::test]
+async fn a_runner_that_breaks_is_built_anew_unnoticed() {
+    let alone = start(FakeRunner::default());
+    let alone = collect(alone.generate(request(&[1, 2, 3], 60)).expect("accepted")).await;
+    let (handle, _) = wearing(vec![20, 15, 500]);
+    let streams: Vec<_> =
+        (0..6).map(|_| handle.generate(request(&[1, 2, 3], 60)).expect("accepted")).collect();
+    for stream in streams {
+        assert_eq!(tokens_of(&collect(stream).await, 0), tokens_of(&alone, 0));
+    }
+    assert_eq!(handle.health(), Health::Alive);
+    until(&handle, is_empty).await;
+}
+
+#[tokio::test]
+async fn gives_up_when_a_new_runner_fails_too() {
+    for (runners, words) in [(vec![5, 0], "a new runner fails too"), (vec![5], "no other runner")] {
+        let (handle, thread) = wearing(runners);
+        let lost = collect(handle.generate(request(&[1], 30)).expect("accepted")).await;
+        assert!(matches!(lost.last(), Some(Event::Failed(_))), "{lost:?}");
+        handle.stopped().await;
+        thread.join().expect("contained");
+        assert!(matches!(handle.health(), Health::Dead { reason } if reason.contains(words)));
+        assert!(matches!(handle.generate(request(&[1], 1)), Err(SubmitError::Dead { .. })));
+    }
+}
+
+#[tokio::test]
+async fn a_request_ends_when_its_time_is_over() {
+    let runner = FakeRunner { step_delay: Duration::from_millis(5), ..FakeRunner::default() };
+    let (handle, _) = spawn(EngineConfig { max_num_seqs: 1, ..config() }, once(runner));
+    let deadline = Some(Instant::now() + Duration::from_millis(100));
+    let running = Request { deadline, n: 2, ..request(&[1, 2], 150) };
+    let running = handle.generate(running).expect("accepted");
+    let waiting = handle.generate(Request { deadline, ..request(&[1], 5) }).expect("accepted");
+    let patient = handle.generate(request(&[1, 2, 3], 5)).expect("accepted");
+    let (running, waiting, patient) =
+        tokio::join!(collect(running), collect(waiting), collect(patient));
+    assert_eq!(running.last(), Some(&Event::Expired));
+    assert!(!tokens_of(&running, 0).is_empty());
+    assert_eq!(waiting, [Event::Expired]);
+    assert_eq!(tokens_of(&patient, 0).len(), 5);
+    until(&handle, is_empty).await;
+}
+
+#[tokio::test]
+async fn who_would_wait_too_long_is_refused_at_once() {
+    let runner = FakeRunner { step_delay: Duration::from_millis(10), ..FakeRunner::default() };
+    let target_ttft = Some(Duration::from_secs(3));
+    let config = EngineConfig { max_num_seqs: 1, max_queue: 100, target_ttft, ..config() };
+    let (handle, _) = spawn(config, once(runner));
+    handle.ready().await.expect("a runner");
+    // Ten sequences a second leave the queue.
+    let streams: Vec<_> =
+        (0..20).map(|_| handle.generate(request(&[1], 10)).expect("accepted")).collect();
+    until(&handle, |stats| 50 < stats.num_steps && !stats.wait_per_sequence.is_zero()).await;
+    let soon = |after| Request { deadline: Some(Instant::now() + after), ..request(&[1], 1) };
+    let refused = handle.generate(soon(Duration::from_millis(300))).expect_err("too late");
+    assert!(matches!(refused, SubmitError::TooLate { wait, .. } if Duration::from_secs(1) < wait));
+    let more: Vec<_> = (0..60).map_while(|_| handle.generate(request(&[1], 10)).ok()).collect();
+    assert!((5..40).contains(&more.len()), "as many as start within the target: {}", more.len());
+    drop((streams, more));
+    until(&handle, is_empty).await;
+    assert!(handle.generate(soon(Duration::from_millis(300))).is_ok(), "nobody waits");
 }
 
 /// A runner whose device answers with errors only once one has happened, and whose cache became
@@ -365,7 +475,7 @@ async fn a_runner_that_cannot_be_built_is_reported() {
 async fn a_hanging_step_is_a_stall() {
     let (runner, gate) = FakeRunner::default().gated();
     let config = EngineConfig { stall_timeout: Duration::ZERO, ..config() };
-    let (handle, _) = spawn(config, || Ok(runner));
+    let (handle, _) = spawn(config, once(runner));
     handle.ready().await.expect("a runner");
     assert_eq!(handle.health(), Health::Alive, "idle is healthy");
     let stream = handle.generate(request(&[1], 1)).expect("accepted");

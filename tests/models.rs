@@ -108,7 +108,8 @@ fn start_planned(planned: &PlannedModel, setup: Setup) -> EngineHandle {
         ..EngineConfig::default()
     };
     let runner = planned.load(|_| {}).unwrap();
-    spawn(config, move || Ok(runner)).0
+    let mut runner = Some(runner);
+    spawn(config, move || runner.take().ok_or_else(|| "no other runner".to_owned())).0
 }
 
 fn request(prompt: &[u32], max_tokens: usize, params: SamplingParams) -> Request {
@@ -150,6 +151,7 @@ async fn run(engine: &EngineHandle, request: Request) -> Said {
             }
             Event::Finished { .. } | Event::PromptLogprobs(_) => {}
             Event::Pinned { .. } | Event::Pooled(_) => panic!("nobody asked"),
+            Event::Expired => panic!("it has no deadline"),
             Event::Failed(why) => panic!("{why}"),
         }
     }
@@ -540,6 +542,7 @@ async fn score(
             Event::Token { token, .. } => generated.push(token.logprobs.unwrap()),
             Event::Started { .. } | Event::Finished { .. } => {}
             Event::Pinned { .. } | Event::Pooled(_) => panic!("nobody asked"),
+            Event::Expired => panic!("it has no deadline"),
             Event::Failed(why) => panic!("{why}"),
         }
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use qwen_server::engine::core::{EngineCore, Guidance, StepError};
+use qwen_server::engine::core::{EngineCore, Guidance, PROBE, StepError};
 use qwen_server::kv::{HashKey, KvCacheManager, Pin};
 use qwen_server::sampling::SamplingParams;
 use qwen_server::scheduler::step::{
@@ -82,6 +82,9 @@ struct Arrival {
     broken_after: Option<usize>,
     abort_after: Option<usize>,
     priority: i64,
+    client: Option<&'static str>,
+    /// A step in which this many of its tokens are known breaks the runner.
+    poison_after: Option<usize>,
     pin: Option<Pin>,
     pooling: Option<Pooling>,
 }
@@ -102,6 +105,8 @@ impl Arrival {
             broken_after: None,
             abort_after: None,
             priority: 0,
+            client: None,
+            poison_after: None,
             pin: None,
             pooling: None,
         }
@@ -123,6 +128,7 @@ impl Arrival {
             prompt_logprobs: (self.prompt_logprobs && choice == 0).then_some(0),
             cache_salt: self.salt.map(Into::into),
             priority: Priority::new(self.priority),
+            fairness_id: self.client.map(Into::into),
             pins: self.pin.filter(|_| choice == 0).into_iter().collect(),
             pooling: self.pooling,
         }
@@ -215,6 +221,7 @@ struct ShadowRunner {
     owners: Vec<Salt>,
     salts: BTreeMap<SeqId, Salt>,
     broken_after: BTreeMap<SeqId, usize>,
+    poison_after: BTreeMap<SeqId, usize>,
     forcing: BTreeSet<SeqId>,
     block_size: usize,
     /// Steps that fail and leave garbage everywhere.
@@ -282,8 +289,19 @@ impl Runner for ShadowRunner {
     type Error = &'static str;
 
     fn launch(&mut self, output: &SchedulerOutput) -> Result<(), &'static str> {
+        if output.scheduled[0].id == PROBE {
+            return Ok(());
+        }
         self.check_preconditions(output);
         self.num_steps += 1;
+        let is_poison = |seq: &ScheduledSeq| {
+            self.poison_after.get(&seq.id).is_some_and(|&after| after < seq.end())
+        };
+        if output.scheduled.iter().any(is_poison) {
+            self.slots.fill(0xDEAD);
+            assert!(self.num_steps.is_multiple_of(2), "poisoned");
+            return Err("poisoned");
+        }
         if self.failing_steps.contains(&self.num_steps) {
             self.slots.fill(0xDEAD);
             return Err("planned");
@@ -306,6 +324,10 @@ impl Runner for ShadowRunner {
         masks: &TokenMasks,
     ) -> Result<Vec<SeqOutput>, &'static str> {
         assert!(masks.is_empty(), "nobody has a grammar");
+        if output.scheduled[0].id == PROBE {
+            let token = SampledToken { id: 0, logprobs: None };
+            return Ok(vec![SeqOutput { sampled: Some(Ok(token)), ..SeqOutput::default() }]);
+        }
         let outputs = output.scheduled.iter().map(|seq| {
             let drawn = seq.sample.as_ref().map(|request| self.sampled(seq, request)).transpose();
             let (drawn, continuation) = match drawn {
@@ -347,6 +369,9 @@ impl Shape {
             max_prefill_tokens_while_decoding: 8,
             prefill_ageing_tokens_per_step: 4,
             steps_per_priority: 5,
+            fairness_patience_steps: 8,
+            target_itl: None,
+            target_ttft: None,
             max_model_len: 4096,
         };
         Self { num_blocks: 2048, block_size: 4, config, failing_steps: BTreeSet::new() }
@@ -382,6 +407,7 @@ impl<'a> World<'a> {
                 if arrival.forces {
                     runner.forcing.insert(id);
                 }
+                runner.poison_after.extend(arrival.poison_after.map(|after| (id, after)));
                 runner.broken_after.extend(arrival.broken_after.map(|after| (id, after)));
             }
         }
@@ -428,7 +454,11 @@ impl<'a> World<'a> {
         if !self.engine.scheduler().is_idle() {
             assert!(oldest.is_some(), "a step without progress");
         }
-        if let Some(preempted) = output.preempted.iter().map(order).min() {
+        let suspect = self.engine.scheduler().suspect();
+        if let Some(suspect) = suspect {
+            let alone: Vec<_> = output.scheduled.iter().map(|seq| seq.id).collect();
+            assert_eq!(alone, [suspect], "a suspect runs alone");
+        } else if let Some(preempted) = output.preempted.iter().map(order).min() {
             assert!(oldest < Some(preempted), "the oldest was preempted");
         }
         let outcome = self.engine.execute(&output);
@@ -436,8 +466,15 @@ impl<'a> World<'a> {
         outcome.events.into_iter().for_each(|event| self.hear(event));
         if let Some(failed) = outcome.failed {
             // The engine contains panics, also those of this test's assertions.
-            assert_eq!(failed.error, StepError::Runner("planned".to_owned()));
-            failed.lost.into_iter().for_each(|id| self.end(id, End::Lost));
+            let is_planned = match &failed.error {
+                StepError::Runner(reason) => reason == "planned" || reason == "poisoned",
+                StepError::Panicked(reason) => reason.starts_with("poisoned"),
+                StepError::Protocol(_) => false,
+            };
+            assert!(is_planned, "{}", failed.error);
+            assert!(failed.is_runner_sound);
+            assert_eq!(failed.culprit.is_some(), suspect.is_some(), "only who fails alone is lost");
+            failed.culprit.into_iter().for_each(|id| self.end(id, End::Lost));
         }
         self.step += 1;
         output
@@ -515,14 +552,17 @@ fn arrival() -> impl Strategy<Value = Arrival> {
     let prompt = prop::collection::vec(0..2_u32, 1..40);
     let salt = prop::sample::select(vec![None, None, Some(""), Some("tenant")]);
     let rare = || prop::bool::weighted(0.2);
+    let client = prop::sample::select(vec![None, Some("a"), Some("a"), Some("b"), Some("c")]);
     (
         (0..20_usize, prompt, 1..4_u32, 0..12_usize),
         (0..6_usize, any::<bool>(), any::<bool>(), rare(), rare(), salt),
         prop::option::weighted(0.1, 0..6_usize),
         prop::option::weighted(0.2, 0..10_usize),
         (-3..4_i64, prop::option::weighted(0.3, pin()), prop::option::weighted(0.2, pooling())),
+        (client, prop::option::weighted(0.05, 0..20_usize)),
     )
-        .prop_map(|(what, how, broken_after, abort_after, (priority, pin, pooling))| {
+        .prop_map(|(what, how, broken_after, abort_after, (priority, pin, pooling), who)| {
+            let (client, poison_after) = who;
             let (step, prompt, n, max_tokens) = what;
             let (min_tokens, stops, forces, penalised, prompt_logprobs, salt) = how;
             // Hidden states and logits of one prompt are never wanted at once.
@@ -541,6 +581,8 @@ fn arrival() -> impl Strategy<Value = Arrival> {
                 broken_after,
                 abort_after,
                 priority,
+                client,
+                poison_after,
                 pin,
                 pooling,
             }
@@ -548,23 +590,24 @@ fn arrival() -> impl Strategy<Value = Arrival> {
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
-    let config = (1..6_usize, 2..32_usize, 1..16_usize, (0..9_usize, 0..6_u64), 8..60_usize)
-        .prop_map(
-            |(
-                max_num_seqs,
-                max_num_batched_tokens,
-                cap,
-                (ageing, steps_per_priority),
-                max_model_len,
-            )| SchedulerConfig {
+    let ages = (0..9_usize, 0..6_u64, 0..12_u64);
+    let config = (1..6_usize, 2..32_usize, 1..16_usize, ages, 8..60_usize, any::<bool>()).prop_map(
+        |(max_num_seqs, max_num_batched_tokens, cap, ages, max_model_len, has_target)| {
+            let (prefill_ageing_tokens_per_step, steps_per_priority, fairness_patience_steps) =
+                ages;
+            SchedulerConfig {
                 max_num_seqs,
                 max_num_batched_tokens,
                 max_prefill_tokens_while_decoding: cap,
-                prefill_ageing_tokens_per_step: ageing,
+                prefill_ageing_tokens_per_step,
                 steps_per_priority,
+                fairness_patience_steps,
+                target_itl: None,
+                target_ttft: has_target.then_some(Duration::from_secs(6)),
                 max_model_len,
-            },
-        );
+            }
+        },
+    );
     let failing_steps = prop::collection::btree_set(1..60_usize, 0..3);
     (4..40_u32, 1..9_usize, config, failing_steps).prop_map(
         |(num_blocks, block_size, config, failing_steps)| Shape {
@@ -591,6 +634,9 @@ proptest! {
                 let expected = arrival.expected(choice, shape.config.max_model_len);
                 prop_assert!(expected.tokens.starts_with(&told.tokens));
                 prop_assert!(expected.prompt_logprobs.starts_with(&told.prompt_logprobs));
+                let is_poisoned =
+                    arrival.poison_after.is_some_and(|after| after < arrival.prompt.len() + expected.tokens.len());
+                prop_assert!(told.end != Some(End::Lost) || is_poisoned || !shape.failing_steps.is_empty());
                 if !matches!(told.end, Some(End::Aborted | End::Lost)) {
                     prop_assert_eq!(told.end, expected.end);
                     prop_assert_eq!(&told.tokens, &expected.tokens);
@@ -833,4 +879,78 @@ fn pins_are_renewed_bounded_and_give_way() {
     let told = run(&[greedy, Arrival::simple(20, vec![8; 150], 8)], &shape);
     assert_eq!(told[&seq_id(0, 0)].num_pinned_tokens, Some(40), "a quarter of 40 blocks of four");
     assert_eq!(told[&seq_id(1, 0)].tokens.len(), 8);
+}
+
+/// Goal: a request that breaks every step it is part of is found among others, which notice nothing.
+#[test]
+fn only_the_poisoned_is_lost() {
+    let mut arrivals: Vec<_> = (0..8)
+        .map(|i| Arrival::simple(i % 3, (0..10).map(|k| k * 7 + i as u32).collect(), 20))
+        .collect();
+    arrivals[3].poison_after = Some(14);
+    arrivals[5].poison_after = Some(2);
+    let told = run(&arrivals, &Shape::roomy());
+    for (index, arrival) in arrivals.iter().enumerate() {
+        let told = &told[&seq_id(index, 0)];
+        let expected = arrival.expected(0, 4096);
+        if arrival.poison_after.is_some() {
+            assert_eq!(told.end, Some(End::Lost), "{index}");
+            assert!(expected.tokens.starts_with(&told.tokens));
+        } else {
+            assert_eq!((told.end, &told.tokens), (expected.end, &expected.tokens), "{index}");
+        }
+    }
+    assert_eq!(told[&seq_id(3, 0)].tokens.len(), 5, "it was good for so many");
+}
+
+/// The steps at which the sequences of a client ended.
+fn ends_of(world: &mut World<'_>, client: &str, num_steps: usize) -> Vec<usize> {
+    let mut ends: Vec<usize> = Vec::new();
+    while world.step < num_steps {
+        world.tick();
+        let is_over = |id: &SeqId| world.told.get(id).is_some_and(|told| told.end.is_some());
+        let own = (0..world.arrivals.len()).filter(|i| world.arrivals[*i].client == Some(client));
+        let num_over = own.filter(|i| is_over(&seq_id(*i, 0))).count();
+        ends.extend(std::iter::repeat_n(world.step, num_over - ends.len()));
+    }
+    ends
+}
+
+/// Goal: a client that floods the queue does not keep another one waiting, and two that flood it get
+/// the same. Method: four places; one client sends a hundred sequences at once.
+#[test]
+fn clients_share_the_engine() {
+    let mut shape = Shape::roomy();
+    shape.config.max_num_seqs = 4;
+    let prompt = |i: u32| (0..3).map(|k| 1000 + 10 * i + k).collect();
+    let from = |client: &'static str, step, i, num: usize| Arrival {
+        client: Some(client),
+        ..Arrival::simple(step, prompt(i), num)
+    };
+    let flood = || (0..100).map(|i| from("a", 0, i, 10));
+
+    let mut arrivals: Vec<_> = flood().collect();
+    arrivals.extend((0..10).map(|i| from("b", 20 + 20 * i as usize, 200 + i, 10)));
+    let ends = ends_of(&mut World::new(&arrivals, &shape), "b", 250);
+    assert_eq!(ends.len(), 10);
+    for (i, end) in ends.iter().enumerate() {
+        let took = end - (20 + 20 * i);
+        assert!(took <= 10 + 11, "its own steps, and at most another's: {took}");
+    }
+
+    // A hundred long ones hold every place for long: one of them has to go.
+    let mut arrivals: Vec<_> = (0..8).map(|i| from("a", 0, i, 500)).collect();
+    arrivals.push(from("b", 20, 200, 10));
+    let ends = ends_of(&mut World::new(&arrivals, &shape), "b", 60);
+    assert!(ends.iter().all(|end| *end <= 20 + 10 + 8 + 2), "patience is eight steps: {ends:?}");
+    assert_eq!(ends.len(), 1);
+
+    let mut arrivals: Vec<_> = flood().collect();
+    arrivals.extend((0..100).map(|i| from("b", 30, 200 + i, 10)));
+    let mut world = World::new(&arrivals, &shape);
+    let before = ends_of(&mut world, "a", 40).len();
+    let mut world_b = World::new(&arrivals, &shape);
+    let b = ends_of(&mut world_b, "b", 240).len();
+    let a = ends_of(&mut world, "a", 240).len() - before;
+    assert!(a.abs_diff(b) <= 6, "{a} and {b}");
 }

@@ -215,8 +215,9 @@ fn long_texts_take_linear_time() {
         "<|im_start|>",
     ] {
         let (short, long) = (unit.repeat(8_000 / unit.len()), unit.repeat(64_000 / unit.len()));
-        let ratio = seconds(&long) / seconds(&short);
-        assert!(ratio < 40.0, "{unit:?}: {ratio}");
+        // A busy machine may stretch a measurement, but not every one of ten.
+        let mut ratios = (0..10).map(|_| seconds(&long) / seconds(&short));
+        assert!(ratios.any(|ratio| ratio < 40.0), "{unit:?}");
     }
 }
 

@@ -101,6 +101,9 @@ pub struct Finish {
 /// Why a request has no (further) output.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OutputError {
+    /// Its client has waited as long as it wanted to.
+    #[error("the request's time is over")]
+    Expired,
     /// The server shuts down.
     #[error("the request was aborted because the server is shutting down")]
     Aborted,
@@ -170,6 +173,7 @@ impl RequestOutput {
                 }
             }
             Event::Finished { choice, reason } => self.finish_choice(choice, reason)?,
+            Event::Expired => return Err(OutputError::Expired),
             Event::Failed(reason) => return Err(OutputError::Failed(reason)),
         }
         let has_prompt = self.options.num_prompt_logprobs <= self.prompt_logprobs.len();

@@ -148,6 +148,13 @@ struct HttpFlags {
     #[arg(default_value_t = 30)]
     #[arg(value_parser = RangedU64ValueParser::<u64>::new().range(0..=86_400))]
     shutdown_timeout: u64,
+
+    /// End requests that take longer than this many seconds with 504 [default: no limit]
+    ///
+    /// A client may set a shorter time for its request with the header `x-request-timeout`.
+    #[arg(long, env = "QWEN_SERVER_REQUEST_TIMEOUT", value_name = "SECONDS")]
+    #[arg(value_parser = RangedU64ValueParser::<u64>::new().range(1..=86_400))]
+    request_timeout: Option<u64>,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -193,6 +200,29 @@ struct EngineFlags {
     #[arg(long, env = "QWEN_SERVER_MAX_QUEUE", value_name = "N")]
     #[arg(default_value_t = 1024, value_parser = at_least_one(1 << 20))]
     max_queue: usize,
+
+    /// Prompt tokens that may wait in the queue; further requests get 429 at once
+    ///
+    /// One prompt of any length may always wait.
+    #[arg(long, env = "QWEN_SERVER_MAX_QUEUE_TOKENS", value_name = "TOKENS")]
+    #[arg(default_value_t = 1 << 20, value_parser = at_least_one(1 << 40))]
+    max_queue_tokens: usize,
+
+    /// Keep the time between two tokens of an answer below this many milliseconds
+    ///
+    /// Prompts that are read meanwhile get as many tokens of a step as this allows. A target below
+    /// what a step takes without any prompt cannot be kept.
+    #[arg(long, env = "QWEN_SERVER_TARGET_ITL_MS", value_name = "MS")]
+    #[arg(value_parser = RangedU64ValueParser::<u64>::new().range(1..=60_000))]
+    target_itl_ms: Option<u64>,
+
+    /// Keep the time to the first token of an answer below this many milliseconds
+    ///
+    /// A prompt that has waited half as long gets all of a step, unless there is a target for the
+    /// time between tokens; a request whose turn would come too late gets 429 at once.
+    #[arg(long, env = "QWEN_SERVER_TARGET_TTFT_MS", value_name = "MS")]
+    #[arg(value_parser = RangedU64ValueParser::<u64>::new().range(1..=3_600_000))]
+    target_ttft_ms: Option<u64>,
 
     /// Makes sampling repeatable for requests without a seed of their own, if they come in the
     /// same order [default: differs from start to start]
@@ -291,6 +321,7 @@ impl ServeArgs {
                 port: http.port,
                 max_body_size: http.max_body_size,
                 shutdown_timeout: Duration::from_secs(http.shutdown_timeout),
+                request_timeout: http.request_timeout.map(Duration::from_secs),
             },
             engine: EngineOptions {
                 device: engine.device,
@@ -299,6 +330,9 @@ impl ServeArgs {
                 max_num_batched_tokens: engine.max_num_batched_tokens,
                 max_prefill_tokens_while_decoding: engine.max_prefill_tokens_while_decoding,
                 max_queue: engine.max_queue,
+                max_queue_tokens: engine.max_queue_tokens,
+                target_itl: engine.target_itl_ms.map(Duration::from_millis),
+                target_ttft: engine.target_ttft_ms.map(Duration::from_millis),
                 block_size: memory.block_size,
                 kv_cache_memory: memory.kv_cache_memory,
                 gpu_memory_utilization: memory.gpu_memory_utilization,

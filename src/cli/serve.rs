@@ -138,6 +138,7 @@ fn http_limits(config: &Config) -> HttpLimits {
     HttpLimits {
         max_body_bytes: usize::try_from(config.http.max_body_size.bytes()).unwrap_or(usize::MAX),
         drain_timeout: config.http.shutdown_timeout,
+        request_timeout: config.http.request_timeout,
         ..HttpLimits::default()
     }
 }
@@ -211,6 +212,9 @@ fn engine_config(options: &EngineOptions, planned: &PlannedModel) -> EngineConfi
         num_blocks: planned.plan.num_blocks,
         max_model_len: planned.plan.max_model_len,
         max_queue: options.max_queue,
+        max_queue_tokens: options.max_queue_tokens,
+        target_itl: options.target_itl,
+        target_ttft: options.target_ttft,
         vocab_size: planned.config.vocab_size,
         prefix_caching: options.prefix_caching == PrefixCaching::Enabled,
         ..EngineConfig::default()

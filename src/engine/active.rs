@@ -1,14 +1,15 @@
 //! The requests that are being answered: who hears of which sequence, and since when.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::engine::event::{Event, FinishReason};
-use crate::engine::handle::{RequestKey, Seats, Submission};
-use crate::scheduler::{SeqEvent, SeqFinish, SeqId, SeqPhase};
+use crate::engine::handle::{RequestKey, Submission};
+use crate::engine::seats::{Claim, Seats};
+use crate::scheduler::{FairnessId, SeqEvent, SeqFinish, SeqId, SeqPhase};
 use crate::telemetry::metrics;
 
 /// One choice that has not ended.
@@ -23,6 +24,10 @@ struct ActiveRequest {
     id: Arc<str>,
     events: UnboundedSender<Event>,
     choices: BTreeMap<SeqId, ActiveChoice>,
+    client: FairnessId,
+    deadline: Option<Instant>,
+    /// Prompt tokens that wait; none once it has started.
+    num_waiting_tokens: usize,
     num_prompt_tokens: usize,
     num_output_tokens: usize,
     submitted_at: Instant,
@@ -35,12 +40,14 @@ struct ActiveRequest {
 #[derive(Debug)]
 pub(super) struct ActiveRequests {
     requests: BTreeMap<RequestKey, ActiveRequest>,
+    /// Those whose clients do not wait for ever, the most urgent first.
+    deadlines: BTreeSet<(Instant, RequestKey)>,
     seats: Arc<Seats>,
 }
 
 impl ActiveRequests {
     pub(super) fn new(seats: Arc<Seats>) -> Self {
-        Self { requests: BTreeMap::new(), seats }
+        Self { requests: BTreeMap::new(), deadlines: BTreeSet::new(), seats }
     }
 
     pub(super) fn add(&mut self, submission: &Submission) {
@@ -52,6 +59,9 @@ impl ActiveRequests {
             id: Arc::clone(&submission.request.id),
             events: submission.events.clone(),
             choices,
+            client: submission.request.fairness_id.clone(),
+            deadline: submission.request.deadline,
+            num_waiting_tokens: submission.request.prompt.len(),
             num_prompt_tokens: submission.request.prompt.len(),
             num_output_tokens: 0,
             submitted_at: submission.submitted_at,
@@ -59,8 +69,37 @@ impl ActiveRequests {
             first_token_at: None,
             last_token_at: None,
         };
+        self.deadlines.extend(request.deadline.map(|deadline| (deadline, submission.key)));
         let previous = self.requests.insert(submission.key, request);
         assert!(previous.is_none(), "keys are unique");
+    }
+
+    /// Forgets a request.
+    fn remove(&mut self, key: RequestKey) -> Option<ActiveRequest> {
+        let request = self.requests.remove(&key)?;
+        if let Some(deadline) = request.deadline {
+            self.deadlines.remove(&(deadline, key));
+        }
+        self.seats.give_back(&request.claim(request.choices.len()));
+        Some(request)
+    }
+
+    /// Ends the requests whose clients have stopped waiting. Returns their sequences.
+    pub(super) fn expire(&mut self, now: Instant) -> Vec<SeqId> {
+        let mut orphans = Vec::new();
+        while let Some(&(deadline, key)) = self.deadlines.first()
+            && deadline <= now
+        {
+            let Some(request) = self.remove(key) else { break };
+            metrics::request_expired();
+            for _ in &request.choices {
+                metrics::request_finished(reason_label(FinishReason::Abort));
+            }
+            request.send(Event::Expired);
+            request.record_end(now);
+            orphans.extend(request.choices.into_keys());
+        }
+        orphans
     }
 
     /// A request's sequences have consecutive ids, and its key is the first of them.
@@ -81,7 +120,10 @@ impl ActiveRequests {
         let Some(key) = self.key_of(id) else { return Vec::new() };
         let request = self.requests.get_mut(&key).expect("the key was just found");
         match event {
-            SeqEvent::Started { num_cached_tokens, .. } => request.start(num_cached_tokens, now),
+            SeqEvent::Started { num_cached_tokens, .. } => {
+                self.seats.started(std::mem::take(&mut request.num_waiting_tokens));
+                request.start(num_cached_tokens, now);
+            }
             SeqEvent::PromptLogprobs(_, logprobs) => request.send(Event::PromptLogprobs(logprobs)),
             SeqEvent::Pinned(_, num_tokens) => request.send(Event::Pinned { num_tokens }),
             SeqEvent::Pooled(_, embedding) => request.send(Event::Pooled(embedding)),
@@ -108,8 +150,8 @@ impl ActiveRequests {
         request.send(Event::Finished { choice: choice.index, reason });
         let is_complete = request.choices.is_empty();
         // Seats before the end of the stream: whoever sees the end may submit again.
-        self.seats.give_back(1);
-        if is_complete && let Some(request) = self.requests.remove(&key) {
+        self.seats.give_back(&Claim { num_tokens: 0, ..request.claim(1) });
+        if is_complete && let Some(request) = self.remove(key) {
             request.record_end(now);
         }
     }
@@ -129,22 +171,20 @@ impl ActiveRequests {
 
     /// Forgets a request whose client left. Returns its sequences.
     pub(super) fn forget(&mut self, key: RequestKey) -> Vec<SeqId> {
-        let Some(request) = self.requests.remove(&key) else { return Vec::new() };
+        let Some(request) = self.remove(key) else { return Vec::new() };
         for _ in &request.choices {
             metrics::request_finished(reason_label(FinishReason::Abort));
         }
-        self.seats.give_back(request.choices.len());
         request.choices.into_keys().collect()
     }
 
     /// Ends a request with an error. Returns its sequences.
     pub(super) fn fail(&mut self, key: RequestKey, reason: &str, now: Instant) -> Vec<SeqId> {
-        let Some(request) = self.requests.remove(&key) else { return Vec::new() };
+        let Some(request) = self.remove(key) else { return Vec::new() };
         tracing::warn!(request_id = %request.id, reason, "request failed");
         for _ in &request.choices {
             metrics::request_finished(reason_label(FinishReason::Error));
         }
-        self.seats.give_back(request.choices.len());
         request.send(Event::Failed(reason.to_owned()));
         request.record_end(now);
         request.choices.into_keys().collect()
@@ -188,6 +228,11 @@ impl ActiveRequests {
 }
 
 impl ActiveRequest {
+    /// What it holds, with so many of its choices.
+    fn claim(&self, num_seqs: usize) -> Claim {
+        Claim { client: self.client.clone(), num_seqs, num_tokens: self.num_waiting_tokens }
+    }
+
     /// A client that has left is noticed by its `AbortRequest`, not here.
     fn send(&self, event: Event) {
         let _ = self.events.send(event);

@@ -2,11 +2,14 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use crate::engine::grammars::Grammars;
 pub use crate::engine::grammars::Guidance;
-use crate::scheduler::step::{Runner, SchedulerOutput, SeqOutput};
+use crate::kv::{BlockId, BlockTable};
+use crate::scheduler::step::{Runner, SampleRequest, ScheduledSeq, SchedulerOutput, SeqOutput};
 use crate::scheduler::{DoesNotFit, Scheduler, SeqEvent, SeqId, SeqPhase, SequenceSpec};
 
 /// Why nothing came of a step.
@@ -28,8 +31,49 @@ pub enum StepError {
 pub struct FailedStep {
     /// What happened.
     pub error: StepError,
-    /// The sequences of the step. They are forgotten; everybody else starts again unnoticed.
-    pub lost: Vec<SeqId>,
+    /// The sequence to blame, which is forgotten. Everybody else starts again unnoticed.
+    pub culprit: Option<SeqId>,
+    /// Whether the runner can still compute anything.
+    pub is_runner_sound: bool,
+}
+
+/// Where an engine thread is, for whoever wonders why it takes so long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Waiting for something to do, or obeying commands.
+    BetweenSteps,
+    /// Deciding what to compute.
+    Scheduling,
+    /// Starting the model, which on a CPU is computing it.
+    Launching,
+    /// Waiting for the model's results, and drawing tokens.
+    Sampling,
+    /// Recording what was computed.
+    Recording,
+}
+
+/// The phase an engine thread is in, which other threads may read.
+#[derive(Debug)]
+pub struct PhaseCell(AtomicU8);
+
+impl Default for PhaseCell {
+    fn default() -> Self {
+        Self(AtomicU8::new(Phase::BetweenSteps as u8))
+    }
+}
+
+impl PhaseCell {
+    /// The phase.
+    pub fn get(&self) -> Phase {
+        let phases = [Phase::Scheduling, Phase::Launching, Phase::Sampling, Phase::Recording];
+        let current = self.0.load(Ordering::Relaxed);
+        phases.into_iter().find(|phase| *phase as u8 == current).unwrap_or(Phase::BetweenSteps)
+    }
+
+    pub(super) fn set(&self, phase: Phase) {
+        self.0.store(phase as u8, Ordering::Relaxed);
+    }
 }
 
 /// What a step brought about.
@@ -47,12 +91,48 @@ pub struct EngineCore<R> {
     scheduler: Scheduler,
     runner: R,
     grammars: Grammars,
+    phase: Arc<PhaseCell>,
 }
+
+/// All that an engine knows, without its runner.
+#[derive(Debug)]
+pub struct EngineState {
+    scheduler: Scheduler,
+    grammars: Grammars,
+    phase: Arc<PhaseCell>,
+}
+
+/// The id of a sequence that is none: what is computed to see whether anything can be.
+pub const PROBE: SeqId = SeqId(u64::MAX);
 
 impl<R: Runner> EngineCore<R> {
     /// Joins the two; the scheduler's cache must be the runner's.
     pub fn new(scheduler: Scheduler, runner: R) -> Self {
-        Self { scheduler, runner, grammars: Grammars::default() }
+        Self { scheduler, runner, grammars: Grammars::default(), phase: Arc::default() }
+    }
+
+    /// Takes the runner away.
+    pub fn into_state(self) -> EngineState {
+        EngineState { scheduler: self.scheduler, grammars: self.grammars, phase: self.phase }
+    }
+
+    /// Goes on with another runner. Every sequence is computed again from its known tokens, and its
+    /// client does not notice.
+    pub fn resume(state: EngineState, runner: R) -> Self {
+        let EngineState { mut scheduler, grammars, phase } = state;
+        scheduler.reset();
+        Self { scheduler, runner, grammars, phase }
+    }
+
+    /// Forgets every sequence.
+    pub fn start_anew(&mut self, scheduler: Scheduler) {
+        self.scheduler = scheduler;
+        self.grammars = Grammars::default();
+    }
+
+    /// Tells others where this is.
+    pub fn phase(&self) -> &Arc<PhaseCell> {
+        &self.phase
     }
 
     /// To look at.
@@ -67,7 +147,13 @@ impl<R: Runner> EngineCore<R> {
 
     /// Decides the next step.
     pub fn schedule(&mut self) -> SchedulerOutput {
+        self.phase.set(Phase::Scheduling);
         self.scheduler.schedule()
+    }
+
+    /// Says how long the step took that was executed last.
+    pub fn observe(&mut self, duration: Duration) {
+        self.scheduler.observe(duration);
     }
 
     /// Puts a sequence into the queue, with what it must keep to.
@@ -97,9 +183,8 @@ impl<R: Runner> EngineCore<R> {
         if step.scheduled.is_empty() {
             return StepOutcome { events: self.scheduler.take_started(), failed: None };
         }
-        let (runner, grammars) = (&mut self.runner, &mut self.grammars);
-        let outputs = catch_unwind(AssertUnwindSafe(|| run(runner, grammars, step)))
-            .unwrap_or_else(|panic| Err(StepError::Panicked(panic_message(panic.as_ref()))));
+        let outputs = contain(|| self.run(step));
+        self.phase.set(Phase::Recording);
         match outputs {
             Ok(mut outputs) => {
                 self.grammars.advance(step, &mut outputs);
@@ -115,30 +200,68 @@ impl<R: Runner> EngineCore<R> {
         }
     }
 
+    /// One of several sequences may have broken the step, so nobody is lost yet: the scheduler runs
+    /// them alone from here on, until one of them fails alone.
     fn recover(&mut self, step: &SchedulerOutput, error: StepError) -> StepOutcome {
         let events = self.scheduler.take_started();
-        let lost: Vec<_> = step.scheduled.iter().map(|scheduled| scheduled.id).collect();
-        for &id in &lost {
-            self.abort(id);
+        let culprit = self.scheduler.fail_step(step);
+        if let Some(id) = culprit {
+            self.grammars.remove(id);
         }
-        self.scheduler.reset();
-        StepOutcome { events, failed: Some(FailedStep { error, lost }) }
+        let is_runner_sound = self.probe().is_ok();
+        StepOutcome { events, failed: Some(FailedStep { error, culprit, is_runner_sound }) }
+    }
+
+    /// Whether the runner can compute and draw a token. Nobody may hold a block.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub fn probe(&mut self) -> Result<(), StepError> {
+        assert_eq!(self.scheduler.kv().num_held_blocks(), 0, "the probe writes into a block");
+        let probe = ScheduledSeq {
+            id: PROBE,
+            start: 0,
+            tokens: vec![0],
+            blocks: BlockTable::from_iter([BlockId(0)]),
+            sample: Some(SampleRequest {
+                params: Arc::default(),
+                choice: 0,
+                num_output_tokens: 0,
+                forbidden: Vec::new(),
+                history: None,
+            }),
+            prompt_logprobs: None,
+            pool: None,
+        };
+        let step = SchedulerOutput { scheduled: vec![probe], preempted: Vec::new() };
+        contain(|| self.run(&step)).map(drop)
+    }
+
+    fn run(&mut self, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, StepError> {
+        let failed = |error: R::Error| StepError::Runner(error.to_string());
+        self.phase.set(Phase::Launching);
+        self.runner.launch(step).map_err(failed)?;
+        // A device computes meanwhile.
+        let masks = self.grammars.masks(step);
+        self.phase.set(Phase::Sampling);
+        let outputs = self.runner.sample(step, &masks).map_err(failed)?;
+        check(step, &outputs)?;
+        Ok(outputs)
     }
 }
 
-fn run<R: Runner>(
-    runner: &mut R,
-    grammars: &mut Grammars,
-    step: &SchedulerOutput,
-) -> Result<Vec<SeqOutput>, StepError> {
-    runner.launch(step).map_err(|err| StepError::Runner(err.to_string()))?;
-    // A device computes meanwhile.
-    let masks = grammars.masks(step);
-    let outputs = runner.sample(step, &masks).map_err(|err| StepError::Runner(err.to_string()))?;
+/// A panic as an error.
+fn contain<T>(work: impl FnOnce() -> Result<T, StepError>) -> Result<T, StepError> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|panic| Err(StepError::Panicked(panic_message(panic.as_ref()))))
+}
+
+/// Whether the runner kept to its rules.
+fn check(step: &SchedulerOutput, outputs: &[SeqOutput]) -> Result<(), StepError> {
     if outputs.len() != step.scheduled.len() {
         return Err(StepError::Protocol("one output per scheduled sequence is required"));
     }
-    for (scheduled, output) in step.scheduled.iter().zip(&outputs) {
+    for (scheduled, output) in step.scheduled.iter().zip(outputs) {
         if scheduled.sample.is_some() != output.sampled.is_some() {
             return Err(StepError::Protocol("exactly the sampled sequences yield a token"));
         }
@@ -151,7 +274,7 @@ fn run<R: Runner>(
             return Err(StepError::Protocol("one log-probability per target is required"));
         }
     }
-    Ok(outputs)
+    Ok(())
 }
 
 /// What a panic said.

@@ -48,6 +48,8 @@ pub enum Event {
         /// Why.
         reason: FinishReason,
     },
+    /// Its deadline passed; nothing more is computed.
+    Expired,
     /// The whole request failed.
     Failed(String),
 }

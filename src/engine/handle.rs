@@ -3,19 +3,21 @@
 use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::Stream;
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::event::Event;
 use crate::engine::grammars::Guidance;
+use crate::engine::heartbeat::Heartbeat;
 use crate::engine::request::Request;
+use crate::engine::seats::{Claim, Seats};
 use crate::engine::stats::{EngineLimits, EngineStats, Health, Lifecycle};
-use crate::engine::thread::{self, Heartbeat};
+use crate::engine::thread;
 use crate::scheduler::{SeqId, SequenceSpec};
 
 /// Why a request was not accepted. Nothing was queued.
@@ -26,6 +28,17 @@ pub enum SubmitError {
     Busy {
         /// Sequences in the queue.
         num_waiting: usize,
+        /// When there may be room again.
+        retry_after: Duration,
+    },
+    /// Its client would stop waiting before its turn comes, or its first token comes later than the
+    /// server's target.
+    #[error("the wait is {wait:?}, which is too long; {num_waiting} sequences are waiting")]
+    TooLate {
+        /// Sequences in the queue.
+        num_waiting: usize,
+        /// How long the queue takes.
+        wait: Duration,
     },
     /// The prompt can never fit.
     #[error("the request needs {needed_tokens} tokens, the limit is {max_model_len}")]
@@ -95,46 +108,10 @@ impl Submission {
             prompt_logprobs: request.params.prompt_logprobs.filter(|_| choice == 0),
             cache_salt: request.cache_salt.clone(),
             priority: request.priority,
+            fairness_id: request.fairness_id.clone(),
             pins: if choice == 0 { Arc::clone(&request.pins) } else { Arc::new([]) },
             pooling: request.pooling,
         })
-    }
-}
-
-/// Counts live sequences, from `generate` until their end, and closes the door.
-#[derive(Debug, Default)]
-pub(super) struct Seats {
-    num_taken: AtomicUsize,
-    is_closed: AtomicBool,
-}
-
-impl Seats {
-    /// Takes `num` seats unless that makes more than `max`. A single request that is larger than
-    /// the house is let in when the house is empty: it could never enter otherwise.
-    fn take(&self, num: usize, max: usize) -> bool {
-        let taken = self.num_taken.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |taken| {
-            (taken == 0 || taken + num <= max).then_some(taken + num)
-        });
-        taken.is_ok()
-    }
-
-    pub(super) fn give_back(&self, num: usize) {
-        let before = self.num_taken.fetch_sub(num, Ordering::SeqCst);
-        assert!(num <= before, "given back more often than taken");
-    }
-
-    fn close(&self) {
-        self.is_closed.store(true, Ordering::SeqCst);
-    }
-
-    fn is_closed(&self) -> bool {
-        self.is_closed.load(Ordering::SeqCst)
-    }
-
-    /// Nobody is inside and nobody can come in. Whoever takes seats looks at the door afterwards,
-    /// so no submission can slip between the two loads.
-    pub(super) fn are_closed_and_empty(&self) -> bool {
-        self.is_closed() && self.num_taken.load(Ordering::SeqCst) == 0
     }
 }
 
@@ -162,22 +139,29 @@ impl EngineHandle {
         if let Some(refusal) = self.refusal() {
             return Err(refusal);
         }
-        let num_seqs = request.n as usize;
-        if !self.seats.take(num_seqs, self.limits.max_num_seqs + self.limits.max_queue) {
-            return Err(SubmitError::Busy { num_waiting: self.stats().num_waiting });
+        self.refuse_if_late(&request)?;
+        let claim = Claim {
+            client: request.fairness_id.clone(),
+            num_seqs: request.n as usize,
+            num_tokens: request.prompt.len(),
+        };
+        if !self.seats.take(&claim, &self.limits) {
+            let num_waiting = self.num_waiting();
+            let retry_after = self.stats().wait_per_sequence * request.n;
+            return Err(SubmitError::Busy { num_waiting, retry_after });
         }
         if let Some(refusal) = self.refusal() {
-            self.leave(num_seqs);
+            self.leave(&claim);
             return Err(refusal);
         }
-        let key = RequestKey(self.next_id.fetch_add(num_seqs as u64, Ordering::Relaxed));
+        let key = RequestKey(self.next_id.fetch_add(claim.num_seqs as u64, Ordering::Relaxed));
         // Unbounded, because the engine must not wait for a client; a request's events are bounded
         // by its own `n * max_tokens` and the length of its prompt.
         let (events, receiver) = mpsc::unbounded_channel();
         let submission = Submission { key, request, submitted_at: thread::now(), events };
         let submission = Box::new(submission);
         if self.commands.send(Command::Add(submission)).is_err() {
-            self.leave(num_seqs);
+            self.leave(&claim);
             return Err(self.refusal().unwrap_or(SubmitError::Stopping));
         }
         Ok(EventStream {
@@ -189,6 +173,24 @@ impl EngineHandle {
         })
     }
 
+    /// Better refused at once than served too late.
+    fn refuse_if_late(&self, request: &Request) -> Result<(), SubmitError> {
+        let num_waiting = self.num_waiting();
+        let wait = self.stats().wait_per_sequence * num_waiting as u32;
+        let patience = request.deadline.map(|deadline| deadline - thread::now());
+        let is_late = |limit: Option<Duration>| limit.is_some_and(|limit| limit <= wait);
+        if 0 < num_waiting && (is_late(patience) || is_late(self.limits.target_ttft)) {
+            return Err(SubmitError::TooLate { num_waiting, wait });
+        }
+        Ok(())
+    }
+
+    /// Sequences that wait, or will when the engine has looked at them.
+    fn num_waiting(&self) -> usize {
+        let expected = self.seats.num_taken().saturating_sub(self.limits.max_num_seqs);
+        self.stats().num_waiting.max(expected)
+    }
+
     fn refusal(&self) -> Option<SubmitError> {
         if let Lifecycle::Dead { reason } = &*self.lifecycle.borrow() {
             return Some(SubmitError::Dead { reason: reason.clone() });
@@ -197,8 +199,8 @@ impl EngineHandle {
     }
 
     /// Gives seats back, and lets the engine thread see that it may end.
-    fn leave(&self, num_seqs: usize) {
-        self.seats.give_back(num_seqs);
+    fn leave(&self, claim: &Claim) {
+        self.seats.give_back(claim);
         self.wake();
     }
 
@@ -223,7 +225,7 @@ impl EngineHandle {
             return Health::Dead { reason: reason.clone() };
         }
         match self.heartbeat.overdue() {
-            Some(running_for) => Health::Stalled { running_for },
+            Some(step) => Health::Stalled { running_for: step.running_for, phase: step.phase },
             None => Health::Alive,
         }
     }
@@ -297,7 +299,7 @@ impl Stream for EventStream {
         loop {
             let event = std::task::ready!(self.events.poll_recv(context));
             match &event {
-                None | Some(Event::Failed(_)) => self.is_over = true,
+                None | Some(Event::Failed(_) | Event::Expired) => self.is_over = true,
                 Some(Event::Token { choice, .. }) if self.ended_choices.contains(choice) => {
                     continue;
                 }

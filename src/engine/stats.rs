@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::engine::core::Phase;
+
 /// What a request may ask for. Fixed when the engine starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineLimits {
@@ -15,6 +17,10 @@ pub struct EngineLimits {
     pub max_num_seqs: usize,
     /// Sequences that may wait beside them.
     pub max_queue: usize,
+    /// Prompt tokens that may wait.
+    pub max_queue_tokens: usize,
+    /// Who would wait longer for a first token is refused.
+    pub target_ttft: Option<Duration>,
     /// Token ids are below this.
     pub vocab_size: usize,
 }
@@ -36,6 +42,8 @@ pub struct EngineStats {
     pub num_preemptions: u64,
     /// Steps that failed.
     pub num_failed_steps: u64,
+    /// How long the queue takes to get shorter by one; zero as long as nobody knows.
+    pub wait_per_sequence: Duration,
 }
 
 /// Whether the engine does its work.
@@ -47,6 +55,8 @@ pub enum Health {
     Stalled {
         /// Since when.
         running_for: Duration,
+        /// At what.
+        phase: Phase,
     },
     /// It has given up; the process must be restarted.
     Dead {

@@ -4,7 +4,6 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,8 +13,12 @@ use tokio::sync::watch;
 use crate::engine::active::{ActiveRequests, phase_label};
 use crate::engine::core::{EngineCore, FailedStep, panic_message};
 use crate::engine::event::Event;
-use crate::engine::handle::{Command, EngineHandle, RequestKey, Seats, Submission};
+use crate::engine::handle::{Command, EngineHandle, RequestKey, Submission};
+use crate::engine::heartbeat::Heartbeat;
+use crate::engine::queue_rate::QueueRate;
+use crate::engine::seats::Seats;
 use crate::engine::stats::{EngineLimits, EngineStats, Lifecycle};
+use crate::engine::watchdog;
 use crate::kv::{HashKey, KvCacheManager};
 use crate::scheduler::step::{Runner, SchedulerOutput};
 use crate::scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqId};
@@ -52,13 +55,23 @@ pub struct EngineConfig {
     pub num_blocks: u32,
     /// Prompt and generated tokens of one sequence together, at most.
     pub max_model_len: usize,
+    /// After so many steps in the queue a sequence may take the place of a client's that has at
+    /// least two more running than its own.
+    pub fairness_patience_steps: u64,
+    /// How long a step with generating sequences should take; prompts beside them get what is left.
+    pub target_itl: Option<Duration>,
+    /// Within which time a request should have its first token. One that would wait longer is
+    /// refused at once.
+    pub target_ttft: Option<Duration>,
     /// At most this many sequences wait beside those that run.
     pub max_queue: usize,
+    /// At most this many prompt tokens wait in the queue.
+    pub max_queue_tokens: usize,
     /// Token ids are below this.
     pub vocab_size: usize,
     /// A step that takes longer than this, and a little more per token, is reported as a stall.
     pub stall_timeout: Duration,
-    /// After this many failed steps in a row the engine gives up.
+    /// After this many failed steps in a row the runner is built anew.
     pub max_failed_steps: u32,
     /// Whether sequences share the blocks of equal prefixes.
     pub prefix_caching: bool,
@@ -77,10 +90,14 @@ impl Default for EngineConfig {
             block_size: 16,
             num_blocks: 2048,
             max_model_len: 32_768,
+            fairness_patience_steps: 64,
+            target_itl: None,
+            target_ttft: None,
             max_queue: 1024,
+            max_queue_tokens: 1 << 20,
             vocab_size: 151_936,
             stall_timeout: Duration::from_secs(60),
-            max_failed_steps: 3,
+            max_failed_steps: 16,
             prefix_caching: true,
             hash_key: random_hash_key(),
         }
@@ -97,6 +114,8 @@ impl EngineConfig {
             block_size: self.block_size,
             max_num_seqs: self.max_num_seqs,
             max_queue: self.max_queue,
+            max_queue_tokens: self.max_queue_tokens,
+            target_ttft: self.target_ttft,
             vocab_size: self.vocab_size,
         }
     }
@@ -108,6 +127,9 @@ impl EngineConfig {
             max_prefill_tokens_while_decoding: self.max_prefill_tokens_while_decoding,
             prefill_ageing_tokens_per_step: self.prefill_ageing_tokens_per_step,
             steps_per_priority: self.steps_per_priority,
+            fairness_patience_steps: self.fairness_patience_steps,
+            target_itl: self.target_itl,
+            target_ttft: self.target_ttft,
             max_model_len: self.limits().max_model_len,
         };
         let kv = KvCacheManager::new(self.num_blocks, self.block_size, self.hash_key);
@@ -130,56 +152,15 @@ pub(super) fn now() -> Instant {
     Instant::now()
 }
 
-/// Since when a step has been running, for those who must not wait for it.
-#[derive(Debug)]
-pub(super) struct Heartbeat {
-    origin: Instant,
-    /// Milliseconds after `origin` at which the running step is overdue; zero between steps.
-    overdue_at_ms: AtomicU64,
-    started_at_ms: AtomicU64,
-}
-
-impl Heartbeat {
-    fn new() -> Self {
-        let started_at_ms = AtomicU64::new(0);
-        Self { origin: now(), overdue_at_ms: AtomicU64::new(0), started_at_ms }
-    }
-
-    fn elapsed_ms(&self) -> u64 {
-        self.origin.elapsed().as_millis() as u64
-    }
-
-    fn begin(&self, allowed: Duration) {
-        let started_at_ms = self.elapsed_ms();
-        self.started_at_ms.store(started_at_ms, Ordering::SeqCst);
-        let overdue_at_ms = started_at_ms + (allowed.as_millis() as u64).max(1);
-        self.overdue_at_ms.store(overdue_at_ms, Ordering::SeqCst);
-    }
-
-    fn end(&self) {
-        self.overdue_at_ms.store(0, Ordering::SeqCst);
-    }
-
-    /// How long the running step has been running, if that is too long.
-    pub(super) fn overdue(&self) -> Option<Duration> {
-        let overdue_at_ms = self.overdue_at_ms.load(Ordering::SeqCst);
-        let now_ms = self.elapsed_ms();
-        if overdue_at_ms == 0 || now_ms < overdue_at_ms {
-            return None;
-        }
-        let started_at_ms = self.started_at_ms.load(Ordering::SeqCst);
-        Some(Duration::from_millis(now_ms.saturating_sub(started_at_ms)))
-    }
-}
-
 /// Starts the engine. The runner is built on the engine thread, because it may belong to it; until
-/// then requests are queued. [`EngineHandle::ready`] tells when, or why not.
+/// then requests are queued. [`EngineHandle::ready`] tells when, or why not. It is built again when
+/// it does not work any more.
 ///
 /// Metrics should be installed before: what is said once at the start is lost otherwise.
 pub fn spawn<R, F>(config: EngineConfig, make_runner: F) -> (EngineHandle, JoinHandle<()>)
 where
     R: Runner + 'static,
-    F: FnOnce() -> Result<R, String> + Send + 'static,
+    F: FnMut() -> Result<R, String> + Send + 'static,
 {
     let limits = config.limits();
     let (commands, receiver) = channel();
@@ -202,6 +183,8 @@ where
         heartbeat: Arc::clone(&heartbeat),
     };
     let start = move || {
+        let alive = Arc::new(());
+        watchdog::watch(Arc::clone(&heartbeat), Arc::downgrade(&alive));
         metrics::engine_started(limits.block_size, limits.num_blocks);
         let mut outbox = Outbox {
             commands: receiver,
@@ -232,22 +215,43 @@ where
 /// The life of the engine thread; an error is its cause of death.
 fn live<R, F>(
     config: &EngineConfig,
-    make_runner: F,
+    mut make_runner: F,
     outbox: &mut Outbox,
     lifecycle: &watch::Sender<Lifecycle>,
 ) -> Result<(), String>
 where
     R: Runner,
-    F: FnOnce() -> Result<R, String>,
+    F: FnMut() -> Result<R, String>,
 {
     let runner = make_runner()?;
     let num_blocks = runner.num_blocks().unwrap_or(config.num_blocks);
     let config = EngineConfig { num_blocks, ..config.clone() };
-    let core = EngineCore::new(config.scheduler(), runner);
-    lifecycle.send_replace(Lifecycle::Running);
-    let stall_timeout = config.stall_timeout;
-    let max_failed_steps = config.max_failed_steps;
-    EngineThread { core, outbox, stall_timeout, max_failed_steps, num_steps: 0, failures: 0 }.run()
+    let mut core = EngineCore::new(config.scheduler(), runner);
+    outbox.heartbeat.watch(core.phase());
+    loop {
+        lifecycle.send_replace(Lifecycle::Running);
+        let thread = EngineThread::new(&mut core, outbox, &config);
+        match catch_unwind(AssertUnwindSafe(|| thread.run())) {
+            Ok(End::Drained) => return Ok(()),
+            Ok(End::DeviceLost(reason)) => return Err(format!("the device is lost: {reason}")),
+            Ok(End::RunnerBroken(reason)) => {
+                tracing::error!(reason, "building the model anew; requests go on afterwards");
+                lifecycle.send_replace(Lifecycle::Loading);
+                // The old one gives its memory back before there is another.
+                let state = core.into_state();
+                core = EngineCore::resume(state, make_runner()?);
+                core.probe().map_err(|error| format!("a new runner fails too: {error}"))?;
+            }
+            Err(panic) => {
+                // A bug of ours: who was being answered cannot be, but whoever comes next can.
+                let reason = format!("panic: {}", panic_message(panic.as_ref()));
+                tracing::error!(reason, "the engine starts anew");
+                outbox.fail_everything(&reason);
+                core.start_anew(config.scheduler());
+            }
+        }
+        metrics::engine_restarted();
+    }
 }
 
 /// The thread's side of the channels. It outlives the scheduler and the runner, so that a bug in
@@ -274,24 +278,55 @@ impl Outbox {
     }
 }
 
+/// Why the engine thread stopped stepping.
+enum End {
+    /// Everything was answered and nothing more comes.
+    Drained,
+    /// This process will not get the device to work again.
+    DeviceLost(String),
+    /// The runner computes nothing any more.
+    RunnerBroken(String),
+}
+
 struct EngineThread<'a, R> {
-    core: EngineCore<R>,
+    core: &'a mut EngineCore<R>,
     outbox: &'a mut Outbox,
     stall_timeout: Duration,
     max_failed_steps: u32,
     num_steps: u64,
     /// Failed steps in a row.
     failures: u32,
+    queue_rate: QueueRate,
 }
 
-impl<R: Runner> EngineThread<'_, R> {
-    fn run(&mut self) -> Result<(), String> {
+impl<'a, R: Runner> EngineThread<'a, R> {
+    fn new(core: &'a mut EngineCore<R>, outbox: &'a mut Outbox, config: &EngineConfig) -> Self {
+        let num_steps = outbox.stats.borrow().num_steps;
+        Self {
+            core,
+            outbox,
+            stall_timeout: config.stall_timeout,
+            max_failed_steps: config.max_failed_steps,
+            num_steps,
+            failures: 0,
+            queue_rate: QueueRate::default(),
+        }
+    }
+
+    fn run(mut self) -> End {
         while self.take_commands() {
-            if !self.core.scheduler().is_idle() {
-                self.step()?;
+            let expired = self.outbox.active.expire(now());
+            if !expired.is_empty() {
+                self.abort_sequences(expired);
+                self.publish_stats();
+            }
+            if !self.core.scheduler().is_idle()
+                && let Some(end) = self.step()
+            {
+                return end;
             }
         }
-        Ok(())
+        End::Drained
     }
 
     /// Does what was asked since the last step; sleeps while there is nothing to compute. Returns
@@ -348,7 +383,7 @@ impl<R: Runner> EngineThread<'_, R> {
 
     fn abort_request(&mut self, key: RequestKey) {
         let sequences = self.outbox.active.forget(key);
-        let core = &mut self.core;
+        let core = &mut *self.core;
         let phases = sequences.into_iter().filter_map(|id| core.abort(id));
         if let Some(phase) = phases.max() {
             metrics::request_cancelled(phase_label(phase));
@@ -361,17 +396,24 @@ impl<R: Runner> EngineThread<'_, R> {
         }
     }
 
-    fn step(&mut self) -> Result<(), String> {
+    fn step(&mut self) -> Option<End> {
         self.core.advance_to(self.outbox.heartbeat.origin.elapsed());
+        let num_waiting = self.core.scheduler().stats().num_waiting;
         let step = self.core.schedule();
+        let num_left = num_waiting.saturating_sub(self.core.scheduler().stats().num_waiting);
         let num_tokens = num_tokens(&step);
         let began_at = now();
-        self.outbox.heartbeat.begin(self.stall_timeout + STALL_TIMEOUT_PER_TOKEN * num_tokens);
+        let allowed = self.stall_timeout + STALL_TIMEOUT_PER_TOKEN * num_tokens;
+        self.outbox.heartbeat.begin((step.scheduled.len(), num_tokens), allowed);
         let outcome = self.core.execute(&step);
         self.outbox.heartbeat.end();
         let ended_at = now();
+        let duration = ended_at - began_at;
         self.num_steps += 1;
-        metrics::step_ended(ended_at - began_at, num_tokens);
+        if 0 < num_waiting {
+            self.queue_rate.observe(num_left, duration);
+        }
+        metrics::step_ended(duration, num_tokens);
         if self.num_steps.is_multiple_of(STEPS_PER_METRICS_UPKEEP) {
             metrics::upkeep();
         }
@@ -384,23 +426,29 @@ impl<R: Runner> EngineThread<'_, R> {
         if let Some(failed) = outcome.failed {
             return self.survive(&failed);
         }
+        self.core.observe(duration);
         self.failures = 0;
-        Ok(())
+        None
     }
 
-    /// A failed step costs only its own requests, unless it keeps happening.
-    fn survive(&mut self, failed: &FailedStep) -> Result<(), String> {
+    /// A failed step costs a request only when it fails alone, and the runner only when it cannot
+    /// compute anything else either.
+    fn survive(&mut self, failed: &FailedStep) -> Option<End> {
         let reason = failed.error.to_string();
         self.failures += 1;
-        tracing::error!(reason, failures = self.failures, lost = failed.lost.len(), "step failed");
+        let is_sound = failed.is_runner_sound;
+        tracing::error!(reason, failures = self.failures, is_sound, "a step failed");
         self.outbox.stats.send_modify(|stats| stats.num_failed_steps += 1);
-        let orphans = self.outbox.active.fail_sequences(&failed.lost, &reason, now());
+        metrics::step_failed();
+        let culprits = failed.culprit.as_slice();
+        let orphans = self.outbox.active.fail_sequences(culprits, &reason, now());
         self.abort_sequences(orphans);
         self.publish_stats();
         if self.core.runner().is_broken() {
-            return Err(format!("the device is lost: {reason}"));
+            return Some(End::DeviceLost(reason));
         }
-        if self.failures < self.max_failed_steps { Ok(()) } else { Err(reason) }
+        let is_broken = !is_sound || self.max_failed_steps <= self.failures;
+        is_broken.then_some(End::RunnerBroken(reason))
     }
 
     fn publish_stats(&mut self) {
@@ -416,6 +464,7 @@ impl<R: Runner> EngineThread<'_, R> {
                 num_steps,
                 num_preemptions: stats.num_preemptions,
                 num_failed_steps: published.num_failed_steps,
+                wait_per_sequence: self.queue_rate.wait_of(1),
             };
         });
         let recorded = std::mem::replace(&mut self.outbox.recorded, stats);

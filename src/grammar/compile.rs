@@ -33,6 +33,9 @@ const COMPILE_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_BUILDS: usize = 2;
 /// Schemas nest, and llguidance follows them by recursion. Only what is used becomes memory.
 const BUILD_STACK_BYTES: usize = 256 << 20;
+/// Sets of words, each within the one before, beside those llguidance has for JSON. Where a grammar
+/// allows all of a set its tokens are allowed at once, not one by one.
+const WORD_SLICES: [&str; 3] = ["[a-zA-Z0-9_ ,.]{1,20}", "[a-zA-Z ]{1,20}", "[a-z]{1,20}"];
 /// Most states of one grammar's automaton, of 1 to 2 KB each.
 pub(super) const MAX_LEXER_STATES: usize = 50_000;
 /// Most symbols of a grammar.
@@ -156,7 +159,8 @@ impl Shared {
         let vocabulary = Vocabulary::new(Arc::clone(&self.tokenizer), &self.eos_token_ids);
         let environment: TokEnv = Arc::new(vocabulary);
         let abilities = InferenceCapabilities { ff_tokens: true, ..Default::default() };
-        let slices = SlicedBiasComputer::general_slices();
+        let mut slices = SlicedBiasComputer::general_slices();
+        slices.extend(WORD_SLICES.map(str::to_owned));
         let mut parsers = ParserFactory::new(&environment, abilities, &slices)
             .map_err(|error| plain(&error.to_string()))?;
         parsers.quiet();

@@ -1,14 +1,20 @@
 //! Who asks: what is known about the sender of a request before its body is read.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::extract::FromRequestParts;
+use axum::http::HeaderValue;
 use axum::http::request::Parts;
 
 use super::error::ApiError;
 use super::request_id::RequestId;
 use super::state::AppState;
 
+/// The header with which a client says how long it waits.
+const REQUEST_TIMEOUT: &str = "x-request-timeout";
+/// Longer than any answer takes.
+const MAX_TIMEOUT_SECONDS: f64 = 86_400.0;
 /// Who sends requests where nobody is asked for a name.
 const ANONYMOUS: &str = "anonymous";
 
@@ -19,13 +25,34 @@ pub(super) struct Caller {
     pub(super) request_id: Arc<str>,
     /// Who it is, by the name that the operator gave.
     pub(super) client: Arc<str>,
+    /// When it stops waiting for its answer.
+    pub(super) deadline: Option<Instant>,
 }
 
 impl FromRequestParts<AppState> for Caller {
     type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, _: &AppState) -> Result<Self, ApiError> {
+    async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
         let RequestId(request_id) = parts.extensions.get().cloned().ok_or(ApiError::Internal)?;
-        Ok(Self { request_id, client: ANONYMOUS.into() })
+        let asked = parts.headers.get(REQUEST_TIMEOUT).map(timeout).transpose()?;
+        let timeout = asked.into_iter().chain(state.limits.request_timeout).min();
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        Ok(Self { request_id, client: ANONYMOUS.into(), deadline })
+    }
+}
+
+/// How long a client waits, in seconds, which may have a fraction.
+fn timeout(value: &HeaderValue) -> Result<Duration, ApiError> {
+    let seconds = value.to_str().ok().and_then(|text| text.trim().parse::<f64>().ok());
+    match seconds {
+        Some(seconds) if 0.0 < seconds && seconds <= MAX_TIMEOUT_SECONDS => {
+            Ok(Duration::from_secs_f64(seconds))
+        }
+        _ => Err(ApiError::Invalid {
+            message: format!(
+                "`{REQUEST_TIMEOUT}`: must be a number of seconds from 0 to {MAX_TIMEOUT_SECONDS}"
+            ),
+            param: Some(REQUEST_TIMEOUT.to_owned()),
+        }),
     }
 }

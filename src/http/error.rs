@@ -1,5 +1,7 @@
 //! The only error that becomes a response, and the only place that knows status codes.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderName, HeaderValue, StatusCode};
@@ -14,8 +16,6 @@ use crate::openai::error::{ErrorBody, ErrorObject};
 const MAX_MESSAGE_CHARS: usize = 1024;
 /// Longest advice to wait: clients ignore more than two minutes.
 const MAX_RETRY_AFTER_SECONDS: usize = 30;
-/// Waiting requests that are assumed to finish within a second, to advise a pause.
-const REQUESTS_PER_SECOND: usize = 16;
 /// Pause advised while the server goes away or recovers.
 const RESTART_SECONDS: usize = 5;
 
@@ -49,7 +49,9 @@ pub(super) enum ApiError {
     #[error("the content type must be application/json")]
     UnsupportedMediaType,
     #[error("the server is busy: {num_waiting} requests are waiting")]
-    Overloaded { num_waiting: usize },
+    Overloaded { num_waiting: usize, retry_after: Duration },
+    #[error("the request's time was over before its answer was complete")]
+    DeadlineExceeded,
     #[error("the server is busy compiling grammars")]
     Compiling,
     #[error("the server is shutting down")]
@@ -100,6 +102,7 @@ impl ApiError {
             Self::ShuttingDown | Self::Loading | Self::EngineDead => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
+            Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
             Self::EngineFailed | Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -124,6 +127,7 @@ impl ApiError {
             Self::Overloaded { .. } | Self::Compiling => {
                 ("rate_limit_error", Some("engine_overloaded"))
             }
+            Self::DeadlineExceeded => ("server_error", Some("deadline_exceeded")),
             Self::ShuttingDown => ("server_error", Some("shutting_down")),
             Self::Loading => ("server_error", Some("loading")),
             Self::EngineDead => ("server_error", Some("engine_dead")),
@@ -134,8 +138,9 @@ impl ApiError {
 
     fn retry_after(&self) -> Option<usize> {
         match self {
-            Self::Overloaded { num_waiting } => {
-                Some((num_waiting / REQUESTS_PER_SECOND).clamp(1, MAX_RETRY_AFTER_SECONDS))
+            Self::Overloaded { retry_after, .. } => {
+                let seconds = retry_after.as_secs_f64().ceil() as usize;
+                Some(seconds.clamp(1, MAX_RETRY_AFTER_SECONDS))
             }
             Self::ShuttingDown | Self::Loading | Self::EngineDead | Self::Compiling => {
                 Some(RESTART_SECONDS)
@@ -153,8 +158,9 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after() {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if matches!(self, Self::EngineFailed) {
-            // The same request would fail again, and official clients retry a 500 by themselves.
+        if matches!(self, Self::EngineFailed | Self::DeadlineExceeded) {
+            // The same request would fail again, or come too late for its client; and official
+            // clients retry a 500 by themselves.
             let name = HeaderName::from_static("x-should-retry");
             response.headers_mut().insert(name, HeaderValue::from_static("false"));
         }
@@ -182,7 +188,10 @@ impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         let message = error.to_string();
         match error {
-            SubmitError::Busy { num_waiting } => Self::Overloaded { num_waiting },
+            SubmitError::Busy { num_waiting, retry_after }
+            | SubmitError::TooLate { num_waiting, wait: retry_after } => {
+                Self::Overloaded { num_waiting, retry_after }
+            }
             SubmitError::TooLong { .. } => Self::TooLong { message, param: "max_tokens" },
             SubmitError::Stopping => Self::ShuttingDown,
             SubmitError::Dead { reason } => {
@@ -196,6 +205,7 @@ impl From<SubmitError> for ApiError {
 impl From<OutputError> for ApiError {
     fn from(error: OutputError) -> Self {
         match error {
+            OutputError::Expired => Self::DeadlineExceeded,
             OutputError::Aborted => Self::ShuttingDown,
             OutputError::Failed(_) => Self::EngineFailed,
         }

@@ -63,6 +63,7 @@ impl Generation {
         for (index, mut prepared) in prepared.into_iter().enumerate() {
             // The engine's lines in the log are to be found by the id that the client knows.
             prepared.request.id = Arc::clone(&caller.request_id);
+            prepared.request.deadline = caller.deadline;
             usage.prompt_tokens += prepared.request.prompt.len();
             let events = state.engine.generate(prepared.request)?;
             let output = prepared.output;

@@ -26,6 +26,8 @@ pub struct HttpLimits {
     pub drain_timeout: Duration,
     /// How long a connection may go without a whole request head, between requests too.
     pub header_timeout: Duration,
+    /// How long a request may take from its head to the end of its answer, if anyone minds.
+    pub request_timeout: Option<Duration>,
     /// How long the body of a request may take to arrive.
     pub body_timeout: Duration,
     /// Connections that are served at once; further ones wait to be accepted.
@@ -50,6 +52,7 @@ impl Default for HttpLimits {
             // Longer than proxies keep idle connections, usually 60 seconds: the side that reuses
             // a connection should be the one that closes it.
             header_timeout: Duration::from_secs(75),
+            request_timeout: None,
             body_timeout: Duration::from_secs(30),
             max_connections: 4096,
             max_stored_responses: 4096,

@@ -17,6 +17,11 @@ impl Priority {
         let limit = i64::from(Self::LIMIT);
         Self(number.clamp(-limit, limit) as i32)
     }
+
+    /// How many steps later than the most urgent one it counts as having arrived.
+    pub(super) fn delay(self, steps_per_priority: u64) -> u64 {
+        u64::from((self.0 + Self::LIMIT).unsigned_abs()) * steps_per_priority
+    }
 }
 
 /// A sequence's place in the queue and among the running, for life: by `step`, then `arrival`.
@@ -37,8 +42,7 @@ impl Rank {
         (step, arrival): (u64, u64),
         steps_per_priority: u64,
     ) -> Self {
-        let delay = (priority.0 + Priority::LIMIT).unsigned_abs();
-        Self { step: step + u64::from(delay) * steps_per_priority, arrival }
+        Self { step: step + priority.delay(steps_per_priority), arrival }
     }
 }
 

@@ -1,47 +1,74 @@
-//! Sequences that hold no blocks, in order of their ranks.
+//! Sequences that hold no blocks: per client, in order of their ranks.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
 use crate::scheduler::SeqId;
+use crate::scheduler::fairness::FairnessId;
 use crate::scheduler::priority::Rank;
 use crate::scheduler::sequence::Sequence;
 
-/// A preempted sequence returns to the place its rank gives it: before everyone who came later.
+/// A preempted sequence returns to the place its rank gives it: before everyone of its client who
+/// came later.
 #[derive(Debug, Default)]
-pub(super) struct WaitingQueue(BTreeMap<Rank, Sequence>);
+pub(super) struct WaitingQueue {
+    /// **Invariant:** no client without a sequence.
+    clients: BTreeMap<FairnessId, BTreeMap<Rank, Sequence>>,
+    len: usize,
+}
 
 impl WaitingQueue {
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.len
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.len == 0
     }
 
     pub(super) fn insert(&mut self, seq: Sequence) {
         assert_eq!(seq.num_computed_tokens, 0, "who waits holds nothing");
-        let previous = self.0.insert(seq.rank, seq);
+        let sequences = self.clients.entry(seq.client().clone()).or_default();
+        let previous = sequences.insert(seq.rank, seq);
         assert!(previous.is_none(), "ranks are unique");
+        self.len += 1;
     }
 
-    /// The sequence behind the one with this rank, or the first one.
-    pub(super) fn next_after(&mut self, rank: Option<Rank>) -> Option<&mut Sequence> {
+    pub(super) fn clients(&self) -> impl Iterator<Item = &FairnessId> {
+        self.clients.keys()
+    }
+
+    /// The client's sequence behind the one with this rank, or its first one.
+    pub(super) fn next_after(&self, client: &FairnessId, rank: Option<Rank>) -> Option<&Sequence> {
         let from = rank.map_or(Bound::Unbounded, Bound::Excluded);
-        self.0.range_mut((from, Bound::Unbounded)).next().map(|(_, seq)| seq)
+        self.clients.get(client)?.range((from, Bound::Unbounded)).next().map(|(_, seq)| seq)
     }
 
-    pub(super) fn remove(&mut self, rank: Rank) -> Option<Sequence> {
-        self.0.remove(&rank)
+    pub(super) fn get(&self, client: &FairnessId, rank: Rank) -> Option<&Sequence> {
+        self.clients.get(client)?.get(&rank)
+    }
+
+    pub(super) fn get_mut(&mut self, client: &FairnessId, rank: Rank) -> Option<&mut Sequence> {
+        self.clients.get_mut(client)?.get_mut(&rank)
+    }
+
+    pub(super) fn remove(&mut self, client: &FairnessId, rank: Rank) -> Option<Sequence> {
+        let sequences = self.clients.get_mut(client)?;
+        let seq = sequences.remove(&rank)?;
+        if sequences.is_empty() {
+            self.clients.remove(client);
+        }
+        self.len -= 1;
+        Some(seq)
     }
 
     pub(super) fn remove_id(&mut self, id: SeqId) -> Option<Sequence> {
-        let rank = self.iter().find(|seq| seq.id() == id)?.rank;
-        self.0.remove(&rank)
+        let seq = self.iter().find(|seq| seq.id() == id)?;
+        let (client, rank) = (seq.client().clone(), seq.rank);
+        self.remove(&client, rank)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Sequence> {
-        self.0.values()
+        self.clients.values().flat_map(BTreeMap::values)
     }
 }

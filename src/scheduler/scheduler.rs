@@ -1,10 +1,13 @@
 //! The decisions: who leaves the queue, who gets how many tokens, who gives blocks back.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use crate::kv::manager::{CachedPrefix, OutOfBlocks};
+use crate::kv::manager::OutOfBlocks;
 use crate::kv::{BlockId, KvCacheManager};
 use crate::scheduler::SeqId;
+use crate::scheduler::fairness::Shares;
+use crate::scheduler::prefill_budget::PrefillBudget;
 use crate::scheduler::priority::Rank;
 use crate::scheduler::queue::WaitingQueue;
 use crate::scheduler::sequence::{Sequence, SequenceSpec};
@@ -28,6 +31,15 @@ pub struct SchedulerConfig {
     pub prefill_ageing_tokens_per_step: usize,
     /// How many steps earlier a sequence counts as having arrived for each unit of priority.
     pub steps_per_priority: u64,
+    /// After so many steps in the queue a sequence may take the place of a client's that has at
+    /// least two more running than its own.
+    pub fairness_patience_steps: u64,
+    /// How long a step with generating sequences may take. The tokens of prompts beside them follow
+    /// from it, beginning with `max_prefill_tokens_while_decoding`.
+    pub target_itl: Option<Duration>,
+    /// Within which time a prompt should have its first token. Half of it passed, the prompts get
+    /// all the tokens of a step, unless there is a `target_itl`, which goes before.
+    pub target_ttft: Option<Duration>,
     /// No sequence grows beyond this many tokens.
     pub max_model_len: usize,
 }
@@ -101,16 +113,24 @@ pub struct SchedulerStats {
 /// Everything that is waiting or running.
 #[derive(Debug)]
 pub struct Scheduler {
-    config: SchedulerConfig,
-    kv: KvCacheManager,
-    waiting: WaitingQueue,
+    pub(super) config: SchedulerConfig,
+    pub(super) kv: KvCacheManager,
+    pub(super) waiting: WaitingQueue,
     /// In order of their ranks. **Invariant:** the first one progresses in every step, because it always
     /// gets a token, and the last one gives its blocks back first.
-    running: Vec<Sequence>,
-    started: Vec<SeqEvent>,
+    pub(super) running: Vec<Sequence>,
+    pub(super) shares: Shares,
+    /// Sequences of a step that failed, and how far each must come to be cleared.
+    suspects: BTreeMap<SeqId, usize>,
+    prefill_budget: PrefillBudget,
+    /// Prompt tokens of the last step, if it had generating sequences too.
+    num_mixed_prompt_tokens: usize,
+    /// The time, measured from anywhere.
+    now: Duration,
+    pub(super) started: Vec<SeqEvent>,
     num_arrivals: u64,
-    num_steps: u64,
-    stats: SchedulerStats,
+    pub(super) num_steps: u64,
+    pub(super) stats: SchedulerStats,
 }
 
 impl Scheduler {
@@ -119,11 +139,21 @@ impl Scheduler {
         assert!(0 < config.max_num_seqs);
         assert!(2 <= config.max_num_batched_tokens, "prompts progress beside running streams");
         assert!(0 < config.max_prefill_tokens_while_decoding);
+        let prefill_budget = PrefillBudget::new(
+            config.max_prefill_tokens_while_decoding,
+            config.max_num_batched_tokens,
+            config.target_itl,
+        );
         Self {
             config,
             kv,
+            prefill_budget,
+            num_mixed_prompt_tokens: 0,
+            now: Duration::ZERO,
             waiting: WaitingQueue::default(),
             running: Vec::new(),
+            shares: Shares::default(),
+            suspects: BTreeMap::new(),
             started: Vec::new(),
             num_arrivals: 0,
             num_steps: 0,
@@ -165,18 +195,23 @@ impl Scheduler {
         let arrival = (self.num_steps, self.num_arrivals);
         seq.rank = Rank::new(seq.priority(), arrival, self.config.steps_per_priority);
         self.num_arrivals += 1;
+        seq.queued_at_step = self.num_steps;
+        seq.arrived_at = self.now;
+        self.shares.join(seq.client());
         self.waiting.insert(seq);
         Ok(())
     }
 
     /// Forgets a sequence and gives its blocks back at once. `None` when it is not known any more.
     pub fn abort(&mut self, id: SeqId) -> Option<SeqPhase> {
+        self.suspects.remove(&id);
         if let Some(seq) = self.waiting.remove_id(id) {
+            self.shares.leave(seq.client());
             let was_generating = 0 < seq.num_output_tokens();
             return Some(if was_generating { SeqPhase::Decode } else { SeqPhase::Waiting });
         }
         let index = self.running.iter().position(|seq| seq.id() == id)?;
-        let mut seq = self.running.remove(index);
+        let mut seq = self.remove_running(index);
         self.kv.free(&mut seq.blocks);
         let is_generating = 0 < seq.num_output_tokens();
         Some(if is_generating { SeqPhase::Decode } else { SeqPhase::Prefill })
@@ -185,64 +220,83 @@ impl Scheduler {
     /// Takes every block back and forgets all cached content: the device's memory is in doubt.
     /// Whoever was running starts again from its known tokens, without its client noticing.
     pub fn reset(&mut self) {
-        while !self.running.is_empty() {
-            self.preempt_youngest();
+        while let Some(youngest) = self.running.len().checked_sub(1) {
+            self.preempt(youngest);
         }
         self.kv.clear();
     }
 
-    /// Tells the time, which pins need; measured from anywhere, and never earlier than before.
+    /// Takes note that a step failed, and clears everything it may have touched.
+    ///
+    /// One of its sequences may be the reason, so they run again one at a time; whoever fails alone
+    /// is to blame, and forgotten. Returns that one.
+    pub fn fail_step(&mut self, step: &SchedulerOutput) -> Option<SeqId> {
+        let culprit = match step.scheduled.as_slice() {
+            [only] if self.suspects.contains_key(&only.id) => Some(only.id),
+            scheduled => {
+                self.suspects.extend(scheduled.iter().map(|seq| (seq.id, seq.end())));
+                None
+            }
+        };
+        if let Some(id) = culprit {
+            self.abort(id);
+        }
+        self.reset();
+        culprit
+    }
+
+    /// The sequence that runs alone, or will, because a step with it failed.
+    pub fn suspect(&self) -> Option<SeqId> {
+        self.suspects.keys().next().copied()
+    }
+
+    /// Takes a sequence out for good.
+    fn remove_running(&mut self, index: usize) -> Sequence {
+        let seq = self.running.remove(index);
+        self.suspects.remove(&seq.id());
+        self.shares.leave(seq.client());
+        seq
+    }
+
+    /// Tells the time, which pins and targets need; measured from anywhere, and never earlier than before.
     pub fn advance_to(&mut self, now: Duration) {
+        self.now = now;
         self.kv.advance_to(now);
+    }
+
+    /// Says how long the last step took.
+    pub fn observe(&mut self, duration: Duration) {
+        self.prefill_budget.observe(self.num_mixed_prompt_tokens, duration);
     }
 
     /// Decides the next step.
     pub fn schedule(&mut self) -> SchedulerOutput {
         self.num_steps += 1;
-        self.admit_waiting();
+        let displaced = match self.suspect() {
+            None => self.admit_waiting(),
+            Some(suspect) => self.admit_suspect(suspect),
+        };
         let planned = self.plan_tokens();
-        self.allocate_planned(&planned)
+        let mut output = self.allocate_planned(&planned);
+        output.preempted.extend(displaced);
+        self.charge(&output);
+        output
     }
 
-    /// Moves sequences from the queue to the running ones, in order of their ranks. Nobody overtakes a
-    /// sequence that lacks room; anybody may overtake one that waits for a prefix.
-    fn admit_waiting(&mut self) {
-        let mut last = None;
-        while self.running.len() < self.config.max_num_seqs {
-            let Some(seq) = self.waiting.next_after(last) else { break };
-            let rank = seq.rank;
-            last = Some(rank);
-            let max_cached = seq.max_cached_tokens();
-            let prefix = self.kv.find_cached_prefix(&mut seq.blocks, &seq.tokens, max_cached);
-            if is_being_computed(&self.running, seq, prefix, self.kv.block_size()) {
-                continue;
+    /// Books what the step costs, and whom.
+    fn charge(&mut self, output: &SchedulerOutput) {
+        let num_step_tokens = output.scheduled.iter().map(|seq| seq.tokens.len()).sum();
+        let (decodes, prompts): (Vec<_>, Vec<_>) =
+            output.scheduled.iter().map(|seq| seq.tokens.len()).partition(|&num| num == 1);
+        self.num_mixed_prompt_tokens =
+            if decodes.is_empty() { 0 } else { prompts.into_iter().sum() };
+        let mut running = self.running.iter();
+        for scheduled in &output.scheduled {
+            // Both are in the same order.
+            if let Some(seq) = running.find(|seq| seq.id() == scheduled.id) {
+                self.shares.charge(seq.client(), scheduled.tokens.len(), num_step_tokens);
             }
-            if !has_room(&self.kv, &self.running, seq, prefix) {
-                break;
-            }
-            let seq = self.waiting.remove(rank).expect("it was just seen");
-            self.admit(seq, prefix);
         }
-    }
-
-    fn admit(&mut self, mut seq: Sequence, prefix: CachedPrefix) {
-        let num_cached_tokens = self.kv.attach_cached_prefix(&mut seq.blocks, prefix);
-        seq.num_computed_tokens = num_cached_tokens;
-        if !seq.was_started {
-            seq.was_started = true;
-            seq.num_cached_tokens = num_cached_tokens;
-            if 0 < seq.max_cached_tokens() {
-                self.stats.num_prefix_queries += seq.num_prompt_tokens() as u64;
-                self.stats.num_prefix_hits += num_cached_tokens as u64;
-            }
-            self.started.push(SeqEvent::Started { id: seq.id(), num_cached_tokens });
-        }
-        let index = self.running.partition_point(|other| other.rank < seq.rank);
-        self.running.insert(index, seq);
-        assert!(
-            promised_blocks(&self.kv, &self.running) <= self.kv.num_free_blocks(),
-            "what is admitted fits beside what runs"
-        );
     }
 
     /// Shares out the token budget: one number per running sequence.
@@ -270,8 +324,7 @@ impl Scheduler {
         let mut prefill_budget = budget - decodes.len();
         if is_decoding {
             let num_given = usize::from(prefills.contains(&0));
-            let allowed = self.config.max_prefill_tokens_while_decoding - num_given;
-            prefill_budget = prefill_budget.min(allowed);
+            prefill_budget = prefill_budget.min(self.mixed_budget(&prefills) - num_given);
         }
         for index in prefills {
             let lacking = self.running[index].num_uncomputed_tokens() - planned[index];
@@ -280,6 +333,18 @@ impl Scheduler {
             prefill_budget -= num_new;
         }
         planned
+    }
+
+    /// Most prompt tokens beside generating sequences.
+    fn mixed_budget(&self, prefills: &[usize]) -> usize {
+        let is_late =
+            |seq: &Sequence, target| target / 2 <= self.now.saturating_sub(seq.arrived_at);
+        match (self.config.target_itl, self.config.target_ttft) {
+            (None, Some(target)) if prefills.iter().any(|&i| is_late(&self.running[i], target)) => {
+                self.config.max_num_batched_tokens
+            }
+            _ => self.prefill_budget.num_tokens(),
+        }
     }
 
     /// Gives every planned token a slot, oldest sequence first. Where blocks run out the youngest
@@ -297,7 +362,7 @@ impl Scheduler {
                     assert!(0 < index, "a sequence that may run at all can run alone");
                     break;
                 }
-                output.preempted.extend(self.preempt_youngest());
+                output.preempted.push(self.preempt(self.running.len() - 1));
             } else {
                 seq.last_scheduled_step = self.num_steps;
                 output.scheduled.push(seq.schedule(planned[index]));
@@ -309,15 +374,16 @@ impl Scheduler {
         output
     }
 
-    /// Puts the youngest running sequence back into the queue; it recomputes later.
-    fn preempt_youngest(&mut self) -> Option<SeqId> {
-        let mut seq = self.running.pop()?;
+    /// Puts a running sequence back into the queue; it recomputes later.
+    pub(super) fn preempt(&mut self, index: usize) -> SeqId {
+        let mut seq = self.running.remove(index);
         let id = seq.id();
         self.kv.free(&mut seq.blocks);
         seq.start_anew();
+        seq.queued_at_step = self.num_steps;
         self.stats.num_preemptions += 1;
         self.waiting.insert(seq);
-        Some(id)
+        id
     }
 
     /// Events of sequences that left the queue; [`Self::update`] reports them too.
@@ -353,12 +419,15 @@ impl Scheduler {
         let failure = is_broken.then_some(NonFiniteLogits.into());
         if let Some(error) = failure.or_else(|| output.sampled.as_ref()?.as_ref().err().cloned()) {
             // Whatever made the logits infinite may sit in any of its blocks.
-            let mut seq = self.running.remove(index);
+            let mut seq = self.remove_running(index);
             self.kv.discard(&mut seq.blocks);
             events.push(SeqEvent::Failed(id, error));
             return;
         }
         seq.num_computed_tokens = scheduled.end();
+        if self.suspects.get(&id).is_some_and(|&end| end <= scheduled.end()) {
+            self.suspects.remove(&id);
+        }
         self.kv.publish_full_blocks(&mut seq.blocks, &seq.tokens, seq.num_computed_tokens);
         if scheduled.prompt_logprobs.is_some() {
             // Recomputation after a preemption may score tokens a second time.
@@ -383,7 +452,7 @@ impl Scheduler {
             finish = Some(SeqFinish::Length);
         }
         if let Some(finish) = finish {
-            let mut seq = self.running.remove(index);
+            let mut seq = self.remove_running(index);
             self.kv.free(&mut seq.blocks);
             events.push(SeqEvent::Finished(id, finish));
         }
@@ -402,6 +471,10 @@ impl Scheduler {
         }
         assert!(self.running.len() <= self.config.max_num_seqs);
         assert!(self.running.is_sorted_by_key(|seq| seq.rank));
+        assert_eq!(self.shares.num_live(), self.running.len() + self.waiting.len());
+        let live: BTreeSet<_> =
+            self.running.iter().chain(self.waiting.iter()).map(Sequence::id).collect();
+        assert!(self.suspects.keys().all(|id| live.contains(id)));
         for seq in &self.running {
             let needed = self.kv.blocks_for(seq.num_computed_tokens);
             assert_eq!(seq.blocks.table().blocks().len(), needed);
@@ -438,38 +511,4 @@ fn append_tokens(
         }
     }
     continuation.is_complete.then_some(SeqFinish::Stop)
-}
-
-/// Whether a running sequence is about to publish the block that `seq` would have to compute next.
-/// Then waiting is cheaper than computing it twice. Asked anew in every step, so nobody waits for
-/// a sequence that was aborted or preempted.
-fn is_being_computed(
-    running: &[Sequence],
-    seq: &Sequence,
-    prefix: CachedPrefix,
-    block_size: usize,
-) -> bool {
-    let next = prefix.num_blocks;
-    let is_shareable = (next + 1) * block_size <= seq.max_cached_tokens();
-    let Some(hash) = seq.blocks.hash(next).filter(|_| is_shareable) else { return false };
-    running.iter().any(|other| other.blocks.will_publish(next, hash))
-}
-
-/// Whether `seq` can have blocks for all its known tokens, and every sequence that runs already for
-/// its own, and one more each. Admitting earlier would only cause preemptions.
-fn has_room(
-    kv: &KvCacheManager,
-    running: &[Sequence],
-    seq: &Sequence,
-    prefix: CachedPrefix,
-) -> bool {
-    let needed = kv.blocks_for(seq.tokens.len()) - prefix.num_blocks + prefix.num_free_blocks;
-    needed + promised_blocks(kv, running) + running.len() <= kv.num_free_blocks()
-}
-
-/// How many more blocks the running sequences need for the tokens they already know.
-fn promised_blocks(kv: &KvCacheManager, running: &[Sequence]) -> usize {
-    let lacking =
-        |seq: &Sequence| kv.blocks_for(seq.tokens.len()) - seq.blocks.table().blocks().len();
-    running.iter().map(lacking).sum()
 }

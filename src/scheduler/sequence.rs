@@ -1,10 +1,12 @@
 //! One token stream: the prompt, what was generated, and how far the cache lags behind.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::kv::{Pin, SequenceBlocks};
 use crate::sampling::params::SamplingParams;
 use crate::scheduler::SeqId;
+use crate::scheduler::fairness::FairnessId;
 use crate::scheduler::priority::{Priority, Rank};
 use crate::scheduler::step::{
     PoolRequest, Pooling, PromptLogprobsRequest, SampleRequest, ScheduledSeq, TokenHistory,
@@ -32,6 +34,8 @@ pub struct SequenceSpec {
     pub cache_salt: Option<Arc<str>>,
     /// How urgent it is.
     pub priority: Priority,
+    /// On whose behalf it runs.
+    pub fairness_id: FairnessId,
     /// Beginnings of the prompt to keep in the cache for a while.
     pub pins: Arc<[Pin]>,
     /// Present when the prompt's embedding is wanted; then nothing is generated.
@@ -47,6 +51,10 @@ pub(super) struct Sequence {
     /// Decides who is admitted, who is served first and who is preempted; long prompts age from
     /// its step. Kept for life.
     pub(super) rank: Rank,
+    /// When it was added.
+    pub(super) arrived_at: Duration,
+    /// The step in which it came into the queue, the last time.
+    pub(super) queued_at_step: u64,
     /// The last step that computed something.
     pub(super) last_scheduled_step: u64,
     /// Whether it ever left the queue.
@@ -74,6 +82,8 @@ impl Sequence {
             tokens,
             max_len,
             rank: Rank::default(),
+            arrived_at: Duration::ZERO,
+            queued_at_step: 0,
             last_scheduled_step: 0,
             was_started: false,
             num_computed_tokens: 0,
@@ -91,6 +101,10 @@ impl Sequence {
 
     pub(super) fn priority(&self) -> Priority {
         self.spec.priority
+    }
+
+    pub(super) fn client(&self) -> &FairnessId {
+        &self.spec.fairness_id
     }
 
     pub(super) fn num_prompt_tokens(&self) -> usize {

@@ -33,6 +33,9 @@ const REQUEST_GENERATION_TOKENS: &str = "vllm:request_generation_tokens";
 const ITERATION_TOKENS: &str = "vllm:iteration_tokens_total";
 const CACHE_CONFIG_INFO: &str = "vllm:cache_config_info";
 const REQUESTS_CANCELLED: &str = "qwen_requests_cancelled_total";
+const REQUESTS_EXPIRED: &str = "qwen_requests_expired_total";
+const FAILED_STEPS: &str = "qwen_failed_steps_total";
+const ENGINE_RESTARTS: &str = "qwen_engine_restarts_total";
 const STEP_SECONDS: &str = "qwen_step_seconds";
 
 const FIRST_TOKEN_BUCKETS: &[f64] = &[
@@ -70,6 +73,9 @@ const COUNTERS: &[(&str, &str)] = &[
     (GENERATION_TOKENS, "Generated tokens."),
     (NUM_PREEMPTIONS, "Sequences that gave their blocks back to be recomputed later."),
     (REQUEST_SUCCESS, "Choices that ended, by reason."),
+    (REQUESTS_EXPIRED, "Requests that were not answered within the time their client gave."),
+    (FAILED_STEPS, "Steps that failed; their sequences were computed again."),
+    (ENGINE_RESTARTS, "How often the engine or its runner was built anew."),
     (REQUESTS_CANCELLED, "Requests whose client left, by how far they had come."),
 ];
 
@@ -130,7 +136,9 @@ fn describe() {
     for name in [PREFIX_CACHE_QUERIES, PREFIX_CACHE_HITS, PROMPT_TOKENS, GENERATION_TOKENS] {
         counter!(name).increment(0);
     }
-    counter!(NUM_PREEMPTIONS).increment(0);
+    for name in [NUM_PREEMPTIONS, REQUESTS_EXPIRED, FAILED_STEPS, ENGINE_RESTARTS] {
+        counter!(name).increment(0);
+    }
     for reason in ["stop", "length", "abort", "error"] {
         counter!(REQUEST_SUCCESS, "finished_reason" => reason).increment(0);
     }
@@ -225,6 +233,21 @@ pub fn request_finished(reason: &'static str) {
 /// A client left.
 pub fn request_cancelled(phase: &'static str) {
     counter!(REQUESTS_CANCELLED, "phase" => phase).increment(1);
+}
+
+/// A client's time was over.
+pub fn request_expired() {
+    counter!(REQUESTS_EXPIRED).increment(1);
+}
+
+/// A step failed.
+pub fn step_failed() {
+    counter!(FAILED_STEPS).increment(1);
+}
+
+/// The engine or its runner was built anew.
+pub fn engine_restarted() {
+    counter!(ENGINE_RESTARTS).increment(1);
 }
 
 /// A request that was answered to its end.

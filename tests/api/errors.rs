@@ -8,7 +8,7 @@ use qwen_server::engine::EngineConfig;
 use qwen_server::http::HttpLimits;
 use serde_json::{Value, json};
 
-use crate::api_fake::{FakeServer, MODEL, chat, config, with};
+use crate::api_fake::{Answer, FakeServer, MODEL, chat, config, with};
 
 const PATH: &str = "/v1/chat/completions";
 
@@ -297,6 +297,31 @@ async fn what_the_queue_can_never_hold_is_not_worth_a_retry() {
     let server = FakeServer::with(&config, HttpLimits::default());
     let body = json!({"model": MODEL, "prompt": ["a", "b"], "n": 4});
     assert_eq!(server.post("/v1/completions", body).await.error(400)["param"], "prompt");
+}
+
+#[tokio::test]
+async fn a_client_says_how_long_it_waits() {
+    let config = EngineConfig { max_model_len: 8192, ..config() };
+    let server = FakeServer::with(&config, HttpLimits::default());
+    let send = |timeout: &str, body: &Value| {
+        let request = Request::post("/v1/completions").header("x-request-timeout", timeout);
+        let request = request.header("content-type", "application/json");
+        server.send(request.body(Body::from(body.to_string())).unwrap())
+    };
+    let endless = json!({"model": MODEL, "prompt": "go", "max_tokens": 8000, "n": 8});
+    for bad in ["soon", "-1", "0", "NaN", "inf", "1e9", ""] {
+        let error = Answer::read(send(bad, &endless).await).await.error(400);
+        assert_eq!(error["param"], "x-request-timeout", "{bad}");
+    }
+    let answer = Answer::read(send("0.02", &endless).await).await;
+    assert_eq!(answer.error(504)["code"], "deadline_exceeded");
+    assert_eq!(answer.header("x-should-retry"), Some("false"));
+    let streamed = with(endless.clone(), json!({"stream": true}));
+    let text = Answer::read(send("0.05", &streamed).await).await.text;
+    assert!(text.contains("deadline_exceeded") && !text.contains("[DONE]"), "{text}");
+    server.wait_until_idle().await;
+    let brief = json!({"model": MODEL, "prompt": "say:well;"});
+    Answer::read(send("30.5", &brief).await).await.ok();
 }
 
 #[tokio::test]

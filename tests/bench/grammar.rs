@@ -45,6 +45,11 @@ fn main() -> anyhow::Result<()> {
             r#"{"name": "Ada Lovelace", "year": 1815, "tags": ["maths", "engines"]}"#,
         ),
         (
+            "letters",
+            Constraint::Regex("[a-zA-Z ,.]{2000}".into()),
+            "The story of a number that nobody had counted, told by itself.",
+        ),
+        (
             "regex",
             Constraint::Regex(r"\d{4}-\d{2}-\d{2} .{0,60}".into()),
             "1815-12-10 the birthday of Ada Lovelace",

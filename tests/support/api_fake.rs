@@ -63,10 +63,10 @@ impl FakeServer {
     }
 
     pub(crate) fn with(config: &EngineConfig, limits: HttpLimits) -> Self {
-        let slots = vec![0; config.num_blocks as usize * config.block_size];
+        let num_slots = config.num_blocks as usize * config.block_size;
         let block_size = config.block_size;
-        let runner = FakeRunner { slots, block_size };
-        let (engine, _thread) = spawn(config.clone(), move || Ok(runner));
+        let make_runner = move || Ok(FakeRunner { slots: vec![0; num_slots], block_size });
+        let (engine, _thread) = spawn(config.clone(), make_runner);
         while !engine.is_ready() {
             std::thread::yield_now();
         }
@@ -186,7 +186,7 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    async fn read(response: Response<Body>) -> Self {
+    pub(crate) async fn read(response: Response<Body>) -> Self {
         let (parts, body) = response.into_parts();
         let bytes = body.collect().await.unwrap().to_bytes();
         let text = String::from_utf8(bytes.to_vec()).unwrap();

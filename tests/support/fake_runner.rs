@@ -62,6 +62,12 @@ impl Default for FakeRunner {
     }
 }
 
+/// For an engine that never needs another runner.
+pub(crate) fn once<R>(runner: R) -> impl FnMut() -> Result<R, String> {
+    let mut runner = Some(runner);
+    move || runner.take().ok_or_else(|| "there is no other runner".to_owned())
+}
+
 impl FakeRunner {
     /// Makes every step wait for the returned gate.
     pub(crate) fn gated(mut self) -> (Self, Gate) {

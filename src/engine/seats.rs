@@ -1,0 +1,165 @@
+//! The door: how many sequences and prompt tokens may be inside, and whose.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::engine::stats::EngineLimits;
+use crate::scheduler::FairnessId;
+
+/// Of the seats that are free a client may have so many times as many as are left then. So however
+/// many come with more than there is room for, some is left for others: one of them gets two thirds
+/// of the seats, two get two fifths each. (Choudhury and Hahne, "Dynamic queue length thresholds",
+/// 1998.)
+const SHARE_OF_FREE: usize = 2;
+
+/// What a request takes.
+#[derive(Clone, Debug)]
+pub(super) struct Claim {
+    pub(super) client: FairnessId,
+    pub(super) num_seqs: usize,
+    /// Of its prompt, as long as it waits.
+    pub(super) num_tokens: usize,
+}
+
+/// Counts live sequences, from `generate` until their end, and closes the door.
+#[derive(Debug, Default)]
+pub(super) struct Seats {
+    taken: Mutex<Taken>,
+    is_closed: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    num_seqs: usize,
+    num_waiting_tokens: usize,
+    clients: BTreeMap<FairnessId, usize>,
+}
+
+impl Seats {
+    /// Takes seats unless that makes too many. A single request that is larger than the house is let
+    /// in when the house is empty: it could never enter otherwise.
+    pub(super) fn take(&self, claim: &Claim, limits: &EngineLimits) -> bool {
+        let mut taken = self.taken();
+        let num_seats = limits.max_num_seqs + limits.max_queue;
+        let own = taken.clients.get(&claim.client).copied().unwrap_or(0);
+        let free = num_seats.saturating_sub(taken.num_seqs);
+        let is_fair = claim.client.is_none() || own + claim.num_seqs <= SHARE_OF_FREE * free;
+        let has_room = claim.num_seqs <= free && is_fair;
+        let waiting = taken.num_waiting_tokens;
+        let has_room_for_tokens =
+            waiting == 0 || waiting + claim.num_tokens <= limits.max_queue_tokens;
+        if taken.num_seqs != 0 && !(has_room && has_room_for_tokens) {
+            return false;
+        }
+        taken.num_seqs += claim.num_seqs;
+        taken.num_waiting_tokens += claim.num_tokens;
+        *taken.clients.entry(claim.client.clone()).or_default() += claim.num_seqs;
+        true
+    }
+
+    /// A request left the queue: its prompt waits no more.
+    pub(super) fn started(&self, num_tokens: usize) {
+        self.taken().num_waiting_tokens -= num_tokens;
+    }
+
+    /// Gives back what is left of a claim, or a part of it.
+    pub(super) fn give_back(&self, claim: &Claim) {
+        let mut taken = self.taken();
+        taken.num_seqs -= claim.num_seqs;
+        taken.num_waiting_tokens -= claim.num_tokens;
+        // A client without sequences is not listed, but may still have tokens to give back.
+        if let Some(own) = taken.clients.get_mut(&claim.client) {
+            *own -= claim.num_seqs;
+            if *own == 0 {
+                taken.clients.remove(&claim.client);
+            }
+        }
+    }
+
+    pub(super) fn close(&self) {
+        self.is_closed.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::SeqCst)
+    }
+
+    /// Live sequences.
+    pub(super) fn num_taken(&self) -> usize {
+        self.taken().num_seqs
+    }
+
+    /// Nobody is inside and nobody can come in. Whoever takes seats looks at the door afterwards,
+    /// so no submission can slip between the two looks.
+    pub(super) fn are_closed_and_empty(&self) -> bool {
+        self.is_closed() && self.num_taken() == 0
+    }
+
+    /// Nothing panics while it holds the counts, so they are right even behind a panic.
+    fn taken(&self) -> MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> EngineLimits {
+        EngineLimits {
+            max_model_len: 100,
+            num_blocks: 10,
+            block_size: 16,
+            max_num_seqs: 10,
+            max_queue: 20,
+            max_queue_tokens: 1000,
+            target_ttft: None,
+            vocab_size: 10,
+        }
+    }
+
+    fn claim(client: Option<&str>, num_seqs: usize, num_tokens: usize) -> Claim {
+        Claim { client: client.map(Into::into), num_seqs, num_tokens }
+    }
+
+    /// How many seats a client gets that takes all it can.
+    fn flood(seats: &Seats, client: Option<&str>) -> usize {
+        std::iter::repeat_with(|| seats.take(&claim(client, 1, 0), &limits()))
+            .take_while(|is_in| *is_in)
+            .count()
+    }
+
+    #[test]
+    fn who_has_no_name_may_take_every_seat() {
+        let seats = Seats::default();
+        assert_eq!(flood(&seats, None), 30);
+        assert_eq!(flood(&seats, Some("late")), 0);
+    }
+
+    #[test]
+    fn something_is_left_for_others() {
+        let seats = Seats::default();
+        assert_eq!(flood(&seats, Some("a")), 20);
+        let b = flood(&seats, Some("b"));
+        assert!((6..=7).contains(&b), "{b}");
+        assert!(seats.take(&claim(Some("c"), 1, 0), &limits()));
+        for _ in 0..20 {
+            seats.give_back(&claim(Some("a"), 1, 0));
+        }
+        assert_eq!(seats.num_taken(), b + 1);
+    }
+
+    #[test]
+    fn waiting_tokens_are_bounded_but_for_one_prompt() {
+        let seats = Seats::default();
+        assert!(seats.take(&claim(None, 40, 5000), &limits()), "the house is empty");
+        assert!(!seats.take(&claim(None, 1, 1), &limits()));
+        seats.give_back(&claim(None, 39, 0));
+        assert!(!seats.take(&claim(None, 1, 1), &limits()), "tokens");
+        seats.started(5000);
+        assert!(seats.take(&claim(None, 1, 900), &limits()));
+        assert!(!seats.take(&claim(None, 1, 101), &limits()));
+        assert!(seats.take(&claim(None, 1, 100), &limits()));
+    }
+}
