@@ -12,6 +12,7 @@ pub mod models;
 pub mod progress;
 pub mod pull;
 pub mod serve;
+pub mod usage;
 
 mod client;
 mod sse;
@@ -58,6 +59,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Measure how fast a running server answers
     Bench(bench::BenchArgs),
+    /// Tell who used how much, and what it costs
+    Usage(usage::UsageArgs),
 }
 
 /// An error whose user can do something about it.
@@ -83,6 +86,7 @@ pub fn run() -> Result<()> {
         Command::Complete(args) => complete::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Bench(args) => bench::run(&args),
+        Command::Usage(args) => usage(&args),
     }
 }
 
@@ -134,6 +138,18 @@ fn serve(args: &ServeArgs) -> Result<()> {
         return Ok(());
     }
     serve::run(&config)
+}
+
+/// A config file's values are the defaults of the flags that `usage` shares with `serve`.
+fn usage(args: &usage::UsageArgs) -> Result<()> {
+    let Some(path) = args.config.as_deref() else { return usage::run(args) };
+    let mut root = command();
+    let file = read_file(path, &root)?;
+    root = root.mut_subcommand("usage", |usage| file.apply(usage));
+    match parse(root).command {
+        Command::Usage(args) => usage::run(&args),
+        _ => unreachable!("the command line has not changed"),
+    }
 }
 
 /// What `serve --model MODEL` would do on a free port, with everything else as the environment says.

@@ -9,16 +9,19 @@ pub mod byte_size;
 pub mod device;
 pub mod file;
 pub mod hub_env;
+pub mod price;
 pub mod settings;
 
 use std::hash::{BuildHasher, Hasher};
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::time::Duration;
 
 pub use aliases::{Alias, DASHSCOPE_NAMES};
 pub use byte_size::ByteSize;
 pub use device::DeviceChoice;
 pub use file::ConfigFile;
+pub use price::{Micros, Price};
 pub use settings::{Setting, Settings, Source};
 
 /// The model served when none is named.
@@ -41,6 +44,8 @@ pub struct Config {
     pub engine: EngineOptions,
     /// What is written to standard error.
     pub log: LogConfig,
+    /// Where usage is counted, and what it costs.
+    pub usage: UsageConfig,
     /// Where each value came from, in the order of the help text.
     pub settings: Settings,
 }
@@ -144,6 +149,17 @@ pub struct LogConfig {
     pub level: LogLevel,
     /// How lines look.
     pub format: LogFormat,
+}
+
+/// Where usage is counted, and what it costs.
+#[derive(Clone, Debug)]
+pub struct UsageConfig {
+    /// The file; nothing is counted if absent.
+    pub ledger: Option<PathBuf>,
+    /// What models cost.
+    pub prices: Vec<Price>,
+    /// The name of the currency of all prices.
+    pub currency: String,
 }
 
 /// Where weights come from.
@@ -392,7 +408,7 @@ impl Config {
 }
 
 /// Where files go that nobody needs for long.
-pub fn temporary_folder() -> std::path::PathBuf {
+pub fn temporary_folder() -> PathBuf {
     std::env::temp_dir()
 }
 

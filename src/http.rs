@@ -20,6 +20,7 @@ mod fim;
 mod generation;
 mod health;
 mod messages;
+mod meter;
 mod models;
 mod openapi;
 mod render;

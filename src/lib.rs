@@ -11,6 +11,7 @@ pub mod grammar;
 pub mod http;
 pub mod kv;
 pub mod layers;
+pub mod ledger;
 pub mod models;
 pub mod openai;
 pub mod ops;

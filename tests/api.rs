@@ -40,3 +40,5 @@ mod socket;
 mod thinking;
 #[path = "api/tools.rs"]
 mod tools;
+#[path = "api/usage.rs"]
+mod usage;

@@ -12,7 +12,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("lib", &["*"]),
     ("main", &["*"]),
     ("cli", &["*"]),
-    ("http", &["openai", "anthropic", "dashscope", "chat", "engine"]),
+    ("http", &["openai", "anthropic", "dashscope", "chat", "engine", "ledger"]),
     (
         "chat",
         &[
@@ -54,6 +54,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("anthropic", &[]),
     ("dashscope", &["openai"]),
     ("device", &[]),
+    ("ledger", &[]),
     ("config", &[]),
     ("telemetry", &[]),
 ];
@@ -84,7 +85,7 @@ const BANS: &[Ban] = &[
     },
     Ban {
         words: &["candle*"],
-        within: &["http", "openai", "chat", "engine", "telemetry", "config"],
+        within: &["http", "openai", "chat", "engine", "ledger", "telemetry", "config"],
         except: &[],
         instead: "tensors live below the runner",
     },

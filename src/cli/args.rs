@@ -11,7 +11,8 @@ use clap::{ArgAction, Args};
 use crate::config::{
     self, Alias, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice,
     EmbeddingPooling, EngineOptions, Execution, HostedNames, HttpConfig, KvCacheDtype, LoadFormat,
-    LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Settings, Source,
+    LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Price, Settings, Source,
+    UsageConfig,
 };
 
 const AFTER_HELP: &str = "\
@@ -39,6 +40,8 @@ pub struct ServeArgs {
     memory: MemoryFlags,
     #[command(flatten)]
     log: LogFlags,
+    #[command(flatten)]
+    usage: UsageFlags,
 
     /// Read settings from this TOML file
     ///
@@ -282,13 +285,37 @@ struct LogFlags {
     log_format: LogFormat,
 }
 
+/// What `serve` counts, and how both it and `usage` tell what that costs.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Usage")]
+pub(super) struct UsageFlags {
+    /// Count requests and tokens per key, model and hour in this SQLite file
+    ///
+    /// It is made if it is not there. `qwen-server usage` and `/admin/usage` tell what it says.
+    #[arg(long, alias = "ledger", env = "QWEN_SERVER_USAGE_LEDGER", value_name = "FILE")]
+    pub(super) usage_ledger: Option<PathBuf>,
+
+    /// What a million tokens of a model cost: prompt, answer, and cached parts of prompts [repeatable]
+    ///
+    /// `*` stands for every model without a price of its own. Prices are applied when usage is
+    /// reported, never stored. In the config file these are the entries of the table `[prices]`; in
+    /// the environment they are separated by semicolons.
+    #[arg(long, env = "QWEN_SERVER_PRICE", value_name = "MODEL=IN,OUT[,CACHED]")]
+    #[arg(action = ArgAction::Append, value_delimiter = ';')]
+    pub(super) price: Vec<Price>,
+
+    /// Name of the currency of all prices
+    #[arg(long, env = "QWEN_SERVER_CURRENCY", value_name = "NAME", default_value = "USD")]
+    pub(super) currency: String,
+}
+
 impl ServeArgs {
     /// What the arguments mean. `settings` are the same arguments with their sources.
     ///
     /// # Errors
     /// If values do not go together.
     pub fn into_config(self, mut settings: Settings) -> Result<Config, ConfigError> {
-        let Self { model, http, mut engine, memory, log, .. } = self;
+        let Self { model, http, mut engine, memory, log, usage, .. } = self;
         engine.fit_step_to_sequences(&mut settings);
         let num_threads = engine.threads.and_then(NonZeroUsize::new);
         let num_threads = num_threads.unwrap_or_else(config::available_threads);
@@ -350,6 +377,11 @@ impl ServeArgs {
                 seed,
             },
             log: LogConfig { level: log.log_level, format: log.log_format },
+            usage: UsageConfig {
+                ledger: usage.usage_ledger,
+                prices: usage.price,
+                currency: usage.currency,
+            },
             settings,
         };
         config.check()

@@ -7,6 +7,7 @@ mod served_model;
 
 use std::future::Future;
 use std::io::{IsTerminal, stderr};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -23,12 +24,14 @@ use super::{Hinted, hub_from_environment};
 use crate::cli::progress::DownloadProgress;
 use crate::config::{
     ByteSize, Config, EngineOptions, KvCacheDtype, LoadFormat, LogConfig, LogFormat, LogLevel,
-    PrefixCaching,
+    PrefixCaching, UsageConfig,
 };
 use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
 use crate::engine::{EngineConfig, EngineHandle, Health, spawn};
 use crate::http::{AppState, HttpLimits, serve};
+use crate::ledger::Ledger;
+use crate::ledger::money::PriceList;
 use crate::runner::ModelRunner;
 use crate::runner::load::{LoadOptions, PlannedModel};
 use crate::telemetry::{logging, metrics};
@@ -56,6 +59,7 @@ struct Server {
     state: AppState,
     engine: EngineHandle,
     engine_thread: JoinHandle<()>,
+    ledger: Option<Ledger>,
 }
 
 impl Server {
@@ -72,6 +76,7 @@ impl Server {
             .build()
             .context("cannot start the HTTP threads")?;
         let listener = runtime.block_on(listen(config))?;
+        let ledger = config.usage.ledger.as_deref().map(open_ledger).transpose()?;
 
         let (resolved, planned) = find_model(config, opened.device.clone())?;
         let planned = Arc::new(planned);
@@ -85,16 +90,23 @@ impl Server {
         let (engine, engine_thread) =
             spawn(engine_config, move || load(&to_load).map_err(|error| format!("{error:#}")));
         let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
-        let state = AppState::new(engine.clone(), served, http_limits(config));
+        let mut state = AppState::new(engine.clone(), served, http_limits(config));
+        state.ledger.clone_from(&ledger);
+        state.prices = Arc::new(price_list(&config.usage));
         state.next_seed.store(config.engine.seed, Ordering::Relaxed);
-        Ok(Self { runtime, listener, state, engine, engine_thread })
+        Ok(Self { runtime, listener, state, engine, engine_thread, ledger })
     }
 
     /// Answers requests until `stop` resolves and what runs has finished.
     fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
-        let Self { runtime, listener, state, engine, engine_thread } = self;
+        let Self { runtime, listener, state, engine, engine_thread, ledger } = self;
         let served = runtime.block_on(serve_until_stopped(listener, state, engine, stop));
         let joined = engine_thread.join();
+        // Whatever still runs ends here, and is counted.
+        drop(runtime);
+        if let Some(ledger) = ledger {
+            ledger.close();
+        }
         served?;
         joined.map_err(|_| anyhow::anyhow!("the engine thread panicked; see the log above"))
     }
@@ -157,6 +169,18 @@ fn install_logging(config: LogConfig) {
         LogFormat::Json => logging::LineFormat::Json,
     };
     logging::install(level, format);
+}
+
+fn open_ledger(path: &Path) -> Result<Ledger> {
+    Ledger::open(path).map_err(|error| {
+        let hint = "name a file that this user may write with `--usage-ledger`, or leave it out";
+        let message = format!("{:#}", anyhow::Error::from(error));
+        Hinted { message, hint: hint.to_owned() }.into()
+    })
+}
+
+fn price_list(config: &UsageConfig) -> PriceList {
+    PriceList { currency: config.currency.clone(), prices: config.prices.clone() }
 }
 
 /// Finds the model's files, or makes up a model.

@@ -44,7 +44,7 @@ impl ConfigFile {
         })?;
         let mut entries: Vec<Entry> = Vec::with_capacity(table.len());
         for (given, value) in table {
-            let (given, value) = unfold_aliases(given, value);
+            let (given, value) = unfold_table(given, value);
             let key = given.replace('_', "-");
             let Some((_, arg)) = setting_args(command).find(|(long, _)| *long == key) else {
                 let suggestion = suggestion(&key, command);
@@ -74,14 +74,23 @@ impl ConfigFile {
         Ok(Self { entries })
     }
 
+    /// The values that the file sets for `key`, as they would be typed.
+    pub fn values(&self, key: &str) -> &[String] {
+        let entry = self.entries.iter().find(|entry| entry.key == key);
+        entry.map(|entry| entry.values.as_slice()).unwrap_or_default()
+    }
+
     /// Whether the file sets `key`.
     pub fn has(&self, key: &str) -> bool {
         self.entries.iter().any(|entry| entry.key == key)
     }
 
-    /// The command with the file's values as defaults.
+    /// The command with the file's values as defaults, as far as it has flags for them.
     pub fn apply(&self, mut command: Command) -> Command {
         for entry in self.entries.iter().filter(|entry| !entry.values.is_empty()) {
+            if !setting_args(&command).any(|(long, _)| long == entry.key) {
+                continue;
+            }
             // Flags borrow their defaults for as long as the program runs; this is read once.
             let values = entry
                 .values
@@ -94,19 +103,21 @@ impl ConfigFile {
     }
 }
 
-/// The table `[aliases]` as the list that the repeatable `--alias` would be.
-fn unfold_aliases(key: String, value: toml::Value) -> (String, toml::Value) {
-    match value {
-        toml::Value::Table(table) if key == "aliases" => {
-            let entries = table.into_iter().map(|(name, model)| match model {
-                toml::Value::String(model) => format!("{name}={model}").into(),
-                // Refused for its type by the name of the table.
-                other => other,
-            });
-            ("alias".to_owned(), toml::Value::Array(entries.collect()))
-        }
-        value => (key, value),
-    }
+/// The tables `[aliases]` and `[prices]` as the lists that the repeatable `--alias` and `--price` would
+/// be.
+fn unfold_table(key: String, value: toml::Value) -> (String, toml::Value) {
+    let flag = match key.as_str() {
+        "aliases" => "alias",
+        "prices" => "price",
+        _ => return (key, value),
+    };
+    let toml::Value::Table(table) = value else { return (key, value) };
+    let entries = table.into_iter().map(|(name, value)| match value {
+        toml::Value::String(value) => format!("{name}={value}").into(),
+        // Refused for its type by the name of the flag.
+        other => other,
+    });
+    (flag.to_owned(), toml::Value::Array(entries.collect()))
 }
 
 /// The value as it would be typed behind the flag, or the expected and the found type.
@@ -215,6 +226,7 @@ mod tests {
                 .env("TEST_FILE_MODEL_ALIAS")
                 .action(ArgAction::Append),
             Arg::new("alias").long("alias").action(ArgAction::Append),
+            Arg::new("price").long("price").action(ArgAction::Append),
             Arg::new("print_config").long("print-config").action(ArgAction::SetTrue),
         ])
     }
@@ -256,6 +268,8 @@ mod tests {
         let matches = file.apply(command()).get_matches_from(["serve"]);
         let aliases: Vec<&String> = matches.get_many("alias").unwrap().collect();
         assert_eq!(aliases, ["old=mine", "qwen-*=mine"]);
+        let file = ConfigFile::parse("x.toml", "[prices]\n\"*\" = '0.1,0.2'", &command()).unwrap();
+        assert_eq!(file.values("price"), ["*=0.1,0.2"]);
         let message = error("[aliases]\nx = 1");
         assert!(message.contains("`alias` must be a string, but is an integer"), "{message}");
     }

@@ -1,5 +1,7 @@
 //! What operators ask. Not for clients: it tells of everybody's requests.
 
+mod usage;
+
 use axum::Router;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -10,7 +12,7 @@ use crate::telemetry;
 
 /// Every route for operators.
 pub(super) fn routes() -> Router<AppState> {
-    Router::new().route("/metrics", get(metrics))
+    Router::new().route("/metrics", get(metrics)).route("/admin/usage", get(usage::report))
 }
 
 /// `GET /metrics`, in Prometheus' text format.

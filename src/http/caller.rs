@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::FromRequestParts;
-use axum::http::HeaderValue;
+use axum::http::{Extensions, HeaderValue};
 use axum::http::request::Parts;
 
 use super::error::ApiError;
+use super::meter::Meter;
 use super::request_id::RequestId;
 use super::state::AppState;
 
@@ -27,6 +28,8 @@ pub(super) struct Caller {
     pub(super) client: Arc<str>,
     /// When it stops waiting for its answer.
     pub(super) deadline: Option<Instant>,
+    /// Counts what is computed for this request, if that is counted.
+    pub(super) meter: Option<Arc<Meter>>,
 }
 
 impl FromRequestParts<AppState> for Caller {
@@ -37,8 +40,15 @@ impl FromRequestParts<AppState> for Caller {
         let asked = parts.headers.get(REQUEST_TIMEOUT).map(timeout).transpose()?;
         let timeout = asked.into_iter().chain(state.limits.request_timeout).min();
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        Ok(Self { request_id, client: ANONYMOUS.into(), deadline })
+        let client = client(&parts.extensions);
+        let meter = parts.extensions.get().cloned();
+        Ok(Self { request_id, client, deadline, meter })
     }
+}
+
+/// Who sent the request that these belong to.
+pub(super) fn client(_: &Extensions) -> Arc<str> {
+    ANONYMOUS.into()
 }
 
 /// How long a client waits, in seconds, which may have a fraction.

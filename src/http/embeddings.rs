@@ -1,12 +1,13 @@
 //! `POST /v1/embeddings`.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{StreamExt, stream};
 
 use super::caller::Caller;
 use super::error::ApiError;
@@ -76,20 +77,28 @@ pub(super) async fn vectors(
     if state.engine.is_loading() {
         return Err(ApiError::Loading);
     }
-    let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
-    let usage = Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() };
-    let mut log = log.begin(usage);
-    let pooled = stream::iter(requests).map(|mut request| {
+    let mut log = log.begin(Usage::default());
+    let computed = stream::iter(requests).map(|mut request| {
         request.deadline = caller.deadline;
         pooled(state, request)
     });
-    let vectors: Result<Vec<Vec<f32>>, ApiError> = pooled.buffered(MAX_AT_ONCE).try_collect().await;
-    log.end(if vectors.is_ok() { "finished" } else { "failed" });
-    vectors
+    let mut computed = pin!(computed.buffered(MAX_AT_ONCE));
+    let mut vectors = Vec::new();
+    while let Some(result) = computed.next().await {
+        let (vector, num_tokens) = result.inspect_err(|_| log.end("failed"))?;
+        // One by one: who leaves, or is refused midway, has used what was computed until then.
+        log.usage.prompt_tokens += num_tokens;
+        log.usage.total_tokens += num_tokens;
+        vectors.push(vector);
+    }
+    log.end("finished");
+    Ok(vectors)
 }
 
-/// The vector of one input. Dropping this future takes the input back from the engine.
-async fn pooled(state: &AppState, request: Request) -> Result<Vec<f32>, ApiError> {
+/// The vector of one input, and its number of tokens. Dropping this future takes the input back from
+/// the engine.
+async fn pooled(state: &AppState, request: Request) -> Result<(Vec<f32>, usize), ApiError> {
+    let num_tokens = request.prompt.len();
     let mut events = state.engine.generate(request)?;
     let mut vector = None;
     while let Some(event) = events.next().await {
@@ -103,5 +112,5 @@ async fn pooled(state: &AppState, request: Request) -> Result<Vec<f32>, ApiError
             _ => {}
         }
     }
-    vector.ok_or(ApiError::EngineFailed)
+    vector.map(|vector| (vector, num_tokens)).ok_or(ApiError::EngineFailed)
 }

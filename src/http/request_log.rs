@@ -5,7 +5,8 @@ use std::time::Instant;
 use super::caller::Caller;
 use crate::openai::generation::Usage;
 
-/// Writes one line when the request is over, however it ended. Never what was said.
+/// Writes one line when the request is over, however it ended, and reads its meter. Never what was
+/// said.
 pub(super) struct RequestLog {
     pub(super) caller: Caller,
     started: Instant,
@@ -45,6 +46,9 @@ impl RequestLog {
 
 impl Drop for RequestLog {
     fn drop(&mut self) {
+        if let Some(meter) = &self.caller.meter {
+            meter.settle(&self.usage, matches!(self.outcome, "refused" | "failed"));
+        }
         let millis = |instant: Instant| (instant - self.started).as_millis() as u64;
         tracing::info!(
             request_id = %self.caller.request_id,

@@ -15,6 +15,7 @@ use super::aliases;
 use super::anthropic_errors::with_anthropic_errors;
 use super::dashscope_errors::with_dashscope_errors;
 use super::error::ApiError;
+use super::meter::metered;
 use super::request_id::with_request_id;
 use super::state::AppState;
 use super::{
@@ -27,18 +28,13 @@ pub fn router(state: AppState) -> Router {
     let max_body_bytes = state.limits.max_body_bytes;
     let max_input_tokens = state.engine.limits().max_model_len.saturating_sub(1);
     let routes = Router::new()
-        .route("/v1/chat/completions", post(chat::create))
+        .merge(computing_routes(&state))
         .route("/v1/chat/completions/render", post(render::chat))
-        .route("/v1/completions", post(completions::create))
         .route("/v1/completions/render", post(render::completion))
-        .route("/v1/fim/completions", post(fim::create))
-        .route("/v1/embeddings", post(embeddings::create))
-        .route("/v1/responses", post(responses::create))
         .route("/v1/responses/input_tokens", post(responses::count_input))
         .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
         .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/responses/{id}/input_items", get(responses::input_items))
-        .route("/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
@@ -51,9 +47,6 @@ pub fn router(state: AppState) -> Router {
         .merge(admin::routes())
         .route("/openapi.json", get(openapi::description))
         .route("/docs", get(openapi::page))
-        .route("/api/v1/services/aigc/text-generation/generation", post(dashscope::text))
-        .route("/api/v1/services/aigc/multimodal-generation/generation", post(dashscope::media))
-        .route("/api/v1/services/embeddings/text-embedding/text-embedding", post(dashscope::embed))
         .route("/api/v1/tokenizer", post(dashscope::tokenize))
         .route("/api/v1/models", get(dashscope::models))
         .layer(middleware::from_fn_with_state(state.clone(), with_served_model))
@@ -62,6 +55,21 @@ pub fn router(state: AppState) -> Router {
     // Paths are looked up behind this.
     let resolve = middleware::map_request(async |request| aliases::resolve(request));
     Router::new().fallback_service(routes).layer(resolve)
+}
+
+/// Every route that makes the model compute.
+fn computing_routes(state: &AppState) -> Router<AppState> {
+    Router::new()
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/fim/completions", post(fim::create))
+        .route("/v1/embeddings", post(embeddings::create))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/messages", post(messages::create))
+        .route("/api/v1/services/aigc/text-generation/generation", post(dashscope::text))
+        .route("/api/v1/services/aigc/multimodal-generation/generation", post(dashscope::media))
+        .route("/api/v1/services/embeddings/text-embedding/text-embedding", post(dashscope::embed))
+        .route_layer(middleware::from_fn_with_state(state.clone(), metered))
 }
 
 /// Names the model that served, which may be called something else in the answer.

@@ -8,6 +8,8 @@ use super::response_store::{ResponseStore, StoreLimits};
 use crate::chat::model::ServedModel;
 use crate::chat::prompt::PromptLimits;
 use crate::engine::EngineHandle;
+use crate::ledger::Ledger;
+use crate::ledger::money::PriceList;
 
 /// Bounds on what clients may ask of the HTTP side.
 #[derive(Clone, Debug)]
@@ -75,6 +77,10 @@ pub struct AppState {
     pub created: u64,
     /// The next seed for a request that has none.
     pub next_seed: Arc<AtomicU64>,
+    /// Where usage is counted, if it is.
+    pub ledger: Option<Ledger>,
+    /// What usage costs.
+    pub prices: Arc<PriceList>,
     /// Responses that later requests may refer to.
     pub(super) responses: Arc<ResponseStore>,
     /// Whether shutdown has begun.
@@ -95,6 +101,8 @@ impl AppState {
             model: Arc::new(model),
             limits: Arc::new(limits),
             is_draining: Arc::default(),
+            ledger: None,
+            prices: Arc::default(),
             created: unix_seconds(),
             next_seed: Arc::default(),
         }

@@ -36,6 +36,8 @@ const REQUESTS_CANCELLED: &str = "qwen_requests_cancelled_total";
 const REQUESTS_EXPIRED: &str = "qwen_requests_expired_total";
 const FAILED_STEPS: &str = "qwen_failed_steps_total";
 const ENGINE_RESTARTS: &str = "qwen_engine_restarts_total";
+const LEDGER_WRITE_FAILURES: &str = "qwen_ledger_write_failures_total";
+const LEDGER_UNWRITTEN_REQUESTS: &str = "qwen_ledger_unwritten_requests";
 const STEP_SECONDS: &str = "qwen_step_seconds";
 
 const FIRST_TOKEN_BUCKETS: &[f64] = &[
@@ -64,6 +66,7 @@ const GAUGES: &[(&str, &str)] = &[
     (NUM_REQUESTS_WAITING, "Sequences in the queue."),
     (KV_CACHE_USAGE, "Share of KV-cache blocks that sequences hold; 1 means all of them."),
     (CACHE_CONFIG_INFO, "How the KV cache is divided; always 1."),
+    (LEDGER_UNWRITTEN_REQUESTS, "Requests whose usage waits in memory because writing it failed."),
 ];
 
 const COUNTERS: &[(&str, &str)] = &[
@@ -77,6 +80,7 @@ const COUNTERS: &[(&str, &str)] = &[
     (FAILED_STEPS, "Steps that failed; their sequences were computed again."),
     (ENGINE_RESTARTS, "How often the engine or its runner was built anew."),
     (REQUESTS_CANCELLED, "Requests whose client left, by how far they had come."),
+    (LEDGER_WRITE_FAILURES, "Attempts to write the usage ledger that failed."),
 ];
 
 /// Name, help, whether it measures seconds, buckets.
@@ -139,13 +143,16 @@ fn describe() {
     for name in [NUM_PREEMPTIONS, REQUESTS_EXPIRED, FAILED_STEPS, ENGINE_RESTARTS] {
         counter!(name).increment(0);
     }
+    counter!(LEDGER_WRITE_FAILURES).increment(0);
     for reason in ["stop", "length", "abort", "error"] {
         counter!(REQUEST_SUCCESS, "finished_reason" => reason).increment(0);
     }
     for phase in ["waiting", "prefill", "decode"] {
         counter!(REQUESTS_CANCELLED, "phase" => phase).increment(0);
     }
-    for name in [NUM_REQUESTS_RUNNING, NUM_REQUESTS_WAITING, KV_CACHE_USAGE] {
+    for name in
+        [NUM_REQUESTS_RUNNING, NUM_REQUESTS_WAITING, KV_CACHE_USAGE, LEDGER_UNWRITTEN_REQUESTS]
+    {
         gauge!(name).set(0.0);
     }
 }
@@ -248,6 +255,16 @@ pub fn step_failed() {
 /// The engine or its runner was built anew.
 pub fn engine_restarted() {
     counter!(ENGINE_RESTARTS).increment(1);
+}
+
+/// Usage could not be written.
+pub fn ledger_write_failed() {
+    counter!(LEDGER_WRITE_FAILURES).increment(1);
+}
+
+/// So many requests are not in the ledger that should be.
+pub fn ledger_unwritten(num_requests: u64) {
+    gauge!(LEDGER_UNWRITTEN_REQUESTS).set(num_requests as f64);
 }
 
 /// A request that was answered to its end.
