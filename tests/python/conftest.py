@@ -23,6 +23,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = "qwen2.5-coder-0.5b-instruct"
+# One or two random layers and 512 tokens of context: for whatever does not depend on what a model says.
+TINY_MODEL = ROOT / "models" / "tiny" / "mixed.gguf"
 READY_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
 REQUEST_TIMEOUT_S = 300
@@ -82,15 +84,16 @@ def pytest_report_header():
 class Server:
     """A running `qwen-server serve`."""
 
-    def __init__(self, *flags):
-        self.port = free_port()
+    def __init__(self, *flags, model=None, port=None):
+        self.port = port or free_port()
         self.log = tempfile.NamedTemporaryFile(prefix="qwen-server-", suffix=".log")
-        command = [binary_path(), "serve", "--model", model_path(), "--served-model-name", MODEL]
+        model = model or model_path()
+        command = [binary_path(), "serve", "--model", model, "--served-model-name", MODEL]
         command += ["--host", "127.0.0.1", "--port", self.port, *flags]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT,
-            preexec_fn=end_with_parent)
+            preexec_fn=end_with_parent, restore_signals=False)
         self.url = f"http://127.0.0.1:{self.port}"
         self.v1 = self.url + "/v1"
 
@@ -128,6 +131,24 @@ class Server:
             time.sleep(0.05)
         self.process.kill()
         raise AssertionError(f"not ready after {READY_TIMEOUT_S} s\n{self.log_tail()}")
+
+    def kill(self):
+        """What no program can prepare for."""
+        self.process.kill()
+        self.process.wait()
+
+    def wait_until_idle(self, timeout_s=30):
+        """Until nothing runs or waits and every block is free, as /metrics tells; fails if not."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            assert self.process.poll() is None, f"the server died\n{self.log_tail()}"
+            metrics = self.metrics()
+            names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+            busy = {name: metrics[f"vllm:{name}"] for name in names if metrics[f"vllm:{name}"] != 0}
+            if not busy:
+                return metrics
+            assert time.monotonic() < deadline, f"still busy after {timeout_s} s: {busy}"
+            time.sleep(0.05)
 
     def terminate(self):
         self.process.send_signal(signal.SIGTERM)
@@ -181,6 +202,14 @@ class Server:
             if found := re.match(r"([a-zA-Z_:][\w:]*)(?:\{.*\})? ([^ ]+)", line):
                 values[found[1]] += float(found[2])
         return values
+
+
+def usage_of(ledger):
+    """What a usage ledger says in all."""
+    command = [binary_path(), "usage", "--ledger", ledger, "--format", "json", "--by", "key"]
+    result = subprocess.run(command, capture_output=True, timeout=30, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)["total"]
 
 
 @pytest.fixture(scope="session")
