@@ -20,9 +20,9 @@ const DEFAULT_BY: &str = "key,model";
 /// What the lines of a report tell apart.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Grouping {
-    by_period: Option<Period>,
-    by_key: bool,
-    by_model: bool,
+    period: Option<Period>,
+    key: bool,
+    model: bool,
 }
 
 impl FromStr for Grouping {
@@ -33,11 +33,11 @@ impl FromStr for Grouping {
         for word in text.split(',').map(str::trim) {
             let period = match word {
                 "key" => {
-                    grouping.by_key = true;
+                    grouping.key = true;
                     continue;
                 }
                 "model" => {
-                    grouping.by_model = true;
+                    grouping.model = true;
                     continue;
                 }
                 "hour" => Period::Hour,
@@ -47,7 +47,7 @@ impl FromStr for Grouping {
                     return Err(format!("`{word}` is none of key, model, hour, day and month"));
                 }
             };
-            if grouping.by_period.replace(period).is_some_and(|other| other != period) {
+            if grouping.period.replace(period).is_some_and(|other| other != period) {
                 return Err("only one of hour, day and month is possible".to_owned());
             }
         }
@@ -129,7 +129,7 @@ impl Report {
     /// # Errors
     /// If it cannot be read.
     pub fn read(store: &Store, query: Query, prices: &PriceList) -> Result<Self, LedgerError> {
-        let Grouping { by_period, by_key, by_model } = query.grouping;
+        let Grouping { period: by_period, key: by_key, model: by_model } = query.grouping;
         let has_prices = !prices.prices.is_empty();
         let mut report = Self {
             query,

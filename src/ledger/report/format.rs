@@ -47,19 +47,19 @@ impl Report {
     /// The names of what lines tell apart, in order.
     fn names(&self) -> Vec<&'static str> {
         let grouping = self.query.grouping;
-        let period = grouping.by_period.map(|period| match period {
+        let period = grouping.period.map(|period| match period {
             Period::Hour => "hour",
             Period::Day => "day",
             Period::Month => "month",
         });
-        let key = grouping.by_key.then_some("key");
-        let model = grouping.by_model.then_some("model");
+        let key = grouping.key.then_some("key");
+        let model = grouping.model.then_some("model");
         [period, key, model].into_iter().flatten().collect()
     }
 
     /// The values under these names.
     fn values(&self, line: &LineKey) -> Vec<String> {
-        let period = self.query.grouping.by_period.zip(line.period);
+        let period = self.query.grouping.period.zip(line.period);
         let period = period.map(|(period, start)| period.name(start));
         let names = [&line.key, &line.model].map(|name| name.as_deref().map(str::to_owned));
         [period].into_iter().chain(names).flatten().collect()
@@ -128,7 +128,9 @@ impl Report {
         }
         if !self.unpriced.is_empty() {
             let models: Vec<&str> = self.unpriced.iter().map(AsRef::as_ref).collect();
-            text += &format!("no price: {}\n", models.join(", "));
+            text += "no price: ";
+            text += &models.join(", ");
+            text.push('\n');
         }
         text
     }
