@@ -146,6 +146,7 @@ cuda_home=
 
 phase "Python environment" make_venv
 phase "scripts" check_scripts
+phase "licences and sources" "$root/.venv/bin/python" scripts/check-dependencies.py
 phase "format" cargo fmt --check
 phase "clippy" cargo clippy --all-targets --locked -- -D warnings
 phase "CUDA compiler" get_cuda
@@ -157,6 +158,7 @@ export QWEN_SERVER_TEST_MODEL=$model
 export QWEN_SERVER_BIN=$binary
 
 phase "start without a card" starts_without_a_card
+phase "without a network" bash "$here/offline-test.sh" "$binary"
 
 # With the kernels, thread by thread on the processor.
 if cargo nextest --version >/dev/null 2>&1; then
