@@ -108,3 +108,32 @@ impl Ledger {
         self.writer.close();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Goal: a clock that jumps ahead, back, and behind its own beginning costs nothing and counts
+    /// nothing twice. Method: such a clock.
+    #[test]
+    fn a_clock_that_jumps_moves_counts_and_loses_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("usage.db");
+        let ledger = Ledger::open(&path).unwrap();
+        let epoch = SystemTime::UNIX_EPOCH;
+        let hours = |number: u64| Duration::from_secs(3600 * number);
+        let noon = epoch + hours(500_000);
+        for at in [noon, noon + hours(9000), noon, noon - hours(1), epoch - hours(5), noon] {
+            let counts = Counts { requests: 1, ..Counts::default() };
+            ledger.record(at, ("key".into(), "model".into()), counts);
+        }
+        ledger.close();
+        let mut lines = Vec::new();
+        let store = Store::open_existing(&path).unwrap();
+        let all = Hour(0)..Hour::MAX;
+        store.read(all, |account, counts| lines.push((account.hour.0, counts.requests))).unwrap();
+        assert_eq!(lines, [(0, 1), (499_999, 1), (500_000, 3), (509_000, 1)]);
+    }
+}

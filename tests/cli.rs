@@ -72,7 +72,7 @@ mod arguments {
     fn every_command_explains_itself() {
         let output = run(&["--help"]);
         assert_eq!(output.status.code(), Some(0));
-        let commands = ["serve", "pull", "models", "chat", "complete", "inspect", "bench"];
+        let commands = ["serve", "pull", "models", "chat", "complete", "inspect", "bench", "usage"];
         for name in commands {
             assert!(stdout(&output).contains(&format!("\n  {name} ")), "{name}");
             for flag in ["-h", "--help"] {
@@ -93,6 +93,7 @@ mod arguments {
             "\nComputing:\n",
             "\nKV cache:\n",
             "\nLogging:\n",
+            "\nUsage:\n",
             "--max-num-seqs <N>",
             "[env: QWEN_SERVER_MAX_NUM_SEQS]",
             "[default: qwen2.5-coder-0.5b-instruct]",
@@ -532,5 +533,45 @@ mod clients {
         prompts.dedup();
         assert_eq!(prompts.len(), 25);
         assert!(requests.iter().all(|r| r["ignore_eos"] == true && r["max_tokens"] == 5));
+    }
+}
+
+mod usage {
+    use qwen_server::ledger::{Counts, Ledger};
+
+    use super::*;
+
+    #[test]
+    fn the_config_file_of_the_server_names_ledger_and_prices() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("usage.db");
+        let ledger = Ledger::open(&path).unwrap();
+        let counts = Counts { requests: 1, prompt_tokens: 2_000_000, ..Counts::default() };
+        ledger.record(std::time::SystemTime::now(), ("alice".into(), "m".into()), counts);
+        ledger.close();
+        let config = folder.path().join("qwen.toml");
+        let text = format!(
+            "port = 9\nusage-ledger = {path:?}\ncurrency = 'EUR'\n[prices]\nm = '0.15,0.6'\n"
+        );
+        std::fs::write(&config, text).unwrap();
+        let report = |more: &[&str]| {
+            let config = config.to_str().unwrap();
+            stdout(&run(&[&["usage", "--config", config, "--by", "key"], more].concat()))
+        };
+        let table = report(&[]);
+        assert!(table.contains("cost (EUR)") && table.contains(" 0.300000\n"), "{table}");
+        // A flag wins over the file.
+        assert!(report(&["--currency", "CNY"]).contains("cost (CNY)"));
+        assert!(report(&["--since", "2020-01-01", "--until", "2020-01-02"]).contains("total"));
+    }
+
+    #[test]
+    fn what_cannot_be_reported_is_one_line() {
+        let output = run(&["usage"]);
+        assert_fails(&output, "no usage ledger is named");
+        assert!(stderr(&output).contains("hint: pass `--ledger FILE`"));
+        assert_fails(&run(&["usage", "--ledger", "none.db"]), "there is no usage ledger `none.db`");
+        let output = run(&["usage", "--ledger", "none.db", "--since", "yesterday"]);
+        assert_fails(&output, "`--since`: `yesterday` is no time");
     }
 }

@@ -9,6 +9,7 @@ use axum::http::Request;
 use http_body_util::BodyExt;
 use qwen_server::chat::model::{Conventions, Reasoning};
 use qwen_server::http::HttpLimits;
+use qwen_server::ledger::Ledger;
 use serde_json::{Map, Value, json};
 
 use crate::api_fake::{FakeServer, MODEL, chat, config, model, with};
@@ -423,7 +424,9 @@ async fn native(auditor: &mut Auditor, server: &FakeServer, thinking: &FakeServe
 
 #[tokio::test]
 async fn every_answer_is_what_is_described() {
-    let server = FakeServer::with(&config(), HttpLimits::default());
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = FakeServer::with(&config(), HttpLimits::default());
+    server.state.ledger = Some(Ledger::open(&folder.path().join("usage.db")).unwrap());
     let mut thinking = FakeServer::with(&config(), HttpLimits::default());
     let conventions = Conventions { reasoning: Reasoning::InTags, ..Conventions::default() };
     thinking.state.model = Arc::new(model(conventions));
@@ -453,6 +456,14 @@ async fn every_answer_is_what_is_described() {
         auditor.exchange(&server, ("get", path), "", Value::Null).await;
     }
     auditor.exchange(&server, ("get", "/v1/models/{id}"), MODEL, Value::Null).await;
+    let usage = ("get", "/admin/usage");
+    for query in ["", "?by=day%2Ckey", "?format=csv", "?format=table"] {
+        auditor.query = query;
+        auditor.exchange(&server, usage, "", Value::Null).await;
+    }
+    auditor.query = "?by=colour";
+    assert_eq!(auditor.answer(&server, usage, "", Value::Null).await.0, 400);
+    auditor.query = "";
     // Whatever can be refused is refused once.
     let described = auditor.described();
     for line in described.iter().filter(|line| line.contains("4XX")) {
