@@ -27,7 +27,7 @@ class Canaries:
         self.where = {}
 
     def make(self, where):
-        canary = f"zqx{next(self.number):03}canary"
+        canary = f"zqx{next(self.number):03}wjvkzq"
         self.where[canary] = where
         return canary
 
@@ -123,6 +123,8 @@ def test_nobody_else_sees_what_a_client_sends(tmp_path, log_format):
     flags = ["--log-level", "trace", "--log-format", log_format, "--usage-ledger", ledger]
     seen = {}
     with Server(*flags, model=TINY_MODEL) as server:
+        # Else what is logged as tokens would not be found.
+        assert server.tokenize(prompt=canaries.make("nowhere")) == list(b"zqx001wjvkzq")
         statuses = {}
         for path, body in requests(canaries):
             headers = {
