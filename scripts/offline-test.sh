@@ -7,16 +7,15 @@
 # second start, with a model that would have to be downloaded, shows that an attempt is noticed.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cd "$here/.."
-binary=${1:-target/release/qwen-server}
-model=${2:-models/tiny/mixed.gguf}
+binary=$(realpath "${1:-$here/../target/release/qwen-server}")
+model=$(realpath "${2:-$here/../models/tiny/mixed.gguf}")
 
 if [ -z "${INSIDE_OFFLINE_TEST:-}" ]; then
     if ! unshare --map-root-user --net true 2>/dev/null; then
         echo "NOT TESTED: this machine does not let its users make network namespaces (unshare --net)"
         exit 0
     fi
-    INSIDE_OFFLINE_TEST=yes exec unshare --map-root-user --net --kill-child bash "$0" "$binary" "$model"
+    INSIDE_OFFLINE_TEST=yes exec unshare --map-root-user --net --kill-child bash "$here/offline-test.sh" "$binary" "$model"
 fi
 
 die() {

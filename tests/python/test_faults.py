@@ -257,7 +257,8 @@ def test_idle_connections_take_no_place(ledger):
 
 def test_a_thousand_queued_streams(ledger):
     async def load(server):
-        requests = [wire.post(CHAT, wire.stream(str(number), max_tokens=20)) for number in range(1000)]
+        requests = [wire.post(CHAT, wire.stream(str(number), max_tokens=150))
+                    for number in range(1000)]
         return await asyncio.gather(*(wire.exchange(server.port, one) for one in requests))
 
     with start(ledger, "--max-num-seqs", 8, "--max-queue", 300) as server:
@@ -267,7 +268,7 @@ def test_a_thousand_queued_streams(ledger):
             wire.assert_sent_away(reply, 429)
         for reply in replies:
             if reply.status == 200:
-                wire.assert_finished(reply, 20)
+                wire.assert_finished(reply, 150)
         assert 0 < len(refused) < 1000 - 300
         answers(server)
         assert_counted(server, ledger, 1001, errors=len(refused))

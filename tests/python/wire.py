@@ -74,7 +74,9 @@ def unchunked(body):
 
 def events(reply):
     """The JSON of a stream's events, and whether it came to its end."""
-    data = [line[6:] for line in reply.body.decode().split("\n") if line.startswith("data: ")]
+    # What follows the last empty line is half an event, of a stream that broke off.
+    whole = reply.body.decode(errors="replace").split("\n\n")[:-1]
+    data = [event[6:] for event in whole if event.startswith("data: ")]
     is_whole = bool(data) and data[-1] == "[DONE]"
     return [json.loads(one) for one in data if one != "[DONE]"], is_whole
 
