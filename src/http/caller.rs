@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::FromRequestParts;
-use axum::http::{Extensions, HeaderValue};
 use axum::http::request::Parts;
+use axum::http::{Extensions, HeaderValue};
 
 use super::error::ApiError;
 use super::meter::Meter;

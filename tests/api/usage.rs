@@ -193,9 +193,14 @@ async fn requests_that_end_early_are_counted_once() {
         let answer = server.post(CHAT, with(ask, stream.clone())).await;
         assert!(answer.text.contains("engine_failed"), "{}", answer.text);
     }
+    // Before its body is looked at.
+    let head = Request::post(CHAT).header("x-request-timeout", "never");
+    let head = head.header("content-type", "application/json");
+    let refused = server.send(head.body(endless.to_string().into()).unwrap()).await;
+    assert_eq!(refused.status(), 400);
     server.wait_until_idle().await;
     let counts = counting.counts();
-    assert_eq!((counts.requests, counts.errors), (25, 4));
+    assert_eq!((counts.requests, counts.errors), (26, 5));
     assert!(5 < seen.completion_tokens && seen.completion_tokens <= counts.completion_tokens);
     assert!(20 * seen.prompt_tokens <= counts.prompt_tokens);
 }

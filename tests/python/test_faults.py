@@ -160,7 +160,7 @@ def test_sigterm_under_load_finishes_what_was_accepted(ledger):
 
 def test_what_takes_longer_than_the_drain_ends_with_an_error(ledger):
     async def load(server):
-        requests = [wire.post(CHAT, wire.stream(n=16)) for _ in range(200)]
+        requests = [wire.post(CHAT, wire.stream(n=16)) for _ in range(100)]
         tasks = [asyncio.create_task(wire.exchange(server.port, request)) for request in requests]
         await asyncio.sleep(0.5)
         server.terminate()
