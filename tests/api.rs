@@ -26,12 +26,16 @@ mod examples;
 mod extras;
 #[path = "api/fuzz.rs"]
 mod fuzz;
+#[path = "api/keys.rs"]
+mod keys;
 #[path = "api/malformed.rs"]
 mod malformed;
 #[path = "api/messages.rs"]
 mod messages;
 #[path = "api/other_routes.rs"]
 mod other_routes;
+#[path = "api/quotas.rs"]
+mod quotas;
 #[path = "api/responses.rs"]
 mod responses;
 #[path = "api/socket.rs"]

@@ -1,5 +1,6 @@
 //! `serve`: joins weights, engine and HTTP, and waits for a signal to stop.
 
+mod access;
 mod device;
 mod dummy;
 mod plan;
@@ -28,7 +29,7 @@ use crate::config::{
 use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
 use crate::engine::{EngineConfig, EngineHandle, Health, spawn};
-use crate::http::{AppState, HttpLimits, serve};
+use crate::http::{AppState, HttpLimits, PrefixSharing, Reload, reload_when_changed, serve};
 use crate::runner::ModelRunner;
 use crate::runner::load::{LoadOptions, PlannedModel};
 use crate::telemetry::{logging, metrics};
@@ -72,6 +73,8 @@ impl Server {
             .build()
             .context("cannot start the HTTP threads")?;
         let listener = runtime.block_on(listen(config))?;
+        access::refuse_strangers(&config.access.admission, listener.local_addr()?)?;
+        let keys = access::key_ring(&config.access)?;
 
         let (resolved, planned) = find_model(config, opened.device.clone())?;
         let planned = Arc::new(planned);
@@ -85,7 +88,11 @@ impl Server {
         let (engine, engine_thread) =
             spawn(engine_config, move || load(&to_load).map_err(|error| format!("{error:#}")));
         let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
-        let state = AppState::new(engine.clone(), served, http_limits(config));
+        let mut state = AppState::new(engine.clone(), served, http_limits(config));
+        state.keys = keys;
+        if config.access.isolate_prefix_cache {
+            state.prefix_sharing = PrefixSharing::WithinKey;
+        }
         state.next_seed.store(config.engine.seed, Ordering::Relaxed);
         Ok(Self { runtime, listener, state, engine, engine_thread })
     }
@@ -136,6 +143,7 @@ impl Drop for LocalServer {
 
 fn http_limits(config: &Config) -> HttpLimits {
     HttpLimits {
+        max_connections: config.http.max_connections,
         max_body_bytes: usize::try_from(config.http.max_body_size.bytes()).unwrap_or(usize::MAX),
         drain_timeout: config.http.shutdown_timeout,
         request_timeout: config.http.request_timeout,
@@ -244,10 +252,13 @@ async fn serve_until_stopped(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<()> {
     let address = listener.local_addr()?;
+    let reloads = state.keys.iter().map(Reload::keys).collect();
+    let reloading = tokio::spawn(reload_when_changed(reloads, signal(SignalKind::hangup())?));
     let server = tokio::spawn(serve(listener, state, stop));
     engine.ready().await.map_err(anyhow::Error::msg).context("cannot load the model")?;
     tracing::info!("ready on http://{address}");
     server.await.context("the HTTP server panicked")??;
+    reloading.abort();
     match engine.health() {
         Health::Dead { reason } => Err(anyhow::anyhow!("the engine died: {reason}")),
         _ => Ok(()),

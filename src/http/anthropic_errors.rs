@@ -44,6 +44,8 @@ pub(super) fn error_object(error: &ApiError) -> anthropic::ErrorObject {
 
 fn object(status: StatusCode, message: String) -> anthropic::ErrorObject {
     let kind = match status {
+        StatusCode::UNAUTHORIZED => "authentication_error",
+        StatusCode::FORBIDDEN => "permission_error",
         StatusCode::NOT_FOUND => "not_found_error",
         StatusCode::PAYLOAD_TOO_LARGE => "request_too_large",
         StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",

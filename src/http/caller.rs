@@ -1,15 +1,19 @@
 //! Who asks: what is known about the sender of a request before its body is read.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::FromRequestParts;
-use axum::http::HeaderValue;
+use axum::http::{Extensions, HeaderValue};
 use axum::http::request::Parts;
 
+use super::auth::Guest;
 use super::error::ApiError;
+use super::key_ring::Holder;
 use super::request_id::RequestId;
-use super::state::AppState;
+use super::state::{AppState, PrefixSharing};
+use crate::engine::request::{Priority, Request};
 
 /// The header with which a client says how long it waits.
 const REQUEST_TIMEOUT: &str = "x-request-timeout";
@@ -19,7 +23,7 @@ const MAX_TIMEOUT_SECONDS: f64 = 86_400.0;
 const ANONYMOUS: &str = "anonymous";
 
 /// The sender of a request. An extractor, so that a handler has it by naming it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Caller {
     /// The id of the request in logs and headers.
     pub(super) request_id: Arc<str>,
@@ -27,17 +31,63 @@ pub(super) struct Caller {
     pub(super) client: Arc<str>,
     /// When it stops waiting for its answer.
     pub(super) deadline: Option<Instant>,
+    /// Nobody, where no keys are asked for.
+    guest: Option<Guest>,
+}
+
+impl Caller {
+    /// The holder of a key who was not let in.
+    pub(super) fn of(holder: &Holder, extensions: &Extensions) -> Result<Self, ApiError> {
+        let client = Arc::clone(holder.key.name.as_arc());
+        Ok(Self { request_id: request_id(extensions)?, client, deadline: None, guest: None })
+    }
+
+    /// Whose key it is.
+    pub(super) fn holder(&self) -> Option<&Holder> {
+        self.guest.as_ref().map(|guest| &*guest.holder)
+    }
+
+    /// Whether this client may use the model that goes by `name`.
+    pub(super) fn may_use(&self, name: &str) -> bool {
+        self.holder().is_none_or(|holder| holder.key.allows_model(name))
+    }
+
+    /// Puts on a request what the engine needs to know of its sender.
+    pub(super) fn sign(&self, request: &mut Request, state: &AppState) {
+        // The engine's lines in the log are to be found by the id that the client knows.
+        request.id = Arc::clone(&self.request_id);
+        request.deadline = self.deadline;
+        let Some(holder) = self.holder() else { return };
+        request.fairness_id = Some(Arc::clone(&self.client));
+        request.priority = request.priority.at_most(Priority::new(holder.key.priority));
+        if state.prefix_sharing == PrefixSharing::WithinKey {
+            // No name holds a NUL, so no other key's salt is the same.
+            let own = request.cache_salt.as_deref().unwrap_or_default();
+            request.cache_salt = Some(format!("{}\0{own}", self.client).into());
+        }
+    }
+}
+
+impl fmt::Debug for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.request_id, self.client)
+    }
 }
 
 impl FromRequestParts<AppState> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
-        let RequestId(request_id) = parts.extensions.get().cloned().ok_or(ApiError::Internal)?;
+        let request_id = request_id(&parts.extensions)?;
+        let guest: Option<Guest> = parts.extensions.get().cloned();
+        let client = match &guest {
+            Some(guest) => Arc::clone(guest.holder.key.name.as_arc()),
+            None => ANONYMOUS.into(),
+        };
         let asked = parts.headers.get(REQUEST_TIMEOUT).map(timeout).transpose()?;
         let timeout = asked.into_iter().chain(state.limits.request_timeout).min();
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        Ok(Self { request_id, client: ANONYMOUS.into(), deadline })
+        Ok(Self { request_id, client, deadline, guest })
     }
 }
 
@@ -55,4 +105,9 @@ fn timeout(value: &HeaderValue) -> Result<Duration, ApiError> {
             param: Some(REQUEST_TIMEOUT.to_owned()),
         }),
     }
+}
+
+fn request_id(extensions: &Extensions) -> Result<Arc<str>, ApiError> {
+    let RequestId(id) = extensions.get().cloned().ok_or(ApiError::Internal)?;
+    Ok(id)
 }

@@ -30,7 +30,7 @@ pub(super) async fn create(
     caller: Caller,
     body: ApiJson<EmbeddingRequest>,
 ) -> Result<Response, ApiError> {
-    check_model(&body.value.model, &state)?;
+    check_model(&body.value.model, &state, &caller)?;
     let ignored = ignored_header(&body.ignored);
     let format = body.value.encoding_format.unwrap_or_default();
     let name = body.value.model.clone();
@@ -72,15 +72,16 @@ pub(super) async fn vectors(
     caller: &Caller,
     requests: Vec<Request>,
 ) -> Result<Vec<Vec<f32>>, ApiError> {
-    let log = RequestLog::new(caller);
+    let mut log = RequestLog::new(caller);
     if state.engine.is_loading() {
         return Err(ApiError::Loading);
     }
     let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
+    log.reserve(prompt_tokens)?;
     let usage = Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() };
     let mut log = log.begin(usage);
     let pooled = stream::iter(requests).map(|mut request| {
-        request.deadline = caller.deadline;
+        caller.sign(&mut request, state);
         pooled(state, request)
     });
     let vectors: Result<Vec<Vec<f32>>, ApiError> = pooled.buffered(MAX_AT_ONCE).try_collect().await;

@@ -3,7 +3,10 @@
 use std::time::Instant;
 
 use super::caller::Caller;
+use super::error::ApiError;
 use crate::openai::generation::Usage;
+
+const REFUSED: &str = "refused";
 
 /// Writes one line when the request is over, however it ended. Never what was said.
 pub(super) struct RequestLog {
@@ -11,6 +14,8 @@ pub(super) struct RequestLog {
     started: Instant,
     first_delta: Option<Instant>,
     pub(super) usage: Usage,
+    /// Tokens of the prompt that were taken from the client's quota.
+    num_reserved: usize,
     outcome: &'static str,
 }
 
@@ -21,7 +26,26 @@ impl RequestLog {
             started: Instant::now(),
             first_delta: None,
             usage: Usage::default(),
-            outcome: "refused",
+            num_reserved: 0,
+            outcome: REFUSED,
+        }
+    }
+
+    /// Takes the tokens of the prompt from the client's quota. What the completion takes follows at
+    /// the end.
+    pub(super) fn reserve(&mut self, num_tokens: usize) -> Result<(), ApiError> {
+        if let Some(holder) = self.caller.holder() {
+            holder.reserve(num_tokens)?;
+            self.num_reserved = num_tokens;
+        }
+        Ok(())
+    }
+
+    fn settle(&self) {
+        match self.caller.holder() {
+            Some(holder) if self.outcome == REFUSED => holder.give_back(self.num_reserved),
+            Some(holder) => holder.charge(self.usage.completion_tokens),
+            None => {}
         }
     }
 
@@ -45,6 +69,7 @@ impl RequestLog {
 
 impl Drop for RequestLog {
     fn drop(&mut self) {
+        self.settle();
         let millis = |instant: Instant| (instant - self.started).as_millis() as u64;
         tracing::info!(
             request_id = %self.caller.request_id,

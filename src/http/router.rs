@@ -13,10 +13,11 @@ use tower_http::catch_panic::CatchPanicLayer;
 use super::admin;
 use super::aliases;
 use super::anthropic_errors::with_anthropic_errors;
+use super::auth::{with_admin_key, with_key};
 use super::dashscope_errors::with_dashscope_errors;
 use super::error::ApiError;
 use super::request_id::with_request_id;
-use super::state::AppState;
+use super::state::{AdminRoutes, AppState};
 use super::{
     chat, completions, dashscope, embeddings, fim, health, messages, models, openapi, render,
     responses, tokenize,
@@ -24,8 +25,6 @@ use super::{
 
 /// The whole server as one service.
 pub fn router(state: AppState) -> Router {
-    let max_body_bytes = state.limits.max_body_bytes;
-    let max_input_tokens = state.engine.limits().max_model_len.saturating_sub(1);
     let routes = Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/chat/completions/render", post(render::chat))
@@ -48,7 +47,6 @@ pub fn router(state: AppState) -> Router {
         .route("/health/live", get(health::live))
         .route("/health/ready", get(health::ready))
         .route("/version", get(health::version))
-        .merge(admin::routes())
         .route("/openapi.json", get(openapi::description))
         .route("/docs", get(openapi::page))
         .route("/api/v1/services/aigc/text-generation/generation", post(dashscope::text))
@@ -56,12 +54,42 @@ pub fn router(state: AppState) -> Router {
         .route("/api/v1/services/embeddings/text-embedding/text-embedding", post(dashscope::embed))
         .route("/api/v1/tokenizer", post(dashscope::tokenize))
         .route("/api/v1/models", get(dashscope::models))
-        .layer(middleware::from_fn_with_state(state.clone(), with_served_model))
-        .with_state(state);
-    let routes = layered(routes, max_body_bytes, max_input_tokens);
+        .layer(middleware::from_fn_with_state(state.clone(), with_served_model));
+    let routes = match state.admin_routes {
+        AdminRoutes::Beside => routes.merge(admin_routes(&state)),
+        AdminRoutes::Apart => routes,
+    };
     // Paths are looked up behind this.
     let resolve = middleware::map_request(async |request| aliases::resolve(request));
-    Router::new().fallback_service(routes).layer(resolve)
+    Router::new().fallback_service(guarded(routes, state)).layer(resolve)
+}
+
+/// What operators ask, as a service of its own.
+#[expect(dead_code, reason = "soon")]
+pub(super) fn admin_router(state: AppState) -> Router {
+    let routes = Router::new()
+        .route("/health", get(health::ready))
+        .route("/health/live", get(health::live))
+        .route("/health/ready", get(health::ready))
+        .route("/version", get(health::version))
+        .merge(admin_routes(&state));
+    guarded(routes, state)
+}
+
+fn admin_routes(state: &AppState) -> Router<AppState> {
+    admin::routes().route_layer(middleware::from_fn_with_state(state.clone(), with_admin_key))
+}
+
+/// Lets in who has a key. Without one, nobody learns which paths there are.
+fn guarded(routes: Router<AppState>, state: AppState) -> Router {
+    let max_body_bytes = state.limits.max_body_bytes;
+    let max_input_tokens = state.engine.limits().max_model_len.saturating_sub(1);
+    let routes = routes
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(state.clone(), with_key))
+        .with_state(state);
+    layered(routes, max_body_bytes, max_input_tokens)
 }
 
 /// Names the model that served, which may be called something else in the answer.
@@ -85,8 +113,6 @@ async fn with_served_model(
 fn layered(routes: Router, max_body_bytes: usize, max_input_tokens: usize) -> Router {
     // The last layer is the outermost: an id also for what panics or has no route.
     routes
-        .fallback(not_found)
-        .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(max_body_bytes))
         .layer(CatchPanicLayer::custom(on_panic))
         .layer(middleware::from_fn(with_anthropic_errors))

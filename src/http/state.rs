@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::key_ring::KeyRing;
 use super::response_store::{ResponseStore, StoreLimits};
 use crate::chat::model::ServedModel;
 use crate::chat::prompt::PromptLimits;
@@ -62,6 +63,26 @@ impl Default for HttpLimits {
     }
 }
 
+/// Between whom the prefix cache is shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PrefixSharing {
+    /// All clients: one may learn from the time of an answer that another sent the same beginning.
+    #[default]
+    BetweenAll,
+    /// The requests of one key.
+    WithinKey,
+}
+
+/// Where operators ask.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AdminRoutes {
+    /// At the address that clients use.
+    #[default]
+    Beside,
+    /// At an address of their own.
+    Apart,
+}
+
 /// What every handler can reach. Cheap to clone.
 #[derive(Clone)]
 pub struct AppState {
@@ -73,6 +94,12 @@ pub struct AppState {
     pub limits: Arc<HttpLimits>,
     /// When the model was made available, in seconds since the epoch.
     pub created: u64,
+    /// Who may come in; nobody is asked if absent.
+    pub keys: Option<Arc<KeyRing>>,
+    /// Between whom the prefix cache is shared.
+    pub prefix_sharing: PrefixSharing,
+    /// Where operators ask.
+    pub admin_routes: AdminRoutes,
     /// The next seed for a request that has none.
     pub next_seed: Arc<AtomicU64>,
     /// Responses that later requests may refer to.
@@ -95,6 +122,9 @@ impl AppState {
             model: Arc::new(model),
             limits: Arc::new(limits),
             is_draining: Arc::default(),
+            keys: None,
+            prefix_sharing: PrefixSharing::default(),
+            admin_routes: AdminRoutes::default(),
             created: unix_seconds(),
             next_seed: Arc::default(),
         }
