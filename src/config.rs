@@ -16,7 +16,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-pub use access::{AccessConfig, Admission, SecretText, TlsConfig};
+pub use access::{AccessConfig, Address, Admission, SecretText, TlsConfig};
 pub use aliases::{Alias, DASHSCOPE_NAMES, NamePattern};
 pub use byte_size::ByteSize;
 pub use device::DeviceChoice;

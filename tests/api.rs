@@ -22,6 +22,8 @@ mod embeddings;
 mod errors;
 #[path = "api/examples.rs"]
 mod examples;
+#[path = "api/exposure.rs"]
+mod exposure;
 #[path = "api/extras.rs"]
 mod extras;
 #[path = "api/fuzz.rs"]
@@ -42,5 +44,7 @@ mod responses;
 mod socket;
 #[path = "api/thinking.rs"]
 mod thinking;
+#[path = "api/tls.rs"]
+mod tls;
 #[path = "api/tools.rs"]
 mod tools;

@@ -6,7 +6,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::num::NonZeroU64;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -187,16 +187,28 @@ impl KeyFile {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(".new");
         let new = path.with_file_name(name);
-        let written = self.write_to(&new).and_then(|()| fs::rename(&new, &path));
+        let written = self
+            .write_to(&new)
+            .and_then(|file| keep_owner(&file, &path))
+            .and_then(|()| fs::rename(&new, &path));
         written.map_err(io_error("write", &path)).inspect_err(|_| drop(fs::remove_file(&new)))
     }
 
-    fn write_to(&self, path: &Path) -> io::Result<()> {
+    fn write_to(&self, path: &Path) -> io::Result<File> {
         let _ = fs::remove_file(path);
         let mut file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
         file.write_all(self.document.to_string().as_bytes())?;
-        file.sync_all()
+        file.sync_all().map(|()| file)
     }
+}
+
+/// Gives a file to whom the one at `path` belongs, or its folder: root edits the keys of a service.
+fn keep_owner(file: &File, path: &Path) -> io::Result<()> {
+    let owner = fs::metadata(path).or_else(|_| fs::metadata(folder(path)))?;
+    if owner.uid() == file.metadata()?.uid() {
+        return Ok(());
+    }
+    fchown(file, Some(owner.uid()), Some(owner.gid()))
 }
 
 /// Whether others than its owner may read or change the file at `path`.
@@ -206,10 +218,14 @@ pub fn is_open_to_others(path: &Path) -> bool {
 
 /// Keeps other processes from changing files beside `path` until it is dropped.
 pub fn lock(path: &Path) -> Result<File, KeyFileError> {
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new("."));
-    let locked = File::open(folder).and_then(|file| file.lock().map(|()| file));
+    let locked = File::open(folder(path)).and_then(|file| file.lock().map(|()| file));
     locked.map_err(io_error("lock the folder of", path))
+}
+
+/// Where a file is, be it named without its folder.
+fn folder(path: &Path) -> &Path {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    parent.unwrap_or(Path::new("."))
 }
 
 impl Entry {

@@ -17,7 +17,7 @@ use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use super::{Hinted, hub_from_environment};
@@ -29,7 +29,9 @@ use crate::config::{
 use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
 use crate::engine::{EngineConfig, EngineHandle, Health, spawn};
-use crate::http::{AppState, HttpLimits, PrefixSharing, Reload, reload_when_changed, serve};
+use crate::http::{
+    AppState, HttpLimits, Listeners, PrefixSharing, Reload, reload_when_changed, serve,
+};
 use crate::runner::ModelRunner;
 use crate::runner::load::{LoadOptions, PlannedModel};
 use crate::telemetry::{logging, metrics};
@@ -53,7 +55,9 @@ pub fn run(config: &Config) -> Result<()> {
 /// A server whose engine is loading.
 struct Server {
     runtime: Runtime,
-    listener: TcpListener,
+    listeners: Listeners,
+    /// SIGHUP, which from the beginning ends nothing.
+    hangup: Signal,
     state: AppState,
     engine: EngineHandle,
     engine_thread: JoinHandle<()>,
@@ -72,8 +76,8 @@ impl Server {
             .enable_all()
             .build()
             .context("cannot start the HTTP threads")?;
-        let listener = runtime.block_on(listen(config))?;
-        access::refuse_strangers(&config.access.admission, listener.local_addr()?)?;
+        let listeners = runtime.block_on(listen(config))?;
+        let hangup = runtime.block_on(async { signal(SignalKind::hangup()) })?;
         let keys = access::key_ring(&config.access)?;
 
         let (resolved, planned) = find_model(config, opened.device.clone())?;
@@ -90,17 +94,20 @@ impl Server {
         let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
         let mut state = AppState::new(engine.clone(), served, http_limits(config));
         state.keys = keys;
+        state.cors_origins = config.access.cors_origins.clone().into();
         if config.access.isolate_prefix_cache {
             state.prefix_sharing = PrefixSharing::WithinKey;
         }
         state.next_seed.store(config.engine.seed, Ordering::Relaxed);
-        Ok(Self { runtime, listener, state, engine, engine_thread })
+        Ok(Self { runtime, listeners, hangup, state, engine, engine_thread })
     }
 
     /// Answers requests until `stop` resolves and what runs has finished.
     fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
-        let Self { runtime, listener, state, engine, engine_thread } = self;
-        let served = runtime.block_on(serve_until_stopped(listener, state, engine, stop));
+        let Self { runtime, listeners, hangup, state, engine, engine_thread } = self;
+        let reloading = runtime.spawn(reload_when_changed(reloads(&listeners, &state), hangup));
+        let served = runtime.block_on(serve_until_stopped(listeners, state, engine, stop));
+        reloading.abort();
         let joined = engine_thread.join();
         served?;
         joined.map_err(|_| anyhow::anyhow!("the engine thread panicked; see the log above"))
@@ -119,7 +126,7 @@ impl LocalServer {
     /// Starts and waits until the model is loaded.
     pub(super) fn start(config: &Config) -> Result<Self> {
         let server = Server::start(config)?;
-        let url = format!("http://{}", server.listener.local_addr()?);
+        let url = format!("http://{}", server.listeners.clients.local_addr()?);
         let ready = server.runtime.block_on(server.engine.ready());
         ready.map_err(anyhow::Error::msg).context("cannot load the model")?;
         let (stop, stopped) = oneshot::channel();
@@ -144,6 +151,7 @@ impl Drop for LocalServer {
 fn http_limits(config: &Config) -> HttpLimits {
     HttpLimits {
         max_connections: config.http.max_connections,
+        write_timeout: config.http.write_timeout,
         max_body_bytes: usize::try_from(config.http.max_body_size.bytes()).unwrap_or(usize::MAX),
         drain_timeout: config.http.shutdown_timeout,
         request_timeout: config.http.request_timeout,
@@ -180,11 +188,25 @@ fn find_model(config: &Config, device: Device) -> Result<(ResolvedModel, Planned
     Ok((resolved, planned))
 }
 
-/// Takes the address first: a port that is in use should be known before a model is loaded.
-async fn listen(config: &Config) -> Result<TcpListener> {
-    let (host, port) = (config.http.host.as_str(), config.http.port);
+/// Takes the addresses first: what is wrong with them should be known before a model is loaded.
+async fn listen(config: &Config) -> Result<Listeners> {
+    let (http, access) = (&config.http, &config.access);
+    let clients = bind(&http.host, http.port, "port").await?;
+    access::refuse_strangers(&access.admission, clients.local_addr()?)?;
+    let operators = match &access.admin_address {
+        None => None,
+        Some(address) => {
+            let listener = bind(&address.host, address.port, "admin-address").await?;
+            access::refuse_strangers(&access.admission, listener.local_addr()?)?;
+            Some(listener)
+        }
+    };
+    Ok(Listeners { clients, operators, tls: access::tls(http)? })
+}
+
+async fn bind(host: &str, port: u16, flag: &str) -> Result<TcpListener> {
     TcpListener::bind((host, port)).await.map_err(|error| {
-        let hint = format!("pass another `--port`, or stop what listens on {port}");
+        let hint = format!("pass another `--{flag}`, or stop what listens on {port}");
         let message = format!("cannot listen on {host}:{port}: {error}");
         Hinted { message, hint }.into()
     })
@@ -245,20 +267,24 @@ fn load(planned: &PlannedModel) -> Result<ModelRunner> {
     Ok(runner)
 }
 
+/// Whatever may change while the server runs.
+fn reloads(listeners: &Listeners, state: &AppState) -> Vec<Reload> {
+    let keys = state.keys.iter().map(Reload::keys);
+    keys.chain(listeners.tls.iter().map(Reload::certificates)).collect()
+}
+
 async fn serve_until_stopped(
-    listener: TcpListener,
+    listeners: Listeners,
     state: AppState,
     engine: EngineHandle,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<()> {
-    let address = listener.local_addr()?;
-    let reloads = state.keys.iter().map(Reload::keys).collect();
-    let reloading = tokio::spawn(reload_when_changed(reloads, signal(SignalKind::hangup())?));
-    let server = tokio::spawn(serve(listener, state, stop));
+    let address = listeners.clients.local_addr()?;
+    let scheme = if listeners.tls.is_some() { "https" } else { "http" };
+    let server = tokio::spawn(serve(listeners, state, stop));
     engine.ready().await.map_err(anyhow::Error::msg).context("cannot load the model")?;
-    tracing::info!("ready on http://{address}");
+    tracing::info!("ready on {scheme}://{address}");
     server.await.context("the HTTP server panicked")??;
-    reloading.abort();
     match engine.health() {
         Health::Dead { reason } => Err(anyhow::anyhow!("the engine died: {reason}")),
         _ => Ok(()),

@@ -8,10 +8,11 @@ use axum::http::{HeaderMap, Method};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
+use super::anthropic_errors::is_anthropic;
 use super::caller::Caller;
 use super::error::ApiError;
 use super::key_ring::{Admission, Holder};
-use super::rate_limit::rate_limit_headers;
+use super::rate_limit::{Names, rate_limit_headers};
 use super::request_log::RequestLog;
 use super::state::AppState;
 use crate::access::Role;
@@ -40,6 +41,8 @@ pub(super) async fn with_key(
     }
     let Some(secret) = secret(request.headers()) else { return ApiError::NoKey.into_response() };
     let Some(holder) = keys.find(secret) else { return ApiError::WrongKey.into_response() };
+    let is_anthropic = is_anthropic(request.uri().path());
+    let names = if is_anthropic { Names::Anthropic } else { Names::OpenAi };
     let mut response = match admit(&holder, request.method()) {
         Ok(admission) => {
             let holder = Arc::clone(&holder);
@@ -53,7 +56,7 @@ pub(super) async fn with_key(
             error.into_response()
         }
     };
-    response.headers_mut().extend(rate_limit_headers(&holder.allowances()));
+    response.headers_mut().extend(rate_limit_headers(&holder.allowances(), names));
     response
 }
 

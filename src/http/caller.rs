@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::FromRequestParts;
-use axum::http::{Extensions, HeaderValue};
 use axum::http::request::Parts;
+use axum::http::{Extensions, HeaderValue};
 
 use super::auth::Guest;
 use super::error::ApiError;

@@ -4,33 +4,62 @@ use std::time::Duration;
 
 use axum::http::{HeaderName, HeaderValue};
 
-use crate::access::{Allowance, Resource};
+use super::state::unix_seconds;
+use crate::access::{Allowance, Resource, Timestamp};
 
-/// The `x-ratelimit-*` headers of what is limited.
+/// Whose names the headers have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Names {
+    /// `x-ratelimit-*`, which OpenAI's clients know.
+    OpenAi,
+    /// `anthropic-ratelimit-*`.
+    Anthropic,
+}
+
+/// The headers that tell what is left of what is limited.
 pub(super) fn rate_limit_headers(
     allowances: &[Allowance],
+    names: Names,
 ) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
-    allowances.iter().flat_map(|allowance| {
-        let [limit, remaining, reset] = names(allowance.resource).map(HeaderName::from_static);
-        let short = short(allowance.reset);
+    allowances.iter().flat_map(move |allowance| {
+        let [limit, remaining, reset] = header_names(names, allowance.resource);
+        let time = match names {
+            Names::OpenAi => short(allowance.reset),
+            Names::Anthropic => {
+                let seconds = allowance.reset.as_nanos().div_ceil(1_000_000_000) as u64;
+                Timestamp(unix_seconds().saturating_add(seconds)).to_string()
+            }
+        };
+        let time = HeaderValue::from_str(&time).expect("it is letters, digits, dashes and colons");
         [
             (limit, HeaderValue::from(allowance.limit)),
             (remaining, HeaderValue::from(allowance.remaining)),
-            (reset, HeaderValue::from_str(&short).expect("it is letters and digits")),
+            (reset, time),
         ]
+        .map(|(name, value)| (HeaderName::from_static(name), value))
     })
 }
 
-fn names(resource: Resource) -> [&'static str; 3] {
-    match resource {
-        Resource::Requests | Resource::Seats => [
+fn header_names(names: Names, resource: Resource) -> [&'static str; 3] {
+    match (names, resource) {
+        (Names::OpenAi, Resource::Tokens) => {
+            ["x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"]
+        }
+        (Names::OpenAi, _) => [
             "x-ratelimit-limit-requests",
             "x-ratelimit-remaining-requests",
             "x-ratelimit-reset-requests",
         ],
-        Resource::Tokens => {
-            ["x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"]
-        }
+        (Names::Anthropic, Resource::Tokens) => [
+            "anthropic-ratelimit-tokens-limit",
+            "anthropic-ratelimit-tokens-remaining",
+            "anthropic-ratelimit-tokens-reset",
+        ],
+        (Names::Anthropic, _) => [
+            "anthropic-ratelimit-requests-limit",
+            "anthropic-ratelimit-requests-remaining",
+            "anthropic-ratelimit-requests-reset",
+        ],
     }
 }
 

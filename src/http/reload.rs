@@ -11,6 +11,7 @@ use tokio::signal::unix::Signal;
 use tokio::time::sleep;
 
 use super::key_ring::KeyRing;
+use super::tls::Tls;
 
 /// How often files are looked at.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -40,7 +41,13 @@ impl Reload {
         Self::new("API keys", files, move || Ok(keys.reload()?))
     }
 
-    pub(super) fn new(
+    /// Takes over certificates.
+    pub fn certificates(tls: &Arc<Tls>) -> Self {
+        let (files, tls) = (tls.paths(), Arc::clone(tls));
+        Self::new("certificates", files, move || Ok(tls.reload()?))
+    }
+
+    fn new(
         what: &'static str,
         files: Vec<PathBuf>,
         read: impl Fn() -> Result<(), Box<dyn Error>> + Send + 'static,

@@ -14,6 +14,7 @@ use super::admin;
 use super::aliases;
 use super::anthropic_errors::with_anthropic_errors;
 use super::auth::{with_admin_key, with_key};
+use super::cors::cors;
 use super::dashscope_errors::with_dashscope_errors;
 use super::error::ApiError;
 use super::request_id::with_request_id;
@@ -61,11 +62,16 @@ pub fn router(state: AppState) -> Router {
     };
     // Paths are looked up behind this.
     let resolve = middleware::map_request(async |request| aliases::resolve(request));
-    Router::new().fallback_service(guarded(routes, state)).layer(resolve)
+    let cors = (!state.cors_origins.is_empty()).then(|| cors(&state.cors_origins));
+    let routes = Router::new().fallback_service(guarded(routes, state)).layer(resolve);
+    match cors {
+        // Outermost: a browser's first question shows no key.
+        Some(cors) => routes.layer(cors),
+        None => routes,
+    }
 }
 
 /// What operators ask, as a service of its own.
-#[expect(dead_code, reason = "soon")]
 pub(super) fn admin_router(state: AppState) -> Router {
     let routes = Router::new()
         .route("/health", get(health::ready))

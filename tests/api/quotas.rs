@@ -156,6 +156,10 @@ async fn every_protocol_has_its_words_for_a_spent_quota() {
         let answer = server.ask(key, "/v1/messages", message.clone()).await;
         assert_eq!(answer.status, 429);
         assert_eq!(answer.json()["error"]["type"], "rate_limit_error");
+        let resource = if key == "few" { "requests" } else { "tokens" };
+        let header = |what| answer.header(&format!("anthropic-ratelimit-{resource}-{what}"));
+        assert_eq!(header("remaining"), Some("0"));
+        assert!(header("limit").is_some() && header("reset").unwrap().ends_with('Z'));
         number(&answer, "retry-after");
     }
 }

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use axum::http::HeaderValue;
 use clap::{ArgAction, Args};
 
-use crate::config::{AccessConfig, Admission, ConfigError, SecretText, TlsConfig};
+use crate::config::{AccessConfig, Address, Admission, ConfigError, SecretText, TlsConfig, access};
 
 /// The shortest key that is not guessed.
 const MIN_KEY_BYTES: usize = 16;
@@ -44,12 +45,12 @@ pub(super) struct AccessFlags {
     ///
     /// An address that only this machine reaches needs no key.
     #[arg(long, env = "QWEN_SERVER_ADMIN_ADDRESS", value_name = "HOST:PORT")]
-    admin_address: Option<String>,
+    admin_address: Option<Address>,
 
     /// Let pages of this origin call the server from a browser, `*` for any [repeatable]
     #[arg(long, env = "QWEN_SERVER_CORS_ORIGIN", value_name = "ORIGIN")]
-    #[arg(action = ArgAction::Append, value_delimiter = ',')]
-    cors_origin: Vec<String>,
+    #[arg(action = ArgAction::Append, value_delimiter = ',', value_parser = access::origin)]
+    cors_origin: Vec<HeaderValue>,
 }
 
 #[derive(Clone, Debug, Args)]

@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 
 use crate::access::key_file::is_open_to_others;
 use crate::cli::Hinted;
-use crate::config::{AccessConfig, Admission};
-use crate::http::KeyRing;
+use crate::config::{AccessConfig, Admission, HttpConfig, TlsConfig};
+use crate::http::{KeyRing, Tls, TlsFiles};
 
 /// The keys, if there are any to be asked for.
 pub(super) fn key_ring(config: &AccessConfig) -> Result<Option<Arc<KeyRing>>> {
@@ -28,6 +28,16 @@ pub(super) fn key_ring(config: &AccessConfig) -> Result<Option<Arc<KeyRing>>> {
         }
     };
     Ok(Some(Arc::new(ring)))
+}
+
+/// What encrypts connections, if anything is to.
+pub(super) fn tls(config: &HttpConfig) -> Result<Option<Arc<Tls>>> {
+    let Some(TlsConfig { cert, key, client_ca }) = config.tls.clone() else { return Ok(None) };
+    if is_open_to_others(&key) {
+        tracing::warn!(file = %key.display(), "others can read the private key: chmod 600 it");
+    }
+    let tls = Tls::open(TlsFiles { cert, key, client_ca }).context("cannot encrypt connections")?;
+    Ok(Some(Arc::new(tls)))
 }
 
 /// An address that other machines reach is not opened to everybody by mistake.
