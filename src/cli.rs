@@ -8,6 +8,7 @@ pub mod bench;
 pub mod chat;
 pub mod complete;
 pub mod inspect;
+pub mod key;
 pub mod models;
 pub mod progress;
 pub mod pull;
@@ -57,6 +58,8 @@ enum Command {
     Complete(complete::CompleteArgs),
     /// Show what a model file contains
     Inspect(inspect::InspectArgs),
+    /// Make, list and revoke the keys of a server's clients
+    Key(key::KeyArgs),
     /// Measure how fast a running server answers
     Bench(bench::BenchArgs),
     /// Tell who used how much, and what it costs
@@ -85,6 +88,7 @@ pub fn run() -> Result<()> {
         Command::Chat(args) => chat::run(&args),
         Command::Complete(args) => complete::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Key(args) => key::run(args),
         Command::Bench(args) => bench::run(&args),
         Command::Usage(args) => usage(&args),
     }
@@ -159,7 +163,12 @@ fn local_config(model: &str) -> Result<Config> {
     let matches = root.clone().try_get_matches_from(argv)?;
     let matches = matches.subcommand_matches("serve").expect("the command is `serve`");
     let settings = Settings::collect(serve_command(&root), matches, None);
-    Ok(ServeArgs::from_arg_matches(matches)?.into_config(settings)?)
+    let mut config = ServeArgs::from_arg_matches(matches)?.into_config(settings)?;
+    // Its only client is this process.
+    config.access.admission = config::Admission::Local;
+    config.access.admin_address = None;
+    config.http.tls = None;
+    Ok(config)
 }
 
 /// Puts flags, environment and file together. The command line is read again with the file's

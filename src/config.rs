@@ -4,6 +4,7 @@
 //! The flags themselves, which name the environment variables and the keys of the file too, are
 //! declared in `cli::args`. **Invariant:** nothing else in the program reads the environment.
 
+pub mod access;
 pub mod aliases;
 pub mod byte_size;
 pub mod device;
@@ -17,7 +18,8 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use aliases::{Alias, DASHSCOPE_NAMES};
+pub use access::{AccessConfig, Address, Admission, SecretText, TlsConfig};
+pub use aliases::{Alias, DASHSCOPE_NAMES, NamePattern};
 pub use byte_size::ByteSize;
 pub use device::DeviceChoice;
 pub use file::ConfigFile;
@@ -40,6 +42,8 @@ pub struct Config {
     pub model: ModelConfig,
     /// How clients reach the server.
     pub http: HttpConfig,
+    /// Who may use it.
+    pub access: AccessConfig,
     /// How much runs at once, and on what.
     pub engine: EngineOptions,
     /// What is written to standard error.
@@ -99,6 +103,12 @@ pub struct HttpConfig {
     pub port: u16,
     /// Larger request bodies are refused.
     pub max_body_size: ByteSize,
+    /// Connections that are served at once; further ones wait to be accepted.
+    pub max_connections: usize,
+    /// How long a client may leave its answer unread.
+    pub write_timeout: Duration,
+    /// What encrypts connections, if anything does.
+    pub tls: Option<TlsConfig>,
     /// How long running requests may take to finish after a signal to stop.
     pub shutdown_timeout: Duration,
     /// How long a request may take in all.

@@ -1,5 +1,6 @@
 #![doc = include_str!("../docs/ARCHITECTURE.md")]
 
+pub mod access;
 pub mod anthropic;
 pub mod chat;
 pub mod cli;

@@ -22,22 +22,30 @@ mod embeddings;
 mod errors;
 #[path = "api/examples.rs"]
 mod examples;
+#[path = "api/exposure.rs"]
+mod exposure;
 #[path = "api/extras.rs"]
 mod extras;
 #[path = "api/fuzz.rs"]
 mod fuzz;
+#[path = "api/keys.rs"]
+mod keys;
 #[path = "api/malformed.rs"]
 mod malformed;
 #[path = "api/messages.rs"]
 mod messages;
 #[path = "api/other_routes.rs"]
 mod other_routes;
+#[path = "api/quotas.rs"]
+mod quotas;
 #[path = "api/responses.rs"]
 mod responses;
 #[path = "api/socket.rs"]
 mod socket;
 #[path = "api/thinking.rs"]
 mod thinking;
+#[path = "api/tls.rs"]
+mod tls;
 #[path = "api/tools.rs"]
 mod tools;
 #[path = "api/usage.rs"]

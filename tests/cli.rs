@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test answers errors by failing")]
 
+#[path = "cli/keys.rs"]
+mod keys;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output, Stdio};
@@ -72,7 +75,8 @@ mod arguments {
     fn every_command_explains_itself() {
         let output = run(&["--help"]);
         assert_eq!(output.status.code(), Some(0));
-        let commands = ["serve", "pull", "models", "chat", "complete", "inspect", "bench", "usage"];
+        let commands =
+            ["serve", "pull", "models", "chat", "complete", "inspect", "key", "bench", "usage"];
         for name in commands {
             assert!(stdout(&output).contains(&format!("\n  {name} ")), "{name}");
             for flag in ["-h", "--help"] {
@@ -90,6 +94,8 @@ mod arguments {
         let parts = [
             "\nModel:\n",
             "\nNetwork:\n",
+            "\nAccess:\n",
+            "\nEncryption:\n",
             "\nComputing:\n",
             "\nKV cache:\n",
             "\nLogging:\n",

@@ -12,7 +12,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("lib", &["*"]),
     ("main", &["*"]),
     ("cli", &["*"]),
-    ("http", &["openai", "anthropic", "dashscope", "chat", "engine", "ledger"]),
+    ("http", &["openai", "anthropic", "dashscope", "chat", "engine", "access", "ledger"]),
     (
         "chat",
         &[
@@ -54,6 +54,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("anthropic", &[]),
     ("dashscope", &["openai"]),
     ("device", &[]),
+    ("access", &[]),
     ("ledger", &[]),
     ("config", &[]),
     ("telemetry", &[]),
@@ -74,7 +75,7 @@ struct Ban {
     instead: &'static str,
 }
 
-const PURE: &[&str] = &["scheduler", "kv", "sampling::params", "runner::batch"];
+const PURE: &[&str] = &["scheduler", "kv", "sampling::params", "runner::batch", "access"];
 
 const BANS: &[Ban] = &[
     Ban {

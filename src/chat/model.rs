@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::chat::fim::FimTokens;
 use crate::chat::template::ChatTemplate;
 use crate::chat::tool_call::{BareToolCalls, ToolCallFormat};
+pub use crate::config::NamePattern;
 use crate::engine::request::{GenerationDefaults, Pooling};
 use crate::grammar::GrammarCompiler;
 use crate::text::{TokenId, Tokenizer};
@@ -60,33 +61,6 @@ pub enum Reasoning {
     InTags,
 }
 
-/// A name in which `*` stands for any text, none included.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamePattern(String);
-
-impl NamePattern {
-    /// The pattern written as `text`.
-    pub fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
-    }
-
-    /// Whether `name` is one of the names meant.
-    pub fn matches(&self, name: &str) -> bool {
-        let mut parts = self.0.split('*');
-        let first = parts.next().unwrap_or_default();
-        let Some(mut rest) = name.strip_prefix(first) else { return false };
-        let Some(last) = parts.next_back() else { return rest.is_empty() };
-        // The first place that fits leaves the most for the parts behind.
-        for part in parts {
-            match rest.split_once(part) {
-                Some((_, behind)) => rest = behind,
-                None => return false,
-            }
-        }
-        rest.ends_with(last)
-    }
-}
-
 impl ServedModel {
     /// Whether `name` addresses this model.
     pub fn answers_to(&self, name: &str) -> bool {
@@ -97,40 +71,5 @@ impl ServedModel {
     /// All names, the primary one first.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         std::iter::once(self.name.as_str()).chain(self.aliases.iter().map(String::as_str))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_star_is_any_text() {
-        let matches = |pattern, name| NamePattern::new(pattern).matches(name);
-        for (pattern, name) in [
-            ("a", "a"),
-            ("*", ""),
-            ("*", "x"),
-            ("a*", "a"),
-            ("a*", "abc"),
-            ("a*c", "abbc"),
-            ("a*b*c", "aXbYbZc"),
-            ("a**c", "ac"),
-            ("qwen2.5-*-instruct", "qwen2.5-7b-instruct"),
-        ] {
-            assert!(matches(pattern, name), "{pattern} {name}");
-        }
-        for (pattern, name) in [
-            ("a", "ab"),
-            ("a", ""),
-            ("a*", "ba"),
-            ("a*a", "a"),
-            ("a*b*c", "acb"),
-            ("a*b*b", "ab"),
-            ("qwen2.5-*-instruct", "qwen2.5-instruct"),
-            ("qwen2.5-*-instruct", "qwen2.5-7b"),
-        ] {
-            assert!(!matches(pattern, name), "{pattern} {name}");
-        }
     }
 }

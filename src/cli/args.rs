@@ -1,12 +1,16 @@
 //! What can be typed behind `serve`. Each flag is an environment variable and a key of the config
 //! file too; declaring it here is all it takes.
 
+mod access;
+
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{ArgAction, Args};
+
+use access::{AccessFlags, TlsFlags};
 
 use crate::config::{
     self, Alias, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice,
@@ -20,8 +24,12 @@ Each option can also be set by the environment variable shown beside it, or by t
 name in the file given with --config. A flag wins over the environment, that over the file.
 
 Examples:
-  Serve the default model with little memory, reachable from other machines:
-    qwen-server serve --host 0.0.0.0 --max-num-seqs 16 --kv-cache-memory 512MiB
+  Serve the default model with little memory:
+    qwen-server serve --max-num-seqs 16 --kv-cache-memory 512MiB
+
+  Serve other machines, and let in only who has a key:
+    qwen-server key add ann --file keys.toml
+    qwen-server serve --host 0.0.0.0 --api-keys keys.toml
 
   Serve a file under a name that existing clients send:
     qwen-server serve --model ./qwen2.5-7b-instruct-q4_k_m.gguf --served-model-name gpt-4o-mini";
@@ -34,6 +42,10 @@ pub struct ServeArgs {
     model: ModelFlags,
     #[command(flatten)]
     http: HttpFlags,
+    #[command(flatten)]
+    access: AccessFlags,
+    #[command(flatten)]
+    tls: TlsFlags,
     #[command(flatten)]
     engine: EngineFlags,
     #[command(flatten)]
@@ -134,7 +146,7 @@ struct ModelFlags {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Network")]
 struct HttpFlags {
-    /// Address to listen on; 0.0.0.0 accepts clients from other machines
+    /// Address to listen on; 0.0.0.0 accepts clients from other machines, which then need keys
     #[arg(long, env = "QWEN_SERVER_HOST", default_value = "127.0.0.1")]
     host: String,
 
@@ -145,6 +157,19 @@ struct HttpFlags {
     /// Refuse request bodies larger than this
     #[arg(long, env = "QWEN_SERVER_MAX_BODY_SIZE", value_name = "SIZE", default_value = "8MiB")]
     max_body_size: ByteSize,
+
+    /// Connections that are served at once; further ones wait to be accepted
+    #[arg(long, env = "QWEN_SERVER_MAX_CONNECTIONS", value_name = "N")]
+    #[arg(default_value_t = 4096, value_parser = at_least_one(1 << 20))]
+    max_connections: usize,
+
+    /// Drop a client that leaves its answer unread for this many seconds
+    ///
+    /// Its request is taken back from the model.
+    #[arg(long, env = "QWEN_SERVER_WRITE_TIMEOUT", value_name = "SECONDS")]
+    #[arg(default_value_t = 60)]
+    #[arg(value_parser = RangedU64ValueParser::<u64>::new().range(1..=86_400))]
+    write_timeout: u64,
 
     /// After SIGTERM or Ctrl-C, let running requests finish for at most this many seconds
     #[arg(long, env = "QWEN_SERVER_SHUTDOWN_TIMEOUT", value_name = "SECONDS")]
@@ -315,7 +340,7 @@ impl ServeArgs {
     /// # Errors
     /// If values do not go together.
     pub fn into_config(self, mut settings: Settings) -> Result<Config, ConfigError> {
-        let Self { model, http, mut engine, memory, log, usage, .. } = self;
+        let Self { model, http, access, tls, mut engine, memory, log, usage, .. } = self;
         engine.fit_step_to_sequences(&mut settings);
         let num_threads = engine.threads.and_then(NonZeroUsize::new);
         let num_threads = num_threads.unwrap_or_else(config::available_threads);
@@ -347,9 +372,13 @@ impl ServeArgs {
                 host: http.host,
                 port: http.port,
                 max_body_size: http.max_body_size,
+                max_connections: http.max_connections,
+                write_timeout: Duration::from_secs(http.write_timeout),
+                tls: tls.into_config()?,
                 shutdown_timeout: Duration::from_secs(http.shutdown_timeout),
                 request_timeout: http.request_timeout.map(Duration::from_secs),
             },
+            access: access.into_config()?,
             engine: EngineOptions {
                 device: engine.device,
                 num_threads,

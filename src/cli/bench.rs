@@ -96,7 +96,9 @@ impl BenchArgs {
 pub fn run(args: &BenchArgs) -> Result<()> {
     let local = args.direct.as_deref().map(start_local).transpose()?;
     let (client, model) = match &local {
-        Some(local) => ServerArgs { url: local.url.clone(), model: None }.connect()?,
+        Some(local) => {
+            ServerArgs { url: local.url.clone(), model: None, api_key: None }.connect()?
+        }
         None => args.server.connect()?,
     };
     let seed = args.seed.unwrap_or_else(crate::config::arbitrary_seed);

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::cli::Hinted;
 use crate::cli::sse::SseParser;
+use crate::config::SecretText;
 
 /// How long to wait for a connection. Answers may take as long as they need.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,12 +28,16 @@ pub(crate) struct ServerArgs {
     /// Model to ask for [default: the first one the server names]
     #[arg(long, value_name = "NAME")]
     pub(crate) model: Option<String>,
+
+    /// The key to show, if the server asks for one; better set by its variable
+    #[arg(long, env = "QWEN_SERVER_API_KEY", value_name = "KEY")]
+    pub(crate) api_key: Option<SecretText>,
 }
 
 impl ServerArgs {
     /// A client, and the model to ask for.
     pub(crate) fn connect(&self) -> Result<(Client, String)> {
-        let client = Client::new(&self.url);
+        let client = Client::new(&self.url, self.api_key.as_ref());
         let models = client.get("/v1/models")?;
         let model = match &self.model {
             Some(model) => model.clone(),
@@ -49,11 +54,12 @@ impl ServerArgs {
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     base: String,
+    key: Option<SecretText>,
     agent: ureq::Agent,
 }
 
 impl Client {
-    pub(crate) fn new(url: &str) -> Self {
+    pub(crate) fn new(url: &str, key: Option<&SecretText>) -> Self {
         let base = url.trim_end_matches('/');
         let base = base.strip_suffix("/v1").unwrap_or(base);
         let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
@@ -62,22 +68,22 @@ impl Client {
             .timeout_connect(CONNECT_TIMEOUT)
             .max_idle_connections_per_host(1024)
             .build();
-        Self { base, agent }
+        Self { base, key: key.cloned(), agent }
     }
 
     pub(crate) fn get(&self, path: &str) -> Result<Value> {
-        let response = self.agent.get(&self.url(path)).call();
+        let response = self.request("GET", path).call();
         self.json(path, response)
     }
 
     pub(crate) fn post(&self, path: &str, body: &Value) -> Result<Value> {
-        let response = self.agent.post(&self.url(path)).send_json(body);
+        let response = self.request("POST", path).send_json(body);
         self.json(path, response)
     }
 
     /// Posts a request with `stream: true`.
     pub(crate) fn stream(&self, path: &str, body: &Value) -> Result<Events> {
-        let response = self.agent.post(&self.url(path)).send_json(body);
+        let response = self.request("POST", path).send_json(body);
         let response = response.map_err(|error| self.explain(path, error))?;
         Ok(Events {
             reader: response.into_reader(),
@@ -85,6 +91,14 @@ impl Client {
             ready: Vec::new().into_iter(),
             is_done: false,
         })
+    }
+
+    fn request(&self, method: &str, path: &str) -> ureq::Request {
+        let request = self.agent.request(method, &self.url(path));
+        match &self.key {
+            Some(key) => request.set("authorization", &format!("Bearer {}", key.reveal())),
+            None => request,
+        }
     }
 
     fn url(&self, path: &str) -> String {
@@ -193,7 +207,7 @@ mod tests {
     #[test]
     fn urls_are_taken_as_people_write_them() {
         for url in ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/", "h:1"] {
-            assert_eq!(Client::new(url).url("/v1/models"), "http://h:1/v1/models");
+            assert_eq!(Client::new(url, None).url("/v1/models"), "http://h:1/v1/models");
         }
     }
 

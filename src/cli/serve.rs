@@ -1,5 +1,6 @@
 //! `serve`: joins weights, engine and HTTP, and waits for a signal to stop.
 
+mod access;
 mod device;
 mod dummy;
 mod plan;
@@ -17,7 +18,7 @@ use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 use super::{Hinted, hub_from_environment};
@@ -29,7 +30,9 @@ use crate::config::{
 use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
 use crate::engine::{EngineConfig, EngineHandle, Health, spawn};
-use crate::http::{AppState, HttpLimits, serve};
+use crate::http::{
+    AppState, HttpLimits, Listeners, PrefixSharing, Reload, reload_when_changed, serve,
+};
 use crate::ledger::Ledger;
 use crate::ledger::money::PriceList;
 use crate::runner::ModelRunner;
@@ -55,7 +58,9 @@ pub fn run(config: &Config) -> Result<()> {
 /// A server whose engine is loading.
 struct Server {
     runtime: Runtime,
-    listener: TcpListener,
+    listeners: Listeners,
+    /// SIGHUP, which from the beginning ends nothing.
+    hangup: Signal,
     state: AppState,
     engine: EngineHandle,
     engine_thread: JoinHandle<()>,
@@ -75,7 +80,9 @@ impl Server {
             .enable_all()
             .build()
             .context("cannot start the HTTP threads")?;
-        let listener = runtime.block_on(listen(config))?;
+        let listeners = runtime.block_on(listen(config))?;
+        let hangup = runtime.block_on(async { signal(SignalKind::hangup()) })?;
+        let keys = access::key_ring(&config.access)?;
         let ledger = config.usage.ledger.as_deref().map(open_ledger).transpose()?;
 
         let (resolved, planned) = find_model(config, opened.device.clone())?;
@@ -91,16 +98,23 @@ impl Server {
             spawn(engine_config, move || load(&to_load).map_err(|error| format!("{error:#}")));
         let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
         let mut state = AppState::new(engine.clone(), served, http_limits(config));
+        state.keys = keys;
+        state.cors_origins = config.access.cors_origins.clone().into();
+        if config.access.isolate_prefix_cache {
+            state.prefix_sharing = PrefixSharing::WithinKey;
+        }
         state.ledger.clone_from(&ledger);
         state.prices = Arc::new(price_list(&config.usage));
         state.next_seed.store(config.engine.seed, Ordering::Relaxed);
-        Ok(Self { runtime, listener, state, engine, engine_thread, ledger })
+        Ok(Self { runtime, listeners, hangup, state, engine, engine_thread, ledger })
     }
 
     /// Answers requests until `stop` resolves and what runs has finished.
     fn serve(self, stop: impl Future<Output = ()> + Send + 'static) -> Result<()> {
-        let Self { runtime, listener, state, engine, engine_thread, ledger } = self;
-        let served = runtime.block_on(serve_until_stopped(listener, state, engine, stop));
+        let Self { runtime, listeners, hangup, state, engine, engine_thread, ledger } = self;
+        let reloading = runtime.spawn(reload_when_changed(reloads(&listeners, &state), hangup));
+        let served = runtime.block_on(serve_until_stopped(listeners, state, engine, stop));
+        reloading.abort();
         let joined = engine_thread.join();
         // Whatever still runs ends here, and is counted.
         drop(runtime);
@@ -124,7 +138,7 @@ impl LocalServer {
     /// Starts and waits until the model is loaded.
     pub(super) fn start(config: &Config) -> Result<Self> {
         let server = Server::start(config)?;
-        let url = format!("http://{}", server.listener.local_addr()?);
+        let url = format!("http://{}", server.listeners.clients.local_addr()?);
         let ready = server.runtime.block_on(server.engine.ready());
         ready.map_err(anyhow::Error::msg).context("cannot load the model")?;
         let (stop, stopped) = oneshot::channel();
@@ -148,6 +162,8 @@ impl Drop for LocalServer {
 
 fn http_limits(config: &Config) -> HttpLimits {
     HttpLimits {
+        max_connections: config.http.max_connections,
+        write_timeout: config.http.write_timeout,
         max_body_bytes: usize::try_from(config.http.max_body_size.bytes()).unwrap_or(usize::MAX),
         drain_timeout: config.http.shutdown_timeout,
         request_timeout: config.http.request_timeout,
@@ -196,11 +212,25 @@ fn find_model(config: &Config, device: Device) -> Result<(ResolvedModel, Planned
     Ok((resolved, planned))
 }
 
-/// Takes the address first: a port that is in use should be known before a model is loaded.
-async fn listen(config: &Config) -> Result<TcpListener> {
-    let (host, port) = (config.http.host.as_str(), config.http.port);
+/// Takes the addresses first: what is wrong with them should be known before a model is loaded.
+async fn listen(config: &Config) -> Result<Listeners> {
+    let (http, access) = (&config.http, &config.access);
+    let clients = bind(&http.host, http.port, "port").await?;
+    access::refuse_strangers(&access.admission, clients.local_addr()?)?;
+    let operators = match &access.admin_address {
+        None => None,
+        Some(address) => {
+            let listener = bind(&address.host, address.port, "admin-address").await?;
+            access::refuse_strangers(&access.admission, listener.local_addr()?)?;
+            Some(listener)
+        }
+    };
+    Ok(Listeners { clients, operators, tls: access::tls(http)? })
+}
+
+async fn bind(host: &str, port: u16, flag: &str) -> Result<TcpListener> {
     TcpListener::bind((host, port)).await.map_err(|error| {
-        let hint = format!("pass another `--port`, or stop what listens on {port}");
+        let hint = format!("pass another `--{flag}`, or stop what listens on {port}");
         let message = format!("cannot listen on {host}:{port}: {error}");
         Hinted { message, hint }.into()
     })
@@ -261,16 +291,23 @@ fn load(planned: &PlannedModel) -> Result<ModelRunner> {
     Ok(runner)
 }
 
+/// Whatever may change while the server runs.
+fn reloads(listeners: &Listeners, state: &AppState) -> Vec<Reload> {
+    let keys = state.keys.iter().map(Reload::keys);
+    keys.chain(listeners.tls.iter().map(Reload::certificates)).collect()
+}
+
 async fn serve_until_stopped(
-    listener: TcpListener,
+    listeners: Listeners,
     state: AppState,
     engine: EngineHandle,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<()> {
-    let address = listener.local_addr()?;
-    let server = tokio::spawn(serve(listener, state, stop));
+    let address = listeners.clients.local_addr()?;
+    let scheme = if listeners.tls.is_some() { "https" } else { "http" };
+    let server = tokio::spawn(serve(listeners, state, stop));
     engine.ready().await.map_err(anyhow::Error::msg).context("cannot load the model")?;
-    tracing::info!("ready on http://{address}");
+    tracing::info!("ready on {scheme}://{address}");
     server.await.context("the HTTP server panicked")??;
     match engine.health() {
         Health::Dead { reason } => Err(anyhow::anyhow!("the engine died: {reason}")),

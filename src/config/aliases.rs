@@ -63,6 +63,39 @@ impl fmt::Display for Alias {
     }
 }
 
+/// A name in which `*` stands for any text, none included.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(transparent)]
+pub struct NamePattern(String);
+
+impl NamePattern {
+    /// The pattern written as `text`.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    /// The pattern as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether `name` is one of the names meant.
+    pub fn matches(&self, name: &str) -> bool {
+        let mut parts = self.0.split('*');
+        let first = parts.next().unwrap_or_default();
+        let Some(mut rest) = name.strip_prefix(first) else { return false };
+        let Some(last) = parts.next_back() else { return rest.is_empty() };
+        // The first place that fits leaves the most for the parts behind.
+        for part in parts {
+            match rest.split_once(part) {
+                Some((_, behind)) => rest = behind,
+                None => return false,
+            }
+        }
+        rest.ends_with(last)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,6 +107,36 @@ mod tests {
         assert_eq!(alias.to_string(), "a=b/c=x");
         for text in ["", "x", "=x", "x=", " = "] {
             assert!(text.parse::<Alias>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_star_is_any_text() {
+        let matches = |pattern, name| NamePattern::new(pattern).matches(name);
+        for (pattern, name) in [
+            ("a", "a"),
+            ("*", ""),
+            ("*", "x"),
+            ("a*", "a"),
+            ("a*", "abc"),
+            ("a*c", "abbc"),
+            ("a*b*c", "aXbYbZc"),
+            ("a**c", "ac"),
+            ("qwen2.5-*-instruct", "qwen2.5-7b-instruct"),
+        ] {
+            assert!(matches(pattern, name), "{pattern} {name}");
+        }
+        for (pattern, name) in [
+            ("a", "ab"),
+            ("a", ""),
+            ("a*", "ba"),
+            ("a*a", "a"),
+            ("a*b*c", "acb"),
+            ("a*b*b", "ab"),
+            ("qwen2.5-*-instruct", "qwen2.5-instruct"),
+            ("qwen2.5-*-instruct", "qwen2.5-7b"),
+        ] {
+            assert!(!matches(pattern, name), "{pattern} {name}");
         }
     }
 }

@@ -125,11 +125,13 @@ fn as_argument(arg: &Arg, value: &toml::Value) -> Result<String, (&'static str, 
     let expected = match Kind::of(arg) {
         Kind::Boolean => "true or false",
         Kind::Integer => "an integer",
-        Kind::String => "a string",
+        Kind::String | Kind::Secret => "a string",
         Kind::Quantity => "a string or an integer",
     };
     let found = match (value, Kind::of(arg)) {
-        (toml::Value::String(text), Kind::String | Kind::Quantity) => return Ok(text.clone()),
+        (toml::Value::String(text), Kind::String | Kind::Quantity | Kind::Secret) => {
+            return Ok(text.clone());
+        }
         (toml::Value::Integer(number), Kind::Integer | Kind::Quantity) => {
             return Ok(number.to_string());
         }

@@ -37,7 +37,7 @@ impl fmt::Display for Source {
 pub struct Setting {
     /// Its key in the file, which is its flag without the dashes.
     pub key: String,
-    /// Its value as TOML; `None` if it is decided when the model is known.
+    /// Its value as TOML; `None` if it is decided when the model is known, or secret.
     pub value: Option<String>,
     /// What set it.
     pub source: Source,
@@ -66,6 +66,9 @@ impl Settings {
                 _ => Source::Default,
             };
             let raw = matches.get_raw(id).into_iter().flatten();
+            if Kind::of(arg) == Kind::Secret {
+                return Setting { key: key.to_owned(), value: None, source };
+            }
             let values: Vec<String> =
                 raw.map(|value| to_toml(arg, &value.to_string_lossy())).collect();
             Setting { key: key.to_owned(), value: join(arg, &values), source }
@@ -106,7 +109,8 @@ impl fmt::Display for Settings {
         for Setting { key, value, source } in &self.0 {
             let line = match value {
                 Some(value) => format!("{key} = {value}"),
-                None => format!("# {key}: decided when the model is loaded"),
+                None if *source == Source::Default => format!("# {key}: not set"),
+                None => format!("# {key}: not shown"),
             };
             writeln!(f, "{line:<54} # {source}")?;
         }
@@ -129,6 +133,8 @@ pub(crate) enum Kind {
     String,
     /// A number or text, such as a size.
     Quantity,
+    /// Text that is not shown.
+    Secret,
 }
 
 impl Kind {
@@ -141,6 +147,8 @@ impl Kind {
             Self::Integer
         } else if is(TypeId::of::<crate::config::ByteSize>()) {
             Self::Quantity
+        } else if is(TypeId::of::<crate::config::SecretText>()) {
+            Self::Secret
         } else {
             Self::String
         }
@@ -150,7 +158,7 @@ impl Kind {
 fn to_toml(arg: &Arg, value: &str) -> String {
     match Kind::of(arg) {
         Kind::Boolean | Kind::Integer => value.to_owned(),
-        Kind::String | Kind::Quantity => toml::Value::from(value).to_string(),
+        Kind::String | Kind::Quantity | Kind::Secret => toml::Value::from(value).to_string(),
     }
 }
 

@@ -14,10 +14,14 @@ use crate::openai::error::ErrorBody;
 const PATHS: &str = "/v1/messages";
 const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 
+/// Whether a client of Anthropic's asks there.
+pub(super) fn is_anthropic(path: &str) -> bool {
+    path.strip_prefix(PATHS).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
 /// Middleware that sees every error, whoever made it.
 pub(super) async fn with_anthropic_errors(request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    if !path.strip_prefix(PATHS).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')) {
+    if !is_anthropic(request.uri().path()) {
         return next.run(request).await;
     }
     let id = request.extensions().get().map(|RequestId(id)| id.to_string()).unwrap_or_default();
@@ -44,6 +48,8 @@ pub(super) fn error_object(error: &ApiError) -> anthropic::ErrorObject {
 
 fn object(status: StatusCode, message: String) -> anthropic::ErrorObject {
     let kind = match status {
+        StatusCode::UNAUTHORIZED => "authentication_error",
+        StatusCode::FORBIDDEN => "permission_error",
         StatusCode::NOT_FOUND => "not_found_error",
         StatusCode::PAYLOAD_TOO_LARGE => "request_too_large",
         StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",

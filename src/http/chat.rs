@@ -38,7 +38,7 @@ pub(super) async fn create(
     caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    check_model(&body.request.model, &state)?;
+    check_model(&body.request.model, &state, &caller)?;
     let head = ResponseHead::new("chatcmpl", &body.request.model);
     let mut ignored = body.ignored.clone();
     let is_strict = body.fields.strict_params;

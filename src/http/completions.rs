@@ -35,7 +35,7 @@ pub(super) async fn create(
     caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    check_model(&body.request.model, &state)?;
+    check_model(&body.request.model, &state, &caller)?;
     let head = ResponseHead::new("cmpl", &body.request.model);
     let ignored = ignored_header(&body.ignored);
     let is_stream = body.fields.stream == Some(true);

@@ -1,11 +1,14 @@
-//! A socket that hears its client leave even while nobody reads from it.
+//! A socket that hears its client leave even while nobody reads from it, and that does not wait
+//! for ever for one that does not read.
 
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::time::{Sleep, sleep};
 
 /// Bytes read ahead of hyper, at most. Behind more than this, a client's leaving goes unnoticed.
 const MAX_READ_AHEAD: usize = 16 << 10;
@@ -14,17 +17,47 @@ const MAX_READ_AHEAD: usize = 16 << 10;
 /// be they a stray line end or the next request, and then learns nothing from its client any more.
 /// This socket reads on, and fails the flush that ends each of hyper's turns when the client is
 /// gone. hyper then drops the handler, and with it the generation.
-pub(super) struct Connection {
-    stream: TcpStream,
+///
+/// A write that makes no progress for too long fails too, with the same result.
+pub(super) struct Connection<S> {
+    stream: S,
     ahead: Vec<u8>,
     has_ended: bool,
     /// Whether the flush has something to flush: an answer beats the news that the client left.
     has_written: bool,
+    patience: Patience,
 }
 
-impl Connection {
-    pub(super) fn new(stream: TcpStream) -> Self {
-        Self { stream, ahead: Vec::new(), has_ended: false, has_written: false }
+/// How long a client may leave unread what was sent.
+struct Patience {
+    timeout: Duration,
+    /// Runs while the client reads nothing.
+    waiting: Option<Pin<Box<Sleep>>>,
+}
+
+impl Patience {
+    /// Passes on how a write went; one that has waited too long has failed.
+    fn watch<T>(
+        &mut self,
+        written: Poll<io::Result<T>>,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.waiting = None;
+            return written;
+        }
+        let timeout = self.timeout;
+        let waiting = self.waiting.get_or_insert_with(|| Box::pin(sleep(timeout)));
+        ready!(waiting.as_mut().poll(context));
+        tracing::debug!("gave up on a client that does not read its answer");
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> Connection<S> {
+    pub(super) fn new(stream: S, write_timeout: Duration) -> Self {
+        let patience = Patience { timeout: write_timeout, waiting: None };
+        Self { stream, ahead: Vec::new(), has_ended: false, has_written: false, patience }
     }
 
     /// Reads what has arrived; true when nothing more will.
@@ -42,7 +75,7 @@ impl Connection {
     }
 }
 
-impl AsyncRead for Connection {
+impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -58,14 +91,15 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         self.has_written = true;
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.patience.watch(written, context)
     }
 
     fn poll_write_vectored(
@@ -74,7 +108,8 @@ impl AsyncWrite for Connection {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.has_written = true;
-        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        self.patience.watch(written, context)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -82,7 +117,8 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut self.stream).poll_flush(context))?;
+        let flushed = Pin::new(&mut self.stream).poll_flush(context);
+        ready!(self.patience.watch(flushed, context))?;
         let has_left = self.poll_ahead(context)?;
         if std::mem::take(&mut self.has_written) || !has_left {
             return Poll::Ready(Ok(()));
@@ -91,6 +127,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        let closed = Pin::new(&mut self.stream).poll_shutdown(context);
+        self.patience.watch(closed, context)
     }
 }

@@ -74,6 +74,8 @@ pub(super) fn error_body(
         Some("empty_input") => "BadRequest.EmptyInput",
         Some("model_not_found") => "ModelNotFound",
         Some("unsupported_operation") => "UnsupportedOperation",
+        Some("rate_limit_exceeded") if body.error.kind == "tokens" => "Throttling.AllocationQuota",
+        Some("rate_limit_exceeded") => "Throttling.RateQuota",
         _ => match status {
             StatusCode::UNAUTHORIZED => "InvalidApiKey",
             StatusCode::FORBIDDEN => "AccessDenied",
@@ -95,6 +97,9 @@ pub(super) fn error_body(
 fn compatible_code(status: StatusCode, body: &ErrorBody) -> &'static str {
     if body.error.code.as_deref() == Some("model_not_found") {
         return "model_not_found";
+    }
+    if status == StatusCode::TOO_MANY_REQUESTS && body.error.kind == "tokens" {
+        return "insufficient_quota";
     }
     match status {
         StatusCode::UNAUTHORIZED => "invalid_api_key",

@@ -31,7 +31,7 @@ pub(super) async fn create(
     caller: Caller,
     body: ApiJson<EmbeddingRequest>,
 ) -> Result<Response, ApiError> {
-    check_model(&body.value.model, &state)?;
+    check_model(&body.value.model, &state, &caller)?;
     let ignored = ignored_header(&body.ignored);
     let format = body.value.encoding_format.unwrap_or_default();
     let name = body.value.model.clone();
@@ -73,13 +73,14 @@ pub(super) async fn vectors(
     caller: &Caller,
     requests: Vec<Request>,
 ) -> Result<Vec<Vec<f32>>, ApiError> {
-    let log = RequestLog::new(caller);
+    let mut log = RequestLog::new(caller);
     if state.engine.is_loading() {
         return Err(ApiError::Loading);
     }
+    log.reserve(requests.iter().map(|request| request.prompt.len()).sum())?;
     let mut log = log.begin(Usage::default());
     let computed = stream::iter(requests).map(|mut request| {
-        request.deadline = caller.deadline;
+        caller.sign(&mut request, state);
         pooled(state, request)
     });
     let mut computed = pin!(computed.buffered(MAX_AT_ONCE));

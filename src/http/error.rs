@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::http::header::RETRY_AFTER;
+use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 
+use crate::access::{Refusal, Resource};
 use crate::chat::output::OutputError;
 use crate::chat::prompt::PromptError;
 use crate::engine::SubmitError;
@@ -30,6 +31,20 @@ pub(super) enum ApiError {
     Empty(&'static str),
     #[error("{0}")]
     Unsupported(&'static str),
+    #[error(
+        "this server asks for an API key: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
+    )]
+    NoKey,
+    #[error("this API key is not known here, or works no more")]
+    WrongKey,
+    #[error("this API key does not allow the model `{0}`")]
+    ModelForbidden(String),
+    #[error("only an API key with the role `admin` opens this path")]
+    NotAnAdmin,
+    #[error("this API key allows {}: try again in {:.3} s", allowed(*resource, *limit), wait.as_secs_f64())]
+    RateLimited { resource: Resource, limit: u64, wait: Duration },
+    #[error("the prompt has more tokens than this API key may use in a minute, which are {limit}")]
+    BeyondQuota { limit: u64 },
     #[error("the model `{0}` does not exist")]
     ModelNotFound(String),
     #[error("there is no response `{0}`: it never was, was not stored, or its time is over")]
@@ -73,7 +88,7 @@ impl ApiError {
         let param = match self {
             Self::Invalid { param, .. } => param.clone(),
             Self::TooLong { param, .. } | Self::Empty(param) => Some((*param).to_owned()),
-            Self::ModelNotFound(_) => Some("model".to_owned()),
+            Self::ModelNotFound(_) | Self::ModelForbidden(_) => Some("model".to_owned()),
             Self::ResponseNotFound(_) => Some("response_id".to_owned()),
             Self::PreviousNotFound(_) => Some("previous_response_id".to_owned()),
             _ => None,
@@ -90,7 +105,10 @@ impl ApiError {
             | Self::Unsupported(_)
             | Self::TooLong { .. }
             | Self::BodyUnreadable
+            | Self::BeyondQuota { .. }
             | Self::PreviousNotFound(_) => StatusCode::BAD_REQUEST,
+            Self::NoKey | Self::WrongKey => StatusCode::UNAUTHORIZED,
+            Self::ModelForbidden(_) | Self::NotAnAdmin => StatusCode::FORBIDDEN,
             Self::ModelNotFound(_) | Self::NotFound(_) | Self::ResponseNotFound(_) => {
                 StatusCode::NOT_FOUND
             }
@@ -98,7 +116,9 @@ impl ApiError {
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Overloaded { .. } | Self::Compiling => StatusCode::TOO_MANY_REQUESTS,
+            Self::Overloaded { .. } | Self::Compiling | Self::RateLimited { .. } => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
             Self::ShuttingDown | Self::Loading | Self::EngineDead => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
@@ -114,6 +134,14 @@ impl ApiError {
             Self::Empty("model") => ("invalid_request_error", Some("empty_model")),
             Self::Empty(_) => ("invalid_request_error", Some("empty_input")),
             Self::Unsupported(_) => ("invalid_request_error", Some("unsupported_operation")),
+            Self::NoKey | Self::WrongKey => ("invalid_request_error", Some("invalid_api_key")),
+            Self::ModelForbidden(_) => ("invalid_request_error", Some("model_not_allowed")),
+            Self::NotAnAdmin => ("invalid_request_error", Some("insufficient_permissions")),
+            Self::RateLimited { resource: Resource::Tokens, .. } => {
+                ("tokens", Some("rate_limit_exceeded"))
+            }
+            Self::RateLimited { .. } => ("requests", Some("rate_limit_exceeded")),
+            Self::BeyondQuota { .. } => ("tokens", Some("request_beyond_quota")),
             Self::ModelNotFound(_) => ("invalid_request_error", Some("model_not_found")),
             Self::ResponseNotFound(_) => ("invalid_request_error", Some("response_not_found")),
             Self::PreviousNotFound(_) => {
@@ -145,6 +173,8 @@ impl ApiError {
             Self::ShuttingDown | Self::Loading | Self::EngineDead | Self::Compiling => {
                 Some(RESTART_SECONDS)
             }
+            // Rounded up: who comes a moment too early is refused again.
+            Self::RateLimited { wait, .. } => Some(wait.as_millis().div_ceil(1000).max(1) as usize),
             _ => None,
         }
     }
@@ -158,6 +188,15 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after() {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
+        if let Self::RateLimited { wait, .. } = &self {
+            let millis = wait.as_nanos().div_ceil(1_000_000).max(1) as u64;
+            let name = HeaderName::from_static("retry-after-ms");
+            response.headers_mut().insert(name, HeaderValue::from(millis));
+        }
+        if self.status() == StatusCode::UNAUTHORIZED {
+            let scheme = HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(WWW_AUTHENTICATE, scheme);
+        }
         if matches!(self, Self::EngineFailed | Self::DeadlineExceeded) {
             // The same request would fail again, or come too late for its client; and official
             // clients retry a 500 by themselves.
@@ -165,6 +204,23 @@ impl IntoResponse for ApiError {
             response.headers_mut().insert(name, HeaderValue::from_static("false"));
         }
         response
+    }
+}
+
+fn allowed(resource: Resource, limit: u64) -> String {
+    match resource {
+        Resource::Requests => format!("{limit} requests per minute"),
+        Resource::Tokens => format!("{limit} tokens per minute"),
+        Resource::Seats => format!("{limit} requests at a time"),
+    }
+}
+
+impl From<Refusal> for ApiError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Wait { resource, limit, wait } => Self::RateLimited { resource, limit, wait },
+            Refusal::Never { limit } => Self::BeyondQuota { limit },
+        }
     }
 }
 

@@ -4,7 +4,6 @@
 //! streaming or not.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use futures_util::stream::SelectAll;
@@ -54,22 +53,20 @@ impl Generation {
         caller: &Caller,
         prepared: Vec<Prepared>,
     ) -> Result<Self, ApiError> {
-        let log = RequestLog::new(caller);
+        let mut log = RequestLog::new(caller);
         if state.engine.is_loading() {
             return Err(ApiError::Loading);
         }
-        let mut usage = Usage::default();
+        let prompt_tokens = prepared.iter().map(|one| one.request.prompt.len()).sum();
+        log.reserve(prompt_tokens)?;
+        let usage = Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() };
         let mut prompts = SelectAll::new();
         for (index, mut prepared) in prepared.into_iter().enumerate() {
-            // The engine's lines in the log are to be found by the id that the client knows.
-            prepared.request.id = Arc::clone(&caller.request_id);
-            prepared.request.deadline = caller.deadline;
-            usage.prompt_tokens += prepared.request.prompt.len();
+            caller.sign(&mut prepared.request, state);
             let events = state.engine.generate(prepared.request)?;
             let output = prepared.output;
             prompts.push(PromptUpdates { index, events, output, is_over: false });
         }
-        usage.total_tokens = usage.prompt_tokens;
         Ok(Self { prompts, usage, log: log.begin(usage) })
     }
 

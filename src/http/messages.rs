@@ -29,7 +29,7 @@ pub(super) async fn create(
     caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    check_model(&body.request.model, &state)?;
+    check_model(&body.request.model, &state, &caller)?;
     if body.request.max_tokens.is_none() {
         let message = "`max_tokens`: missing field `max_tokens`".to_owned();
         return Err(ApiError::Invalid { message, param: Some("max_tokens".to_owned()) });
@@ -51,9 +51,10 @@ pub(super) async fn create(
 
 pub(super) async fn count_tokens(
     State(state): State<AppState>,
+    caller: Caller,
     mut body: Body,
 ) -> Result<Response, ApiError> {
-    check_model(&body.request.model, &state)?;
+    check_model(&body.request.model, &state, &caller)?;
     body.request.max_tokens = None;
     let (prepared, ignored) = prepare(&state, String::new(), body).await?;
     let count = TokenCount { input_tokens: prepared.request.prompt.len() };

@@ -24,7 +24,7 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    fn open(state: &AppState, client: Arc<str>) -> Option<Self> {
+    pub(super) fn open(state: &AppState, client: Arc<str>) -> Option<Self> {
         Some(Self {
             ledger: state.ledger.clone()?,
             client,

@@ -4,27 +4,33 @@ use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::state::AppState;
 use crate::engine::request::Pooling;
 use crate::openai::model::{Model, ModelList};
 
-pub(super) async fn list(State(state): State<AppState>) -> Json<ModelList> {
-    let data = state.model.names().map(|name| model(name, &state)).collect();
+pub(super) async fn list(State(state): State<AppState>, caller: Caller) -> Json<ModelList> {
+    let names = state.model.names().filter(|name| caller.may_use(name));
+    let data = names.map(|name| model(name, &state)).collect();
     Json(ModelList { object: "list", data })
 }
 
 pub(super) async fn retrieve(
     State(state): State<AppState>,
+    caller: Caller,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
     let Path(id) = id.map_err(|_| ApiError::NotFound("the name is not UTF-8".into()))?;
-    check_model(&id, &state)?;
+    check_model(&id, &state, &caller)?;
     Ok(Json(model(&id, &state)))
 }
 
-/// Requests must address the model by one of its names.
-pub(super) fn check_model(name: &str, state: &AppState) -> Result<(), ApiError> {
+/// Requests must address the model by one of its names, and one that their key allows.
+pub(super) fn check_model(name: &str, state: &AppState, caller: &Caller) -> Result<(), ApiError> {
+    if !caller.may_use(name) {
+        return Err(ApiError::ModelForbidden(name.to_owned()));
+    }
     if state.model.answers_to(name) {
         return Ok(());
     }

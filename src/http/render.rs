@@ -8,6 +8,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{GenerationBody, ignored_header};
 use super::generation::{ResponseHead, preparation_bytes, run_sized};
@@ -19,9 +20,10 @@ use crate::openai::completion::CompletionRequest;
 
 pub(super) async fn chat(
     State(state): State<AppState>,
+    caller: Caller,
     body: GenerationBody<ChatCompletionRequest>,
 ) -> Result<Response, ApiError> {
-    check_model(&body.request.model, &state)?;
+    check_model(&body.request.model, &state, &caller)?;
     let head = ResponseHead::new("chatcmpl", &body.request.model);
     let has_tools = body.request.tools.is_some() || body.request.functions.is_some();
     let num_bytes = if has_tools { usize::MAX } else { body.num_bytes };
@@ -34,9 +36,10 @@ pub(super) async fn chat(
 
 pub(super) async fn completion(
     State(state): State<AppState>,
+    caller: Caller,
     body: GenerationBody<CompletionRequest>,
 ) -> Result<Response, ApiError> {
-    check_model(&body.request.model, &state)?;
+    check_model(&body.request.model, &state, &caller)?;
     let head = ResponseHead::new("cmpl", &body.request.model);
     let num_bytes = body.num_bytes;
     answer(&state, &head, (body, num_bytes), |body, context| {

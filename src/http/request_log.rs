@@ -3,15 +3,20 @@
 use std::time::Instant;
 
 use super::caller::Caller;
+use super::error::ApiError;
 use crate::openai::generation::Usage;
 
-/// Writes one line when the request is over, however it ended, and reads its meter. Never what was
-/// said.
+const REFUSED: &str = "refused";
+
+/// Settles what a request takes from its client's quota, reads its meter and writes one line when it
+/// is over, however it ended. Never what was said.
 pub(super) struct RequestLog {
     pub(super) caller: Caller,
     started: Instant,
     first_delta: Option<Instant>,
     pub(super) usage: Usage,
+    /// Tokens of the prompt that were taken from the client's quota.
+    num_reserved: usize,
     outcome: &'static str,
 }
 
@@ -22,7 +27,26 @@ impl RequestLog {
             started: Instant::now(),
             first_delta: None,
             usage: Usage::default(),
-            outcome: "refused",
+            num_reserved: 0,
+            outcome: REFUSED,
+        }
+    }
+
+    /// Takes the tokens of the prompt from the client's quota. What the completion takes follows at
+    /// the end.
+    pub(super) fn reserve(&mut self, num_tokens: usize) -> Result<(), ApiError> {
+        if let Some(holder) = self.caller.holder() {
+            holder.reserve(num_tokens)?;
+            self.num_reserved = num_tokens;
+        }
+        Ok(())
+    }
+
+    fn settle(&self) {
+        match self.caller.holder() {
+            Some(holder) if self.outcome == REFUSED => holder.give_back(self.num_reserved),
+            Some(holder) => holder.charge(self.usage.completion_tokens),
+            None => {}
         }
     }
 
@@ -46,8 +70,9 @@ impl RequestLog {
 
 impl Drop for RequestLog {
     fn drop(&mut self) {
+        self.settle();
         if let Some(meter) = &self.caller.meter {
-            meter.settle(&self.usage, matches!(self.outcome, "refused" | "failed"));
+            meter.settle(&self.usage, matches!(self.outcome, REFUSED | "failed"));
         }
         let millis = |instant: Instant| (instant - self.started).as_millis() as u64;
         tracing::info!(

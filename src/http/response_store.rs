@@ -37,6 +37,7 @@ struct Entries {
 
 /// A response and the conversation that led to it.
 pub(super) struct StoredResponse {
+    owner: Arc<str>,
     /// The response as JSON.
     pub(super) body: String,
     /// The turns of the conversation; this response's own is the last.
@@ -67,6 +68,8 @@ impl Drop for Space {
 /// What becomes a stored response.
 pub(super) struct NewResponse<'a> {
     pub(super) id: &'a str,
+    /// Who alone may refer to it.
+    pub(super) owner: Arc<str>,
     pub(super) body: String,
     pub(super) input: String,
     pub(super) output: String,
@@ -90,7 +93,8 @@ impl ResponseStore {
         let mut turns = new.previous.map_or_else(Vec::new, |previous| previous.turns.clone());
         turns.push(Arc::new(turn));
         let own_bytes = BYTES_PER_RESPONSE + new.body.len() + size_of_val(turns.as_slice());
-        let stored = StoredResponse { body: new.body, turns, _space: self.space(own_bytes) };
+        let space = self.space(own_bytes);
+        let stored = StoredResponse { owner: new.owner, body: new.body, turns, _space: space };
         let now = Instant::now();
         let mut entries = self.entries();
         entries.by_id.insert(new.id.to_owned(), Arc::new(stored));
@@ -98,16 +102,20 @@ impl ResponseStore {
         self.drop_old(&mut entries, now);
     }
 
-    pub(super) fn get(&self, id: &str) -> Option<Arc<StoredResponse>> {
+    /// The response, if it is `owner`'s.
+    pub(super) fn get(&self, id: &str, owner: &str) -> Option<Arc<StoredResponse>> {
         let mut entries = self.entries();
         self.drop_old(&mut entries, Instant::now());
-        entries.by_id.get(id).cloned()
+        entries.by_id.get(id).filter(|stored| *stored.owner == *owner).cloned()
     }
 
-    /// Forgets a response; whether there was one.
-    pub(super) fn remove(&self, id: &str) -> bool {
+    /// Forgets a response of `owner`; whether there was one.
+    pub(super) fn remove(&self, id: &str, owner: &str) -> bool {
         let mut entries = self.entries();
         self.drop_old(&mut entries, Instant::now());
+        if entries.by_id.get(id).is_none_or(|stored| *stored.owner != *owner) {
+            return false;
+        }
         entries.order.retain(|(_, other)| other != id);
         entries.by_id.remove(id).is_some()
     }
@@ -165,15 +173,18 @@ fn parse(items: &str) -> Vec<Value> {
 mod tests {
     use super::*;
 
+    const OWNER: &str = "ann";
+
     fn store(max_responses: usize, max_bytes: usize, lifetime: Duration) -> ResponseStore {
         ResponseStore::new(StoreLimits { max_responses, max_bytes, lifetime })
     }
 
     fn insert(store: &ResponseStore, id: &str, num_bytes: usize, previous: Option<&str>) {
-        let previous = previous.map(|id| store.get(id).unwrap());
+        let previous = previous.map(|id| store.get(id, OWNER).unwrap());
         let input = format!("[\"{}\"]", "x".repeat(num_bytes));
         store.insert(NewResponse {
             id,
+            owner: OWNER.into(),
             body: String::new(),
             input,
             output: "[\"answer\"]".into(),
@@ -189,21 +200,25 @@ mod tests {
         for id in ["a", "b", "c"] {
             insert(&few, id, 10, None);
         }
-        assert!(few.get("a").is_none() && few.get("b").is_some() && few.get("c").is_some());
+        assert!(
+            few.get("a", OWNER).is_none()
+                && few.get("b", OWNER).is_some()
+                && few.get("c", OWNER).is_some()
+        );
         let small = store(100, 10_000, LONG);
         for id in ["a", "b", "c"] {
             insert(&small, id, 3000, None);
         }
-        assert!(small.get("a").is_none() && small.get("c").is_some());
+        assert!(small.get("a", OWNER).is_none() && small.get("c", OWNER).is_some());
         insert(&small, "huge", 6000, None);
-        assert!(small.get("huge").is_none() && small.get("c").is_some());
+        assert!(small.get("huge", OWNER).is_none() && small.get("c", OWNER).is_some());
     }
 
     #[test]
     fn time_ends_a_response_and_all_bytes_come_back() {
         let store = store(100, 1 << 20, Duration::ZERO);
         insert(&store, "a", 10, None);
-        assert!(store.get("a").is_none());
+        assert!(store.get("a", OWNER).is_none());
         assert_eq!(store.num_bytes.load(Ordering::Relaxed), 0);
     }
 
@@ -212,12 +227,20 @@ mod tests {
         let store = store(100, 1 << 20, LONG);
         insert(&store, "a", 1, None);
         insert(&store, "b", 2, Some("a"));
-        assert!(store.remove("a") && !store.remove("a"));
-        let stored = store.get("b").unwrap();
+        assert!(store.remove("a", OWNER) && !store.remove("a", OWNER));
+        let stored = store.get("b", OWNER).unwrap();
         assert_eq!(stored.items(), ["x", "answer", "xx", "answer"]);
         assert_eq!(stored.input_items(), ["x", "answer", "xx"]);
-        assert!(store.remove("b"));
+        assert!(store.remove("b", OWNER));
         drop(stored);
         assert_eq!(store.num_bytes.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_response_is_its_owners_alone() {
+        let store = store(100, 1 << 20, LONG);
+        insert(&store, "a", 10, None);
+        assert!(store.get("a", "bob").is_none() && !store.remove("a", "bob"));
+        assert!(store.get("a", OWNER).is_some() && store.remove("a", OWNER));
     }
 }

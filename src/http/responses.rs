@@ -39,11 +39,11 @@ pub(super) async fn create(
     caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    check_model(&body.request.model, &state)?;
+    check_model(&body.request.model, &state, &caller)?;
     let is_stream = body.fields.stream == Some(true);
     let strict = body.fields.strict_params;
     let mut ignored = body.ignored.clone();
-    let (prepared, renderer, more_ignored) = prepare(&state, body).await?;
+    let (prepared, renderer, more_ignored) = prepare(&state, &caller, body).await?;
     ignored.extend(more_ignored);
     refuse_ignored(&ignored, strict)?;
     let generation = Generation::submit(&state, &caller, vec![prepared])?;
@@ -59,12 +59,13 @@ pub(super) async fn create(
 /// How many tokens the input of a response would have.
 pub(super) async fn count_input(
     State(state): State<AppState>,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    check_model(&body.request.model, &state)?;
+    check_model(&body.request.model, &state, &caller)?;
     let mut ignored = body.ignored.clone();
     let strict = body.fields.strict_params;
-    let (prepared, _, more_ignored) = prepare(&state, body).await?;
+    let (prepared, _, more_ignored) = prepare(&state, &caller, body).await?;
     ignored.extend(more_ignored);
     refuse_ignored(&ignored, strict)?;
     let input_tokens = prepared.request.prompt.len();
@@ -76,12 +77,13 @@ pub(super) async fn count_input(
 
 async fn prepare(
     state: &AppState,
+    caller: &Caller,
     body: Body,
 ) -> Result<(Prepared, ResponseRenderer, Vec<String>), ApiError> {
-    let previous = previous(&body.request, state)?;
+    let previous = previous(&body.request, state, caller)?;
     let (model, limits, random_seed) =
         (Arc::clone(&state.model), state.prompt_limits(), state.seed());
-    let store = Arc::clone(&state.responses);
+    let (store, owner) = (Arc::clone(&state.responses), Arc::clone(&caller.client));
     let is_stored = body.request.store.unwrap_or(true);
     // Whatever may hold a grammar may block.
     let has_grammar = body.request.tools.is_some() || body.request.text.is_some();
@@ -100,6 +102,7 @@ async fn prepare(
         let ignored = converted.all_ignored(&prepared);
         let ticket = is_stored.then(|| Ticket {
             store,
+            owner,
             previous,
             input: to_json(&own_items(&body.request, &suffix)),
         });
@@ -115,9 +118,11 @@ async fn prepare(
 fn previous(
     request: &ResponsesRequest,
     state: &AppState,
+    caller: &Caller,
 ) -> Result<Option<Arc<StoredResponse>>, ApiError> {
     let Some(id) = &request.previous_response_id else { return Ok(None) };
-    let previous = state.responses.get(id).ok_or(ApiError::PreviousNotFound(id.clone()))?;
+    let previous =
+        state.responses.get(id, &caller.client).ok_or(ApiError::PreviousNotFound(id.clone()))?;
     let max_bytes = state.limits.max_body_bytes;
     if max_bytes < previous.num_bytes() {
         let name = "previous_response_id";
@@ -130,6 +135,7 @@ fn previous(
 /// Where a response is stored when it is over.
 struct Ticket {
     store: Arc<ResponseStore>,
+    owner: Arc<str>,
     previous: Option<Arc<StoredResponse>>,
     /// The request's own items, as JSON.
     input: String,
@@ -156,6 +162,7 @@ impl ResponseRenderer {
         let response = self.writer.response();
         ticket.store.insert(NewResponse {
             id: &response.id,
+            owner: ticket.owner,
             body: to_json(response),
             input: ticket.input,
             output: to_json(&response.output),
@@ -198,6 +205,7 @@ impl RenderChunks for ResponseRenderer {
 
 pub(super) async fn retrieve(
     State(state): State<AppState>,
+    caller: Caller,
     id: StoredId,
     RawQuery(query): RawQuery,
 ) -> Result<Response, ApiError> {
@@ -205,16 +213,17 @@ pub(super) async fn retrieve(
     if query_fields(query.as_deref()).get("stream").is_some_and(|stream| *stream == "true") {
         return Err(invalid("stream", "a stored response cannot be streamed"));
     }
-    let stored = state.responses.get(&id).ok_or(ApiError::ResponseNotFound(id))?;
+    let stored = state.responses.get(&id, &caller.client).ok_or(ApiError::ResponseNotFound(id))?;
     Ok(([(CONTENT_TYPE, "application/json")], stored.body.clone()).into_response())
 }
 
 pub(super) async fn delete(
     State(state): State<AppState>,
+    caller: Caller,
     id: StoredId,
 ) -> Result<Json<DeletedResponse>, ApiError> {
     let id = known(id)?;
-    if !state.responses.remove(&id) {
+    if !state.responses.remove(&id, &caller.client) {
         return Err(ApiError::ResponseNotFound(id));
     }
     Ok(Json(DeletedResponse { id, object: "response", deleted: true }))
@@ -222,10 +231,16 @@ pub(super) async fn delete(
 
 /// Only what is made in the background can be cancelled by its id, and nothing is here: a client
 /// that leaves a response's stream ends it.
-pub(super) async fn cancel(State(state): State<AppState>, id: StoredId) -> ApiError {
+pub(super) async fn cancel(
+    State(state): State<AppState>,
+    caller: Caller,
+    id: StoredId,
+) -> ApiError {
     match known(id) {
         Err(error) => error,
-        Ok(id) if state.responses.get(&id).is_none() => ApiError::ResponseNotFound(id),
+        Ok(id) if state.responses.get(&id, &caller.client).is_none() => {
+            ApiError::ResponseNotFound(id)
+        }
         Ok(_) => invalid("background", "only a response made in the background can be cancelled"),
     }
 }
@@ -233,6 +248,7 @@ pub(super) async fn cancel(State(state): State<AppState>, id: StoredId) -> ApiEr
 /// The conversation that led to a response, the newest item first unless asked otherwise.
 pub(super) async fn input_items(
     State(state): State<AppState>,
+    caller: Caller,
     id: StoredId,
     RawQuery(query): RawQuery,
 ) -> Result<Json<InputItemList>, ApiError> {
@@ -245,7 +261,7 @@ pub(super) async fn input_items(
             _ => return Err(invalid("limit", "must be between 1 and 100")),
         },
     };
-    let stored = state.responses.get(&id).ok_or(ApiError::ResponseNotFound(id))?;
+    let stored = state.responses.get(&id, &caller.client).ok_or(ApiError::ResponseNotFound(id))?;
     let mut items = stored.input_items();
     match query.get("order").copied() {
         None | Some("desc") => items.reverse(),

@@ -13,11 +13,13 @@ use tower_http::catch_panic::CatchPanicLayer;
 use super::admin;
 use super::aliases;
 use super::anthropic_errors::with_anthropic_errors;
+use super::auth::{with_admin_key, with_key};
+use super::cors::cors;
 use super::dashscope_errors::with_dashscope_errors;
 use super::error::ApiError;
 use super::meter::metered;
 use super::request_id::with_request_id;
-use super::state::AppState;
+use super::state::{AdminRoutes, AppState};
 use super::{
     chat, completions, dashscope, embeddings, fim, health, messages, models, openapi, render,
     responses, tokenize,
@@ -25,8 +27,6 @@ use super::{
 
 /// The whole server as one service.
 pub fn router(state: AppState) -> Router {
-    let max_body_bytes = state.limits.max_body_bytes;
-    let max_input_tokens = state.engine.limits().max_model_len.saturating_sub(1);
     let routes = Router::new()
         .merge(computing_routes(&state))
         .route("/v1/chat/completions/render", post(render::chat))
@@ -44,17 +44,51 @@ pub fn router(state: AppState) -> Router {
         .route("/health/live", get(health::live))
         .route("/health/ready", get(health::ready))
         .route("/version", get(health::version))
-        .merge(admin::routes())
         .route("/openapi.json", get(openapi::description))
         .route("/docs", get(openapi::page))
         .route("/api/v1/tokenizer", post(dashscope::tokenize))
         .route("/api/v1/models", get(dashscope::models))
-        .layer(middleware::from_fn_with_state(state.clone(), with_served_model))
-        .with_state(state);
-    let routes = layered(routes, max_body_bytes, max_input_tokens);
+        .layer(middleware::from_fn_with_state(state.clone(), with_served_model));
+    let routes = match state.admin_routes {
+        AdminRoutes::Beside => routes.merge(admin_routes(&state)),
+        AdminRoutes::Apart => routes,
+    };
     // Paths are looked up behind this.
     let resolve = middleware::map_request(async |request| aliases::resolve(request));
-    Router::new().fallback_service(routes).layer(resolve)
+    let cors = (!state.cors_origins.is_empty()).then(|| cors(&state.cors_origins));
+    let routes = Router::new().fallback_service(guarded(routes, state)).layer(resolve);
+    match cors {
+        // Outermost: a browser's first question shows no key.
+        Some(cors) => routes.layer(cors),
+        None => routes,
+    }
+}
+
+/// What operators ask, as a service of its own.
+pub(super) fn admin_router(state: AppState) -> Router {
+    let routes = Router::new()
+        .route("/health", get(health::ready))
+        .route("/health/live", get(health::live))
+        .route("/health/ready", get(health::ready))
+        .route("/version", get(health::version))
+        .merge(admin_routes(&state));
+    guarded(routes, state)
+}
+
+fn admin_routes(state: &AppState) -> Router<AppState> {
+    admin::routes().route_layer(middleware::from_fn_with_state(state.clone(), with_admin_key))
+}
+
+/// Lets in who has a key. Without one, nobody learns which paths there are.
+fn guarded(routes: Router<AppState>, state: AppState) -> Router {
+    let max_body_bytes = state.limits.max_body_bytes;
+    let max_input_tokens = state.engine.limits().max_model_len.saturating_sub(1);
+    let routes = routes
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(state.clone(), with_key))
+        .with_state(state);
+    layered(routes, max_body_bytes, max_input_tokens)
 }
 
 /// Every route that makes the model compute.
@@ -93,8 +127,6 @@ async fn with_served_model(
 fn layered(routes: Router, max_body_bytes: usize, max_input_tokens: usize) -> Router {
     // The last layer is the outermost: an id also for what panics or has no route.
     routes
-        .fallback(not_found)
-        .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(max_body_bytes))
         .layer(CatchPanicLayer::custom(on_panic))
         .layer(middleware::from_fn(with_anthropic_errors))

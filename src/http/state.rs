@@ -4,6 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use axum::http::HeaderValue;
+
+use super::key_ring::KeyRing;
 use super::response_store::{ResponseStore, StoreLimits};
 use crate::chat::model::ServedModel;
 use crate::chat::prompt::PromptLimits;
@@ -32,6 +35,14 @@ pub struct HttpLimits {
     pub request_timeout: Option<Duration>,
     /// How long the body of a request may take to arrive.
     pub body_timeout: Duration,
+    /// How long a client may take to agree on how a connection is encrypted.
+    pub handshake_timeout: Duration,
+    /// How long a client may leave its answer unread before it is dropped.
+    pub write_timeout: Duration,
+    /// Headers of a request, at most.
+    pub max_headers: usize,
+    /// Bytes of a request's line and headers, at most. The body has its own bound.
+    pub max_head_bytes: usize,
     /// Connections that are served at once; further ones wait to be accepted.
     pub max_connections: usize,
     /// Most responses that are kept for later requests; the oldest go first.
@@ -56,12 +67,36 @@ impl Default for HttpLimits {
             header_timeout: Duration::from_secs(75),
             request_timeout: None,
             body_timeout: Duration::from_secs(30),
+            handshake_timeout: Duration::from_secs(10),
+            write_timeout: Duration::from_secs(60),
+            max_headers: 100,
+            max_head_bytes: 64 << 10,
             max_connections: 4096,
             max_stored_responses: 4096,
             max_stored_bytes: 128 << 20,
             stored_response_lifetime: Duration::from_secs(24 * 60 * 60),
         }
     }
+}
+
+/// Between whom the prefix cache is shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PrefixSharing {
+    /// All clients: one may learn from the time of an answer that another sent the same beginning.
+    #[default]
+    BetweenAll,
+    /// The requests of one key.
+    WithinKey,
+}
+
+/// Where operators ask.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AdminRoutes {
+    /// At the address that clients use.
+    #[default]
+    Beside,
+    /// At an address of their own.
+    Apart,
 }
 
 /// What every handler can reach. Cheap to clone.
@@ -75,6 +110,14 @@ pub struct AppState {
     pub limits: Arc<HttpLimits>,
     /// When the model was made available, in seconds since the epoch.
     pub created: u64,
+    /// Who may come in; nobody is asked if absent.
+    pub keys: Option<Arc<KeyRing>>,
+    /// Origins whose pages may call from a browser.
+    pub cors_origins: Arc<[HeaderValue]>,
+    /// Between whom the prefix cache is shared.
+    pub prefix_sharing: PrefixSharing,
+    /// Where operators ask.
+    pub admin_routes: AdminRoutes,
     /// The next seed for a request that has none.
     pub next_seed: Arc<AtomicU64>,
     /// Where usage is counted, if it is.
@@ -103,6 +146,10 @@ impl AppState {
             is_draining: Arc::default(),
             ledger: None,
             prices: Arc::default(),
+            keys: None,
+            cors_origins: Arc::default(),
+            prefix_sharing: PrefixSharing::default(),
+            admin_routes: AdminRoutes::default(),
             created: unix_seconds(),
             next_seed: Arc::default(),
         }

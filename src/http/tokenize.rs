@@ -6,6 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::extract::{ApiJson, ignored_header};
 use super::generation::run_sized;
@@ -18,11 +19,10 @@ use crate::openai::tokenize::{DetokenizeRequest, TokenizeRequest};
 
 pub(super) async fn tokenize(
     State(state): State<AppState>,
+    caller: Caller,
     body: ApiJson<TokenizeRequest>,
 ) -> Result<Response, ApiError> {
-    if let Some(model) = &body.value.model {
-        check_model(model, &state)?;
-    }
+    check_model(body.value.model.as_deref().unwrap_or(&state.model.name), &state, &caller)?;
     let ignored = ignored_header(&body.ignored);
     let (model, limits) = (Arc::clone(&state.model), state.prompt_limits());
     let response = run_sized(body.num_bytes, &state, move || {
@@ -36,11 +36,10 @@ pub(super) async fn tokenize(
 
 pub(super) async fn detokenize(
     State(state): State<AppState>,
+    caller: Caller,
     body: ApiJson<DetokenizeRequest>,
 ) -> Result<Response, ApiError> {
-    if let Some(model) = &body.value.model {
-        check_model(model, &state)?;
-    }
+    check_model(body.value.model.as_deref().unwrap_or(&state.model.name), &state, &caller)?;
     let context = context(&state.model, state.prompt_limits());
     let mut response = Json(chat::detokenize(&body.value, &context)?).into_response();
     response.headers_mut().extend(ignored_header(&body.ignored));

@@ -18,6 +18,12 @@ impl Priority {
         Self(number.clamp(-limit, limit) as i32)
     }
 
+    /// This, but no more urgent than `bound`.
+    #[must_use]
+    pub fn at_most(self, bound: Self) -> Self {
+        Self(self.0.max(bound.0))
+    }
+
     /// How many steps later than the most urgent one it counts as having arrived.
     pub(super) fn delay(self, steps_per_priority: u64) -> u64 {
         u64::from((self.0 + Self::LIMIT).unsigned_abs()) * steps_per_priority

@@ -472,6 +472,12 @@ async fn every_answer_is_what_is_described() {
         let body = json!({"model": "none"});
         auditor.answer(&server, (method, path), "none", body).await;
     }
+    let asking = FakeServer::with_keys(&[]);
+    for line in described.iter().filter(|line| line.contains(" 401 ")) {
+        let (method, rest) = line.split_once(' ').unwrap();
+        let path = rest.split(' ').next().unwrap();
+        assert_eq!(auditor.answer(&asking, (method, path), "x", Value::Null).await.0, 401);
+    }
     let missing: Vec<&String> = described.difference(&auditor.seen).collect();
     assert!(missing.is_empty(), "never seen: {missing:#?}");
 }

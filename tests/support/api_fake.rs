@@ -6,12 +6,14 @@
 //! `then:nan;` logits are not finite after the text, and behind `then:error;` the step fails. The
 //! runner reads the prompt back through the block table, so a misplaced block changes the answer.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
+use qwen_server::access::{Digest, Key, KeyFile};
 use qwen_server::chat::fim::FimTokens;
 use qwen_server::chat::model::{Conventions, NamePattern, Reasoning, ServedModel};
 use qwen_server::chat::template::{ChatTemplate, TemplateTokens};
@@ -19,7 +21,7 @@ use qwen_server::config::DASHSCOPE_NAMES;
 use qwen_server::engine::request::{GenerationDefaults, Pooling};
 use qwen_server::engine::{EngineConfig, spawn};
 use qwen_server::grammar::GrammarCompiler;
-use qwen_server::http::{AppState, HttpLimits, router};
+use qwen_server::http::{AppState, HttpLimits, KeyRing, router};
 use qwen_server::scheduler::step::{
     NonFiniteLogits, Runner, SampleError, SampleRequest, SampledToken, ScheduledSeq,
     SchedulerOutput, SeqOutput, TokenLogprobs, TokenMasks,
@@ -79,6 +81,14 @@ impl FakeServer {
         let conventions = Conventions { reasoning: Reasoning::InTags, ..Conventions::default() };
         let engine = server.state.engine;
         Self { state: AppState::new(engine, model(conventions), HttpLimits::default()) }
+    }
+
+    /// Lets in only who has one of `keys`, which are entries of a key file. The secret of each is
+    /// its name.
+    pub(crate) fn with_keys(keys: &[(&str, &str)]) -> Self {
+        let mut server = Self::start();
+        server.state.keys = Some(Arc::new(KeyRing::new(parse_keys(keys))));
+        server
     }
 
     pub(crate) async fn send(&self, request: Request<Body>) -> Response<Body> {
@@ -175,6 +185,17 @@ pub(crate) fn tokenizer() -> Tokenizer {
         (0..VOCAB_SIZE).map(|id| if id < VOCAB_SIZE - 2 { token_type(id) } else { 4 }).collect();
     let spec = TokenizerSpec { tokens, merges: Vec::new(), token_types, pre: "qwen2".into() };
     Tokenizer::from_spec(spec).unwrap()
+}
+
+/// The entries of a key file, each a name, which is its secret too, and further fields.
+fn parse_keys(keys: &[(&str, &str)]) -> Vec<Key> {
+    let entries = keys.iter().map(|(name, more)| {
+        let digest = Digest::of(name.as_bytes());
+        format!("[[key]]\nname = '{name}'\ndigest = '{digest}'\n{more}\n")
+    });
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(entries.collect::<String>().as_bytes()).unwrap();
+    KeyFile::read(file.path()).unwrap().into_keys()
 }
 
 /// A whole answer.

@@ -29,7 +29,7 @@ pub(in crate::http) async fn create(
     caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    check_model(&body.model, &state)?;
+    check_model(&body.model, &state, &caller)?;
     let ignored = ignored_header(&body.ignored);
     let (model, limits) = (Arc::clone(&state.model), state.prompt_limits());
     let id = Arc::clone(&caller.request_id);

@@ -47,7 +47,7 @@ async fn create(
     caller: Caller,
     mut body: Body,
 ) -> Result<Response, ApiError> {
-    check_model(&body.model, &state)?;
+    check_model(&body.model, &state, &caller)?;
     let (is_stream, strict) = (body.is_stream, body.strict);
     let mut ignored = std::mem::take(&mut body.ignored);
     if body.fields.stream == Some(true) && !is_stream {

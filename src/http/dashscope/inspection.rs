@@ -28,7 +28,7 @@ pub(in crate::http) async fn tokenize(
     caller: Caller,
     body: NativeBody<Input, NoParameters>,
 ) -> Result<Response, ApiError> {
-    check_model(&body.model, &state)?;
+    check_model(&body.model, &state, &caller)?;
     let ignored = ignored_header(&body.ignored);
     let (model, limits) = (Arc::clone(&state.model), state.prompt_limits());
     let tokens = run_sized(body.num_bytes, &state, move || {
@@ -68,6 +68,7 @@ pub(in crate::http) async fn models(
         Some(name) => Some(name).filter(|name| state.model.answers_to(name)).into_iter().collect(),
         None => state.model.names().map(str::to_owned).collect(),
     };
+    let names: Vec<String> = names.into_iter().filter(|name| caller.may_use(name)).collect();
     let total = names.len();
     let context_window = state.engine.limits().max_model_len;
     let model = |model: String| Model {
