@@ -15,9 +15,11 @@ pub mod event;
 mod grammars;
 pub mod handle;
 pub mod request;
+pub mod snapshot;
 pub mod stats;
 mod thinking;
 pub mod thread;
+mod timed;
 
 pub use event::{Event, FinishReason};
 pub use handle::{EngineHandle, EventStream, SubmitError};

@@ -30,12 +30,16 @@ mod fuzz;
 mod malformed;
 #[path = "api/messages.rs"]
 mod messages;
+#[path = "api/metrics.rs"]
+mod metrics;
 #[path = "api/other_routes.rs"]
 mod other_routes;
 #[path = "api/responses.rs"]
 mod responses;
 #[path = "api/socket.rs"]
 mod socket;
+#[path = "api/state.rs"]
+mod state;
 #[path = "api/thinking.rs"]
 mod thinking;
 #[path = "api/tools.rs"]

@@ -16,6 +16,7 @@ use crate::engine::core::{EngineCore, FailedStep, panic_message};
 use crate::engine::event::Event;
 use crate::engine::handle::{Command, EngineHandle, RequestKey, Seats, Submission};
 use crate::engine::stats::{EngineLimits, EngineStats, Lifecycle};
+use crate::engine::timed::Timed;
 use crate::kv::{HashKey, KvCacheManager};
 use crate::scheduler::step::{Runner, SchedulerOutput};
 use crate::scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqId};
@@ -29,9 +30,6 @@ const STALL_TIMEOUT_PER_TOKEN: Duration = Duration::from_secs(2);
 /// Grammars are followed by recursion, as deep as clients nest them. Only what is used becomes
 /// memory.
 const STACK_BYTES: usize = 64 << 20;
-
-/// Histograms collect samples until someone sorts them into buckets.
-const STEPS_PER_METRICS_UPKEEP: u64 = 256;
 
 /// How the engine is set up. Everything was decided before; nothing is guessed here.
 #[derive(Clone, Debug)]
@@ -160,6 +158,13 @@ impl Heartbeat {
         self.overdue_at_ms.store(0, Ordering::SeqCst);
     }
 
+    /// How long the running step has been running.
+    pub(super) fn running_for(&self) -> Option<Duration> {
+        let is_running = self.overdue_at_ms.load(Ordering::SeqCst) != 0;
+        let started_at_ms = self.started_at_ms.load(Ordering::SeqCst);
+        is_running.then(|| Duration::from_millis(self.elapsed_ms().saturating_sub(started_at_ms)))
+    }
+
     /// How long the running step has been running, if that is too long.
     pub(super) fn overdue(&self) -> Option<Duration> {
         let overdue_at_ms = self.overdue_at_ms.load(Ordering::SeqCst);
@@ -243,7 +248,7 @@ where
     let runner = make_runner()?;
     let num_blocks = runner.num_blocks().unwrap_or(config.num_blocks);
     let config = EngineConfig { num_blocks, ..config.clone() };
-    let core = EngineCore::new(config.scheduler(), runner);
+    let core = EngineCore::new(config.scheduler(), Timed::new(runner));
     lifecycle.send_replace(Lifecycle::Running);
     let stall_timeout = config.stall_timeout;
     let max_failed_steps = config.max_failed_steps;
@@ -275,7 +280,7 @@ impl Outbox {
 }
 
 struct EngineThread<'a, R> {
-    core: EngineCore<R>,
+    core: EngineCore<Timed<R>>,
     outbox: &'a mut Outbox,
     stall_timeout: Duration,
     max_failed_steps: u32,
@@ -328,6 +333,11 @@ impl<R: Runner> EngineThread<'_, R> {
                 let sequences = self.outbox.active.abort_all(now());
                 self.abort_sequences(sequences);
             }
+            Command::Report(reply) => {
+                let report = self.outbox.active.report(&self.core.scheduler().snapshot(), now());
+                // Whoever asked may have given up.
+                let _ = reply.send(report);
+            }
             Command::Wake => {}
         }
     }
@@ -363,6 +373,7 @@ impl<R: Runner> EngineThread<'_, R> {
 
     fn step(&mut self) -> Result<(), String> {
         self.core.advance_to(self.outbox.heartbeat.origin.elapsed());
+        let scheduling_at = now();
         let step = self.core.schedule();
         let num_tokens = num_tokens(&step);
         let began_at = now();
@@ -371,10 +382,13 @@ impl<R: Runner> EngineThread<'_, R> {
         self.outbox.heartbeat.end();
         let ended_at = now();
         self.num_steps += 1;
-        metrics::step_ended(ended_at - began_at, num_tokens);
-        if self.num_steps.is_multiple_of(STEPS_PER_METRICS_UPKEEP) {
-            metrics::upkeep();
-        }
+        metrics::step_ended(&metrics::Step {
+            duration: ended_at - began_at,
+            num_tokens,
+            num_sequences: step.scheduled.len(),
+        });
+        metrics::step_phase("schedule", began_at - scheduling_at);
+        self.core.runner().record_phases(ended_at);
         // Before the events: whoever reads the end of a stream finds its blocks free.
         self.publish_stats();
         for event in outcome.events {
@@ -392,6 +406,7 @@ impl<R: Runner> EngineThread<'_, R> {
     fn survive(&mut self, failed: &FailedStep) -> Result<(), String> {
         let reason = failed.error.to_string();
         self.failures += 1;
+        metrics::step_failed();
         tracing::error!(reason, failures = self.failures, lost = failed.lost.len(), "step failed");
         self.outbox.stats.send_modify(|stats| stats.num_failed_steps += 1);
         let orphans = self.outbox.active.fail_sequences(&failed.lost, &reason, now());
@@ -423,6 +438,7 @@ impl<R: Runner> EngineThread<'_, R> {
             num_running: stats.num_running,
             num_waiting: stats.num_waiting,
             kv_cache_usage: stats.num_held_blocks as f64 / num_blocks as f64,
+            prefix_hit_rate: stats.num_prefix_hits as f64 / stats.num_prefix_queries.max(1) as f64,
             new_preemptions: stats.num_preemptions - recorded.num_preemptions,
             new_prefix_queries: stats.num_prefix_queries - recorded.num_prefix_queries,
             new_prefix_hits: stats.num_prefix_hits - recorded.num_prefix_hits,

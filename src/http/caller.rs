@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 
+use super::access_log::Account;
 use super::error::ApiError;
 use super::request_id::RequestId;
 use super::state::AppState;
@@ -19,6 +20,8 @@ pub(super) struct Caller {
     pub(super) request_id: Arc<str>,
     /// Who it is, by the name that the operator gave.
     pub(super) client: Arc<str>,
+    /// Where what came of the request is left.
+    pub(super) account: Account,
 }
 
 impl FromRequestParts<AppState> for Caller {
@@ -26,6 +29,9 @@ impl FromRequestParts<AppState> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, _: &AppState) -> Result<Self, ApiError> {
         let RequestId(request_id) = parts.extensions.get().cloned().ok_or(ApiError::Internal)?;
-        Ok(Self { request_id, client: ANONYMOUS.into() })
+        let account = parts.extensions.get().cloned().unwrap_or_default();
+        let client: Arc<str> = ANONYMOUS.into();
+        tracing::Span::current().record("client", &*client);
+        Ok(Self { request_id, client, account })
     }
 }

@@ -17,6 +17,11 @@ impl Priority {
         let limit = i64::from(Self::LIMIT);
         Self(number.clamp(-limit, limit) as i32)
     }
+
+    /// The number, within its limits.
+    pub fn number(self) -> i32 {
+        self.0
+    }
 }
 
 /// A sequence's place in the queue and among the running, for life: by `step`, then `arrival`.

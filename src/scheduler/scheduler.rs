@@ -8,6 +8,7 @@ use crate::scheduler::SeqId;
 use crate::scheduler::priority::Rank;
 use crate::scheduler::queue::WaitingQueue;
 use crate::scheduler::sequence::{Sequence, SequenceSpec};
+use crate::scheduler::snapshot::WaitReason;
 use crate::scheduler::step::{
     Continuation, NonFiniteLogits, SampleError, SampledToken, ScheduledSeq, SchedulerOutput,
     SeqOutput, TokenLogprobs,
@@ -101,15 +102,15 @@ pub struct SchedulerStats {
 /// Everything that is waiting or running.
 #[derive(Debug)]
 pub struct Scheduler {
-    config: SchedulerConfig,
+    pub(super) config: SchedulerConfig,
     kv: KvCacheManager,
-    waiting: WaitingQueue,
+    pub(super) waiting: WaitingQueue,
     /// In order of their ranks. **Invariant:** the first one progresses in every step, because it always
     /// gets a token, and the last one gives its blocks back first.
-    running: Vec<Sequence>,
+    pub(super) running: Vec<Sequence>,
     started: Vec<SeqEvent>,
     num_arrivals: u64,
-    num_steps: u64,
+    pub(super) num_steps: u64,
     stats: SchedulerStats,
 }
 
@@ -215,9 +216,11 @@ impl Scheduler {
             let max_cached = seq.max_cached_tokens();
             let prefix = self.kv.find_cached_prefix(&mut seq.blocks, &seq.tokens, max_cached);
             if is_being_computed(&self.running, seq, prefix, self.kv.block_size()) {
+                seq.passed_over = Some((self.num_steps, WaitReason::Prefix));
                 continue;
             }
             if !has_room(&self.kv, &self.running, seq, prefix) {
+                seq.passed_over = Some((self.num_steps, WaitReason::Blocks));
                 break;
             }
             let seq = self.waiting.remove(rank).expect("it was just seen");

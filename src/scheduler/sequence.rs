@@ -6,6 +6,7 @@ use crate::kv::{Pin, SequenceBlocks};
 use crate::sampling::params::SamplingParams;
 use crate::scheduler::SeqId;
 use crate::scheduler::priority::{Priority, Rank};
+use crate::scheduler::snapshot::WaitReason;
 use crate::scheduler::step::{
     PoolRequest, Pooling, PromptLogprobsRequest, SampleRequest, ScheduledSeq, TokenHistory,
 };
@@ -49,6 +50,8 @@ pub(super) struct Sequence {
     pub(super) rank: Rank,
     /// The last step that computed something.
     pub(super) last_scheduled_step: u64,
+    /// The step in which it was looked at and left in the queue, and why.
+    pub(super) passed_over: Option<(u64, WaitReason)>,
     /// Whether it ever left the queue.
     pub(super) was_started: bool,
     /// Tokens whose keys and values are in the cache. **Invariant:** `<= tokens.len()`.
@@ -75,6 +78,7 @@ impl Sequence {
             max_len,
             rank: Rank::default(),
             last_scheduled_step: 0,
+            passed_over: None,
             was_started: false,
             num_computed_tokens: 0,
             num_prompt_logprobs: 0,
@@ -91,6 +95,10 @@ impl Sequence {
 
     pub(super) fn priority(&self) -> Priority {
         self.spec.priority
+    }
+
+    pub(super) fn max_tokens(&self) -> usize {
+        self.max_len - self.num_prompt_tokens()
     }
 
     pub(super) fn num_prompt_tokens(&self) -> usize {
