@@ -166,7 +166,8 @@ impl ActiveRequests {
     /// Ends a request with an error. Returns its sequences.
     pub(super) fn fail(&mut self, key: RequestKey, reason: &str, now: Instant) -> Vec<SeqId> {
         let Some(request) = self.requests.remove(&key) else { return Vec::new() };
-        tracing::warn!(request_id = %request.id, reason, "request failed");
+        let client = request.client.as_deref();
+        tracing::warn!(request_id = %request.id, client, reason, "request failed");
         for _ in &request.choices {
             metrics::request_finished(reason_label(FinishReason::Error));
         }

@@ -20,7 +20,7 @@ use crate::engine::timed::Timed;
 use crate::kv::{HashKey, KvCacheManager};
 use crate::scheduler::step::{Runner, SchedulerOutput};
 use crate::scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqId};
-use crate::telemetry::metrics;
+use crate::telemetry::metrics::{self, StepPhase};
 
 /// Time a step may take for each of its tokens, beside [`EngineConfig::stall_timeout`], before the
 /// engine counts as stalled. 72 billion weights are 144 billion operations a token; a slow CPU does
@@ -387,7 +387,7 @@ impl<R: Runner> EngineThread<'_, R> {
             num_tokens,
             num_sequences: step.scheduled.len(),
         });
-        metrics::step_phase("schedule", began_at - scheduling_at);
+        metrics::step_phase(StepPhase::Schedule, began_at - scheduling_at);
         self.core.runner().record_phases(ended_at);
         // Before the events: whoever reads the end of a stream finds its blocks free.
         self.publish_stats();

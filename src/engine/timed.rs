@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use crate::engine::thread::now;
 use crate::scheduler::step::{Runner, SchedulerOutput, SeqOutput, TokenMasks};
-use crate::telemetry::metrics;
+use crate::telemetry::metrics::{self, StepPhase};
 
 /// When a step went from one part to the next.
 #[derive(Clone, Copy, Debug)]
@@ -31,10 +31,10 @@ impl<R> Timed<R> {
     /// Records the parts of the step that ended just now, if nothing went wrong in it.
     pub(super) fn record_phases(&self, ended_at: Instant) {
         let Some(times) = self.times else { return };
-        metrics::step_phase("launch", times.launched - times.launch);
-        metrics::step_phase("mask", times.sample - times.launched);
-        metrics::step_phase("sample", times.sampled - times.sample);
-        metrics::step_phase("update", ended_at - times.sampled);
+        metrics::step_phase(StepPhase::Launch, times.launched - times.launch);
+        metrics::step_phase(StepPhase::Mask, times.sample - times.launched);
+        metrics::step_phase(StepPhase::Sample, times.sampled - times.sample);
+        metrics::step_phase(StepPhase::Update, ended_at - times.sampled);
     }
 }
 

@@ -79,7 +79,10 @@ pub(super) async fn vectors(
     let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
     let usage = Usage { prompt_tokens, total_tokens: prompt_tokens, ..Usage::default() };
     let mut log = log.begin(usage);
-    let pooled = stream::iter(requests).map(|request| pooled(state, request));
+    let pooled = stream::iter(requests).map(|mut request| {
+        request.fairness_id = Some(Arc::clone(&caller.client));
+        pooled(state, request)
+    });
     let vectors: Result<Vec<Vec<f32>>, ApiError> = pooled.buffered(MAX_AT_ONCE).try_collect().await;
     log.end(if vectors.is_ok() { "finished" } else { "failed" });
     vectors

@@ -18,9 +18,9 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 #[allow(clippy::wildcard_imports, reason = "all of them are names of metrics")]
 use catalogue::*;
 pub use engine::{
-    EndedRequest, GrammarTimer, SchedulerState, Step, engine_started, first_token, generated_token,
-    next_token, request_cancelled, request_ended, request_finished, request_started,
-    scheduler_state, step_ended, step_failed, step_phase,
+    EndedRequest, GrammarTimer, SchedulerState, Step, StepPhase, engine_started, first_token,
+    generated_token, next_token, request_cancelled, request_ended, request_finished,
+    request_started, scheduler_state, step_ended, step_failed, step_phase,
 };
 pub use requests::{
     ClientRequest, HttpRequest, ServerState, client_request, http_began, http_ended, http_error,
@@ -43,6 +43,7 @@ pub fn install(model_name: &str) {
         // Another recorder in the same process keeps its place.
         metrics::set_global_recorder(recorder).ok()?;
         describe();
+        engine::prepare();
         Some(Installed { handle, at: Instant::now() })
     });
 }
@@ -181,7 +182,7 @@ mod tests {
         });
         let moment = Duration::from_millis(20);
         step_ended(&Step { duration: moment, num_tokens: 7, num_sequences: 2 });
-        step_phase("launch", moment);
+        step_phase(StepPhase::Launch, moment);
         step_failed();
         request_started(5, 2, moment);
         first_token(moment, moment);
