@@ -12,6 +12,7 @@ pub mod file;
 pub mod hub_env;
 pub mod price;
 pub mod settings;
+pub mod trace_env;
 
 use std::hash::{BuildHasher, Hasher};
 use std::num::NonZeroUsize;
@@ -25,6 +26,7 @@ pub use device::DeviceChoice;
 pub use file::ConfigFile;
 pub use price::{Micros, Price};
 pub use settings::{Setting, Settings, Source};
+pub use trace_env::trace_environment;
 
 /// The model served when none is named.
 pub const DEFAULT_MODEL: &str = "qwen2.5-coder-0.5b-instruct";

@@ -18,9 +18,11 @@ mod heartbeat;
 mod queue_rate;
 pub mod request;
 mod seats;
+pub mod snapshot;
 pub mod stats;
 mod thinking;
 pub mod thread;
+mod timed;
 mod watchdog;
 
 pub use event::{Event, FinishReason};

@@ -3,6 +3,7 @@
 //! Start at [`router`]. A handler parses, calls one function of `chat`, submits to the engine and
 //! renders. **Invariant:** whatever goes wrong is answered in OpenAI's shape with a request id.
 
+mod access_log;
 mod admin;
 mod aliases;
 mod anthropic_errors;

@@ -13,6 +13,7 @@ mod queue;
 #[expect(clippy::module_inception, reason = "the file is named for its type")]
 mod scheduler;
 pub mod sequence;
+pub mod snapshot;
 pub mod step;
 
 pub use fairness::FairnessId;

@@ -34,6 +34,8 @@ mod keys;
 mod malformed;
 #[path = "api/messages.rs"]
 mod messages;
+#[path = "api/metrics.rs"]
+mod metrics;
 #[path = "api/other_routes.rs"]
 mod other_routes;
 #[path = "api/quotas.rs"]
@@ -42,6 +44,8 @@ mod quotas;
 mod responses;
 #[path = "api/socket.rs"]
 mod socket;
+#[path = "api/state.rs"]
+mod state;
 #[path = "api/thinking.rs"]
 mod thinking;
 #[path = "api/tls.rs"]

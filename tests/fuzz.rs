@@ -1,4 +1,5 @@
-//! Fuzzing of what reads untrusted text: answers of models, conversations and templates, bodies.
+//! Fuzzing of what reads untrusted bytes: heads and bodies of requests, constraints, conversations
+//! and templates, answers of models; model files, vocabularies, config files.
 //!
 //! Method: a loop that mutates the inputs of `tests/fuzz/corpus`, and keeps those whose outcome was
 //! not seen before. Each target runs for `QWEN_SERVER_FUZZ_SECONDS`, three if that is not set, from
@@ -14,7 +15,19 @@ mod api_fake;
 mod answers;
 #[path = "fuzz/bodies.rs"]
 mod bodies;
+#[path = "fuzz/configs.rs"]
+mod configs;
 #[path = "fuzz/fuzzer.rs"]
 mod fuzzer;
+#[path = "fuzz/gguf.rs"]
+mod gguf;
+#[path = "fuzz/grammars.rs"]
+mod grammars;
+#[path = "fuzz/heads.rs"]
+mod heads;
+#[path = "fuzz/native.rs"]
+mod native;
 #[path = "fuzz/templates.rs"]
 mod templates;
+#[path = "fuzz/tokenizers.rs"]
+mod tokenizers;

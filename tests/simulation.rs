@@ -619,8 +619,13 @@ fn shape() -> impl Strategy<Value = Shape> {
     )
 }
 
+/// How many random schedules are tried; at night more.
+fn num_schedules() -> u32 {
+    std::env::var("QWEN_SERVER_SCHEDULES").map_or(5000, |text| text.parse().expect("a number"))
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(num_schedules()))]
 
     #[test]
     fn scheduling_never_changes_the_output(

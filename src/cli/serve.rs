@@ -25,7 +25,7 @@ use super::{Hinted, hub_from_environment};
 use crate::cli::progress::DownloadProgress;
 use crate::config::{
     ByteSize, Config, EngineOptions, KvCacheDtype, LoadFormat, LogConfig, LogFormat, LogLevel,
-    PrefixCaching, UsageConfig,
+    PrefixCaching, UsageConfig, trace_environment,
 };
 use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
@@ -37,7 +37,7 @@ use crate::ledger::Ledger;
 use crate::ledger::money::PriceList;
 use crate::runner::ModelRunner;
 use crate::runner::load::{LoadOptions, PlannedModel};
-use crate::telemetry::{logging, metrics};
+use crate::telemetry::{logging, metrics, traces};
 use crate::weights::resolve::{ResolvedModel, resolve};
 
 /// Threads that speak HTTP. They only move bytes; the cores belong to the model.
@@ -50,6 +50,9 @@ const HTTP_THREADS: usize = 2;
 /// dies.
 pub fn run(config: &Config) -> Result<()> {
     install_logging(config.log);
+    let environment = trace_environment();
+    let _traces = traces::install(environment.is_on, environment.service_name.as_deref())
+        .map_err(anyhow::Error::msg)?;
     let server = Server::start(config)?;
     let stop = server.runtime.block_on(async { stop_signal() })?;
     server.serve(stop)

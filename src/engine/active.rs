@@ -9,6 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::engine::event::{Event, FinishReason};
 use crate::engine::handle::{RequestKey, Submission};
 use crate::engine::seats::{Claim, Seats};
+use crate::engine::snapshot::{SeqSnapshot, SequenceReport};
 use crate::scheduler::{FairnessId, SeqEvent, SeqFinish, SeqId, SeqPhase};
 use crate::telemetry::metrics;
 
@@ -17,6 +18,7 @@ use crate::telemetry::metrics;
 struct ActiveChoice {
     index: u32,
     last_token_at: Option<Instant>,
+    num_output_tokens: usize,
 }
 
 #[derive(Debug)]
@@ -29,7 +31,12 @@ struct ActiveRequest {
     /// Prompt tokens that wait; none once it has started.
     num_waiting_tokens: usize,
     num_prompt_tokens: usize,
+    num_cached_tokens: usize,
     num_output_tokens: usize,
+    /// Of its longest choice.
+    longest_output: usize,
+    n: u32,
+    max_tokens: usize,
     submitted_at: Instant,
     started_at: Option<Instant>,
     first_token_at: Option<Instant>,
@@ -51,10 +58,8 @@ impl ActiveRequests {
     }
 
     pub(super) fn add(&mut self, submission: &Submission) {
-        let choices = submission
-            .sequences()
-            .map(|spec| (spec.id, ActiveChoice { index: spec.choice, last_token_at: None }))
-            .collect();
+        let choice = |index| ActiveChoice { index, last_token_at: None, num_output_tokens: 0 };
+        let choices = submission.sequences().map(|spec| (spec.id, choice(spec.choice))).collect();
         let request = ActiveRequest {
             id: Arc::clone(&submission.request.id),
             events: submission.events.clone(),
@@ -63,7 +68,11 @@ impl ActiveRequests {
             deadline: submission.request.deadline,
             num_waiting_tokens: submission.request.prompt.len(),
             num_prompt_tokens: submission.request.prompt.len(),
+            num_cached_tokens: 0,
             num_output_tokens: 0,
+            longest_output: 0,
+            n: submission.request.n,
+            max_tokens: submission.request.stop.max_tokens,
             submitted_at: submission.submitted_at,
             started_at: None,
             first_token_at: None,
@@ -106,6 +115,21 @@ impl ActiveRequests {
     fn key_of(&self, id: SeqId) -> Option<RequestKey> {
         let (&key, request) = self.requests.range(..=RequestKey(id.0)).next_back()?;
         request.choices.contains_key(&id).then_some(key)
+    }
+
+    /// What is known of sequences, with the requests they belong to.
+    pub(super) fn report(&self, sequences: &[SeqSnapshot], now: Instant) -> Vec<SequenceReport> {
+        let report = |sequence: &SeqSnapshot| {
+            let request = &self.requests[&self.key_of(sequence.id)?];
+            Some(SequenceReport {
+                request_id: Arc::clone(&request.id),
+                client: request.client.clone(),
+                choice: request.choices[&sequence.id].index,
+                age: now - request.submitted_at,
+                sequence: *sequence,
+            })
+        };
+        sequences.iter().filter_map(report).collect()
     }
 
     /// Passes an event on. Returns sequences that nobody needs any more.
@@ -181,7 +205,8 @@ impl ActiveRequests {
     /// Ends a request with an error. Returns its sequences.
     pub(super) fn fail(&mut self, key: RequestKey, reason: &str, now: Instant) -> Vec<SeqId> {
         let Some(request) = self.remove(key) else { return Vec::new() };
-        tracing::warn!(request_id = %request.id, reason, "request failed");
+        let client = request.client.as_deref();
+        tracing::warn!(request_id = %request.id, client, reason, "request failed");
         for _ in &request.choices {
             metrics::request_finished(reason_label(FinishReason::Error));
         }
@@ -241,7 +266,9 @@ impl ActiveRequest {
     fn start(&mut self, num_cached_tokens: usize, now: Instant) {
         if self.started_at.is_none() {
             self.started_at = Some(now);
-            metrics::request_started(self.num_prompt_tokens, now - self.submitted_at);
+            self.num_cached_tokens = num_cached_tokens;
+            let queue_time = now - self.submitted_at;
+            metrics::request_started(self.num_prompt_tokens, num_cached_tokens, queue_time);
             self.send(Event::Started { num_cached_tokens });
         }
     }
@@ -255,6 +282,8 @@ impl ActiveRequest {
             metrics::first_token(now - self.submitted_at, now - started_at);
         }
         let choice = self.choices.get_mut(&id).expect("the sequence was just found");
+        choice.num_output_tokens += 1;
+        self.longest_output = self.longest_output.max(choice.num_output_tokens);
         if let Some(last) = choice.last_token_at.replace(now) {
             metrics::next_token(now - last);
         }
@@ -263,13 +292,19 @@ impl ActiveRequest {
     }
 
     fn record_end(&self, now: Instant) {
-        let decode_time =
-            self.first_token_at.zip(self.last_token_at).map(|(first, last)| last - first);
+        let until_last_token = |from: Option<Instant>| {
+            from.zip(self.last_token_at).map(|(from, last)| last - from).unwrap_or_default()
+        };
         metrics::request_ended(&metrics::EndedRequest {
             latency: now - self.submitted_at,
-            decode_time: decode_time.unwrap_or_default(),
+            inference_time: until_last_token(self.started_at),
+            decode_time: until_last_token(self.first_token_at),
             num_prompt_tokens: self.num_prompt_tokens,
+            num_cached_tokens: self.num_cached_tokens,
             num_output_tokens: self.num_output_tokens,
+            longest_output: self.longest_output,
+            n: self.n,
+            max_tokens: self.max_tokens,
         });
     }
 }

@@ -9,13 +9,14 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::Stream;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::engine::event::Event;
 use crate::engine::grammars::Guidance;
 use crate::engine::heartbeat::Heartbeat;
 use crate::engine::request::Request;
 use crate::engine::seats::{Claim, Seats};
+use crate::engine::snapshot::SequenceReport;
 use crate::engine::stats::{EngineLimits, EngineStats, Health, Lifecycle};
 use crate::engine::thread;
 use crate::scheduler::{SeqId, SequenceSpec};
@@ -71,6 +72,8 @@ pub(super) enum Command {
     FinishChoice(RequestKey, u32),
     /// End everything with an `Abort`.
     AbortAll,
+    /// Tell what there is to do.
+    Report(oneshot::Sender<Vec<SequenceReport>>),
     /// Look around: something outside the channel changed.
     Wake,
 }
@@ -228,6 +231,19 @@ impl EngineHandle {
             Some(step) => Health::Stalled { running_for: step.running_for, phase: step.phase },
             None => Health::Alive,
         }
+    }
+
+    /// Every sequence, told by the engine thread between two steps: whoever asks must be prepared
+    /// to give up. `None` when the engine has ended.
+    pub async fn report(&self) -> Option<Vec<SequenceReport>> {
+        let (sender, receiver) = oneshot::channel();
+        self.commands.send(Command::Report(sender)).ok()?;
+        receiver.await.ok()
+    }
+
+    /// How long the step has been running that runs now. Costs nothing and disturbs nothing.
+    pub fn step_running_for(&self) -> Option<Duration> {
+        self.heartbeat.running_for()
     }
 
     /// Whether the runner is built and requests are computed.

@@ -68,6 +68,13 @@ impl Heartbeat {
         self.overdue_at_ms.store(0, Ordering::SeqCst);
     }
 
+    /// How long the running step has been running.
+    pub(super) fn running_for(&self) -> Option<Duration> {
+        let is_running = self.overdue_at_ms.load(Ordering::SeqCst) != 0;
+        let started_at_ms = self.started_at_ms.load(Ordering::SeqCst);
+        is_running.then(|| Duration::from_millis(self.elapsed_ms().saturating_sub(started_at_ms)))
+    }
+
     /// The running step, if it takes too long.
     pub(super) fn overdue(&self) -> Option<Overdue> {
         let overdue_at_ms = self.overdue_at_ms.load(Ordering::SeqCst);

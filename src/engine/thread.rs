@@ -18,11 +18,12 @@ use crate::engine::heartbeat::Heartbeat;
 use crate::engine::queue_rate::QueueRate;
 use crate::engine::seats::Seats;
 use crate::engine::stats::{EngineLimits, EngineStats, Lifecycle};
+use crate::engine::timed::Timed;
 use crate::engine::watchdog;
 use crate::kv::{HashKey, KvCacheManager};
 use crate::scheduler::step::{Runner, SchedulerOutput};
 use crate::scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqId};
-use crate::telemetry::metrics;
+use crate::telemetry::metrics::{self, StepPhase};
 
 /// Time a step may take for each of its tokens, beside [`EngineConfig::stall_timeout`], before the
 /// engine counts as stalled. 72 billion weights are 144 billion operations a token; a slow CPU does
@@ -32,9 +33,6 @@ const STALL_TIMEOUT_PER_TOKEN: Duration = Duration::from_secs(2);
 /// Grammars are followed by recursion, as deep as clients nest them. Only what is used becomes
 /// memory.
 const STACK_BYTES: usize = 64 << 20;
-
-/// Histograms collect samples until someone sorts them into buckets.
-const STEPS_PER_METRICS_UPKEEP: u64 = 256;
 
 /// How the engine is set up. Everything was decided before; nothing is guessed here.
 #[derive(Clone, Debug)]
@@ -226,7 +224,7 @@ where
     let runner = make_runner()?;
     let num_blocks = runner.num_blocks().unwrap_or(config.num_blocks);
     let config = EngineConfig { num_blocks, ..config.clone() };
-    let mut core = EngineCore::new(config.scheduler(), runner);
+    let mut core = EngineCore::new(config.scheduler(), Timed::new(runner));
     outbox.heartbeat.watch(core.phase());
     loop {
         lifecycle.send_replace(Lifecycle::Running);
@@ -239,7 +237,7 @@ where
                 lifecycle.send_replace(Lifecycle::Loading);
                 // The old one gives its memory back before there is another.
                 let state = core.into_state();
-                core = EngineCore::resume(state, make_runner()?);
+                core = EngineCore::resume(state, Timed::new(make_runner()?));
                 core.probe().map_err(|error| format!("a new runner fails too: {error}"))?;
             }
             Err(panic) => {
@@ -289,7 +287,7 @@ enum End {
 }
 
 struct EngineThread<'a, R> {
-    core: &'a mut EngineCore<R>,
+    core: &'a mut EngineCore<Timed<R>>,
     outbox: &'a mut Outbox,
     stall_timeout: Duration,
     max_failed_steps: u32,
@@ -300,7 +298,11 @@ struct EngineThread<'a, R> {
 }
 
 impl<'a, R: Runner> EngineThread<'a, R> {
-    fn new(core: &'a mut EngineCore<R>, outbox: &'a mut Outbox, config: &EngineConfig) -> Self {
+    fn new(
+        core: &'a mut EngineCore<Timed<R>>,
+        outbox: &'a mut Outbox,
+        config: &EngineConfig,
+    ) -> Self {
         let num_steps = outbox.stats.borrow().num_steps;
         Self {
             core,
@@ -363,6 +365,11 @@ impl<'a, R: Runner> EngineThread<'a, R> {
                 let sequences = self.outbox.active.abort_all(now());
                 self.abort_sequences(sequences);
             }
+            Command::Report(reply) => {
+                let report = self.outbox.active.report(&self.core.scheduler().snapshot(), now());
+                // Whoever asked may have given up.
+                let _ = reply.send(report);
+            }
             Command::Wake => {}
         }
     }
@@ -398,6 +405,7 @@ impl<'a, R: Runner> EngineThread<'a, R> {
 
     fn step(&mut self) -> Option<End> {
         self.core.advance_to(self.outbox.heartbeat.origin.elapsed());
+        let scheduling_at = now();
         let num_waiting = self.core.scheduler().stats().num_waiting;
         let step = self.core.schedule();
         let num_left = num_waiting.saturating_sub(self.core.scheduler().stats().num_waiting);
@@ -413,10 +421,13 @@ impl<'a, R: Runner> EngineThread<'a, R> {
         if 0 < num_waiting {
             self.queue_rate.observe(num_left, duration);
         }
-        metrics::step_ended(duration, num_tokens);
-        if self.num_steps.is_multiple_of(STEPS_PER_METRICS_UPKEEP) {
-            metrics::upkeep();
-        }
+        metrics::step_ended(&metrics::Step {
+            duration,
+            num_tokens,
+            num_sequences: step.scheduled.len(),
+        });
+        metrics::step_phase(StepPhase::Schedule, began_at - scheduling_at);
+        self.core.runner().record_phases(ended_at);
         // Before the events: whoever reads the end of a stream finds its blocks free.
         self.publish_stats();
         for event in outcome.events {
@@ -472,6 +483,7 @@ impl<'a, R: Runner> EngineThread<'a, R> {
             num_running: stats.num_running,
             num_waiting: stats.num_waiting,
             kv_cache_usage: stats.num_held_blocks as f64 / num_blocks as f64,
+            prefix_hit_rate: stats.num_prefix_hits as f64 / stats.num_prefix_queries.max(1) as f64,
             new_preemptions: stats.num_preemptions - recorded.num_preemptions,
             new_prefix_queries: stats.num_prefix_queries - recorded.num_prefix_queries,
             new_prefix_hits: stats.num_prefix_hits - recorded.num_prefix_hits,

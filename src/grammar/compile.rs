@@ -21,6 +21,7 @@ use super::matcher::{Grammar, GrammarError, GrammarMatcher, plain};
 use super::pattern::{ASCII_CLASSES, ends_with_escape};
 use super::schema::{self, Flaw};
 use super::vocabulary::Vocabulary;
+use crate::telemetry::metrics::GrammarTimer;
 use crate::text::{TokenBitmask, TokenId, Tokenizer};
 
 /// Longest constraint as text. The largest published schemas have half of it.
@@ -122,6 +123,7 @@ impl GrammarCompiler {
         if let Some(grammar) = self.shared.cache().get(&key) {
             return Ok(grammar);
         }
+        let _timer = GrammarTimer::start();
         let source = source(constraint)?;
         let slot = Slot::take(&self.shared).ok_or(CompileError::Busy)?;
         // Whoever was first may have built the same while we waited.

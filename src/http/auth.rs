@@ -52,7 +52,7 @@ pub(super) async fn with_key(
         Err(error) => {
             // Refused here it reaches no handler, but is told of and counted like those that do.
             if let Ok(caller) = Caller::of(&holder, &request, &state) {
-                drop(RequestLog::new(&caller));
+                drop(RequestLog::new(&caller, &state));
             }
             error.into_response()
         }

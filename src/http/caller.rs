@@ -8,6 +8,7 @@ use axum::extract::{FromRequestParts, Request as HttpRequest};
 use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderValue};
 
+use super::access_log::Account;
 use super::auth::Guest;
 use super::error::ApiError;
 use super::key_ring::Holder;
@@ -34,6 +35,8 @@ pub(super) struct Caller {
     pub(super) deadline: Option<Instant>,
     /// Counts what is computed for this request, if that is counted.
     pub(super) meter: Option<Arc<Meter>>,
+    /// Where what came of the request is left.
+    pub(super) account: Account,
     /// Nobody, where no keys are asked for.
     guest: Option<Guest>,
 }
@@ -48,7 +51,8 @@ impl Caller {
         let client = Arc::clone(holder.key.name.as_arc());
         let request_id = request_id(request.extensions())?;
         let meter = Meter::open(state, Arc::clone(&client)).map(Arc::new);
-        Ok(Self { request_id, client, deadline: None, meter, guest: None })
+        let account = request.extensions().get().cloned().unwrap_or_default();
+        Ok(Self { request_id, client, deadline: None, meter, account, guest: None })
     }
 
     /// Whose key it is.
@@ -94,7 +98,9 @@ impl FromRequestParts<AppState> for Caller {
         let timeout = asked.into_iter().chain(state.limits.request_timeout).min();
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let meter = parts.extensions.get().cloned();
-        Ok(Self { request_id, client, deadline, meter, guest })
+        let account = parts.extensions.get().cloned().unwrap_or_default();
+        tracing::Span::current().record("client", &*client);
+        Ok(Self { request_id, client, deadline, meter, account, guest })
     }
 }
 

@@ -73,7 +73,7 @@ pub(super) async fn vectors(
     caller: &Caller,
     requests: Vec<Request>,
 ) -> Result<Vec<Vec<f32>>, ApiError> {
-    let mut log = RequestLog::new(caller);
+    let mut log = RequestLog::new(caller, state);
     if state.engine.is_loading() {
         return Err(ApiError::Loading);
     }

@@ -12,6 +12,7 @@ use crate::chat::output::OutputError;
 use crate::chat::prompt::PromptError;
 use crate::engine::SubmitError;
 use crate::openai::error::{ErrorBody, ErrorObject};
+use crate::telemetry::metrics;
 
 /// Longest message sent to a client: some echo what the client sent.
 const MAX_MESSAGE_CHARS: usize = 1024;
@@ -183,6 +184,8 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let body = self.body();
+        let (kind, code) = self.kind_and_code();
+        metrics::http_error(code.unwrap_or(kind));
         let mut response = (self.status(), Json(&body)).into_response();
         response.extensions_mut().insert(body);
         if let Some(seconds) = self.retry_after() {

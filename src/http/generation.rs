@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 
 use futures_util::stream::SelectAll;
 use futures_util::{Stream, StreamExt};
+use tracing::Span;
 use uuid::Uuid;
 
 use super::caller::Caller;
@@ -53,7 +54,7 @@ impl Generation {
         caller: &Caller,
         prepared: Vec<Prepared>,
     ) -> Result<Self, ApiError> {
-        let mut log = RequestLog::new(caller);
+        let mut log = RequestLog::new(caller, state);
         if state.engine.is_loading() {
             return Err(ApiError::Loading);
         }
@@ -82,14 +83,14 @@ impl Generation {
             Err(error) => {
                 self.log.end("failed");
                 if let OutputError::Failed(reason) = &error {
-                    let request_id = &self.log.caller.request_id;
-                    tracing::error!(%request_id, %reason, "the engine failed a request");
+                    tracing::error!(%reason, "the engine failed a request");
                 }
                 return Some(Err(error.into()));
             }
         };
         match &update {
             Update::Started { num_cached_tokens, num_pinned_tokens, .. } => {
+                self.log.start();
                 let details = &mut self.usage.prompt_tokens_details;
                 details.cached_tokens += num_cached_tokens;
                 details.cache_write_tokens = *num_pinned_tokens;
@@ -99,7 +100,7 @@ impl Generation {
                 self.usage.completion_tokens += delta.tokens.len();
                 self.usage.total_tokens += delta.tokens.len();
                 self.usage.completion_tokens_details.reasoning_tokens += delta.num_reasoning_tokens;
-                self.log.delta();
+                self.log.delta(delta.finish.as_ref().map(|finish| finish.reason));
             }
         }
         self.log.usage = self.usage;
@@ -163,7 +164,8 @@ pub(super) async fn run_sized<T: Send + 'static>(
     if num_bytes <= state.limits.max_inline_body_bytes {
         return Ok(work());
     }
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
+    let span = Span::current();
+    tokio::task::spawn_blocking(move || span.in_scope(work)).await.map_err(|error| {
         tracing::error!(%error, "preparing a request panicked");
         ApiError::Internal
     })

@@ -27,6 +27,11 @@ pub(super) async fn ready(State(state): State<AppState>) -> Response {
     }
 }
 
+/// Whether requests are welcome.
+pub(super) fn is_ready(state: &AppState) -> bool {
+    engine_obstacle(state).or(door_obstacle(state)).is_none()
+}
+
 /// `GET /version`.
 pub(super) async fn version() -> Json<Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))

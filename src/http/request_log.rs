@@ -1,33 +1,41 @@
 //! The end of a request that was to be computed, wherever it comes.
 
+use std::sync::Arc;
 use std::time::Instant;
 
+use super::access_log::Computed;
 use super::caller::Caller;
 use super::error::ApiError;
-use crate::openai::generation::Usage;
+use super::state::AppState;
+use crate::openai::generation::{FinishReason, Usage};
+use crate::telemetry::metrics;
 
 const REFUSED: &str = "refused";
 
-/// Settles what a request takes from its client's quota, reads its meter and writes one line when it
-/// is over, however it ended. Never what was said.
+/// Settles what a request takes from its client's quota and counts what its client has used when it
+/// is over, however it ended.
 pub(super) struct RequestLog {
     pub(super) caller: Caller,
-    started: Instant,
+    model: String,
+    started: Option<Instant>,
     first_delta: Option<Instant>,
     pub(super) usage: Usage,
     /// Tokens of the prompt that were taken from the client's quota.
     num_reserved: usize,
+    finish_reasons: Vec<&'static str>,
     outcome: &'static str,
 }
 
 impl RequestLog {
-    pub(super) fn new(caller: &Caller) -> Self {
+    pub(super) fn new(caller: &Caller, state: &AppState) -> Self {
         Self {
             caller: caller.clone(),
-            started: Instant::now(),
+            model: state.model.name.clone(),
+            started: None,
             first_delta: None,
             usage: Usage::default(),
             num_reserved: 0,
+            finish_reasons: Vec::new(),
             outcome: REFUSED,
         }
     }
@@ -50,9 +58,15 @@ impl RequestLog {
         }
     }
 
-    /// A piece of the answer was sent.
-    pub(super) fn delta(&mut self) {
+    /// It left the queue.
+    pub(super) fn start(&mut self) {
+        self.started.get_or_insert_with(Instant::now);
+    }
+
+    /// A piece of the answer was sent, which may be a choice's last.
+    pub(super) fn delta(&mut self, finish: Option<FinishReason>) {
         self.first_delta.get_or_insert_with(Instant::now);
+        self.finish_reasons.extend(finish.map(reason_name));
     }
 
     /// Says how it ended; otherwise its client has left.
@@ -68,23 +82,37 @@ impl RequestLog {
     }
 }
 
+/// As clients are told it.
+fn reason_name(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+        FinishReason::ToolCalls | FinishReason::FunctionCall => "tool_calls",
+    }
+}
+
 impl Drop for RequestLog {
     fn drop(&mut self) {
         self.settle();
+        let (usage, outcome) = (self.usage, self.outcome);
         if let Some(meter) = &self.caller.meter {
-            meter.settle(&self.usage, matches!(self.outcome, REFUSED | "failed"));
+            meter.settle(&usage, matches!(outcome, REFUSED | "failed"));
         }
-        let millis = |instant: Instant| (instant - self.started).as_millis() as u64;
-        tracing::info!(
-            request_id = %self.caller.request_id,
-            client = %self.caller.client,
-            prompt_tokens = self.usage.prompt_tokens,
-            cached_tokens = self.usage.prompt_tokens_details.cached_tokens,
-            completion_tokens = self.usage.completion_tokens,
-            first_token_ms = self.first_delta.map(millis),
-            total_ms = millis(Instant::now()),
-            outcome = self.outcome,
-            "request finished"
-        );
+        metrics::client_request(&metrics::ClientRequest {
+            client: &self.caller.client,
+            outcome,
+            prompt_tokens: usage.prompt_tokens,
+            cached_tokens: usage.prompt_tokens_details.cached_tokens,
+            completion_tokens: usage.completion_tokens,
+        });
+        self.caller.account.settle(Computed {
+            usage,
+            client: Arc::clone(&self.caller.client),
+            model: std::mem::take(&mut self.model),
+            started: self.started,
+            first_token: self.first_delta,
+            finish_reasons: std::mem::take(&mut self.finish_reasons),
+            outcome,
+        });
     }
 }

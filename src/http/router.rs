@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
+use super::access_log::with_access_log;
 use super::admin;
 use super::aliases;
 use super::anthropic_errors::with_anthropic_errors;
@@ -131,6 +132,7 @@ fn layered(routes: Router, max_body_bytes: usize, max_input_tokens: usize) -> Ro
         .layer(CatchPanicLayer::custom(on_panic))
         .layer(middleware::from_fn(with_anthropic_errors))
         .layer(middleware::from_fn_with_state(max_input_tokens, with_dashscope_errors))
+        .layer(middleware::from_fn(with_access_log))
         .layer(middleware::from_fn(with_request_id))
 }
 

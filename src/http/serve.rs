@@ -15,16 +15,19 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
 use super::router::{admin_router, router};
 use super::state::{AdminRoutes, AppState, HttpLimits};
 use super::tls::Tls;
+use crate::telemetry::metrics;
 
 /// How long clients may take to read the end of their answers after the engine has stopped.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often collected samples are sorted into the buckets of their histograms.
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 /// Pause after no connection could be accepted, most likely for want of file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// Connections of operators, who must get through when clients have taken all of theirs.
@@ -83,12 +86,17 @@ pub async fn serve(
     let manners = Manners { tls, limits: Arc::clone(&state.limits), closing: closing.clone() };
     // Dropping it ends every connection that is left.
     let mut connections = JoinSet::new();
+    let mut upkeep = interval(METRICS_UPKEEP);
     let mut drained = pin!(drained(&state, shutdown));
     loop {
         let ((stream, seat), routes) = tokio::select! {
             accepted = clients.accept() => (accepted, &clients.routes),
             Some(accepted) = accept_operator(operators.as_ref()) => accepted,
             Some(_) = connections.join_next() => continue,
+            _ = upkeep.tick() => {
+                metrics::upkeep();
+                continue;
+            }
             () = &mut drained => break,
         };
         let (routes, manners) = (routes.clone(), manners.clone());

@@ -6,6 +6,7 @@ use super::qwen2::Qwen2;
 use super::{Model, ModelConfig};
 use crate::layers::Device;
 use crate::weights::checkpoint::Checkpoint;
+use crate::weights::gguf::printable;
 
 /// The architectures this build can run, by their GGUF names.
 pub const SUPPORTED_ARCHITECTURES: &[&str] = &["qwen2"];
@@ -16,7 +17,8 @@ pub fn check_architecture(architecture: &str) -> anyhow::Result<()> {
         return Ok(());
     }
     bail!(
-        "architecture `{architecture}` is not supported; this build runs: {}",
+        "architecture `{}` is not supported; this build runs: {}",
+        printable(architecture),
         SUPPORTED_ARCHITECTURES.join(", ")
     )
 }

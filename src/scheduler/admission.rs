@@ -7,6 +7,7 @@ use crate::kv::{BlockId, KvCacheManager};
 use crate::scheduler::fairness::{FairnessId, PARTS_PER_STEP};
 use crate::scheduler::priority::Rank;
 use crate::scheduler::sequence::Sequence;
+use crate::scheduler::snapshot::WaitReason;
 use crate::scheduler::{Scheduler, SeqEvent, SeqId};
 
 /// What happened while one step's sequences were let in.
@@ -34,11 +35,13 @@ impl Scheduler {
             let max_cached = seq.max_cached_tokens();
             let mut prefix = self.kv.find_cached_prefix(&mut seq.blocks, &seq.tokens, max_cached);
             if is_being_computed(&self.running, seq, prefix, self.kv.block_size()) {
+                seq.passed_over = Some((self.num_steps, WaitReason::Prefix));
                 turns.passed_over.insert(client, rank);
                 continue;
             }
             let is_full = self.running.len() == self.config.max_num_seqs;
             if is_full || !has_room(&self.kv, self.running.iter(), seq, prefix, 0) {
+                seq.passed_over = Some((self.num_steps, WaitReason::Blocks));
                 let Some(victims) = self.victims_for(&client, rank, prefix) else { break };
                 displaced.extend(victims.into_iter().map(|index| self.preempt(index)));
                 let seq = self.waiting.get_mut(&client, rank).expect("it still waits");

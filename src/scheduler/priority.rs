@@ -28,6 +28,11 @@ impl Priority {
     pub(super) fn delay(self, steps_per_priority: u64) -> u64 {
         u64::from((self.0 + Self::LIMIT).unsigned_abs()) * steps_per_priority
     }
+
+    /// The number, within its limits.
+    pub fn number(self) -> i32 {
+        self.0
+    }
 }
 
 /// A sequence's place in the queue and among the running, for life: by `step`, then `arrival`.

@@ -8,6 +8,7 @@ use crate::sampling::params::SamplingParams;
 use crate::scheduler::SeqId;
 use crate::scheduler::fairness::FairnessId;
 use crate::scheduler::priority::{Priority, Rank};
+use crate::scheduler::snapshot::WaitReason;
 use crate::scheduler::step::{
     PoolRequest, Pooling, PromptLogprobsRequest, SampleRequest, ScheduledSeq, TokenHistory,
 };
@@ -57,6 +58,8 @@ pub(super) struct Sequence {
     pub(super) queued_at_step: u64,
     /// The last step that computed something.
     pub(super) last_scheduled_step: u64,
+    /// The step in which it was looked at and left in the queue, and why.
+    pub(super) passed_over: Option<(u64, WaitReason)>,
     /// Whether it ever left the queue.
     pub(super) was_started: bool,
     /// Tokens whose keys and values are in the cache. **Invariant:** `<= tokens.len()`.
@@ -85,6 +88,7 @@ impl Sequence {
             arrived_at: Duration::ZERO,
             queued_at_step: 0,
             last_scheduled_step: 0,
+            passed_over: None,
             was_started: false,
             num_computed_tokens: 0,
             num_prompt_logprobs: 0,
@@ -105,6 +109,10 @@ impl Sequence {
 
     pub(super) fn client(&self) -> &FairnessId {
         &self.spec.fairness_id
+    }
+
+    pub(super) fn max_tokens(&self) -> usize {
+        self.max_len - self.num_prompt_tokens()
     }
 
     pub(super) fn num_prompt_tokens(&self) -> usize {

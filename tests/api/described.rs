@@ -449,6 +449,7 @@ async fn every_answer_is_what_is_described() {
         "/health/ready",
         "/version",
         "/metrics",
+        "/admin/state",
         "/openapi.json",
         "/docs",
     ];
