@@ -406,14 +406,17 @@ impl ServeArgs {
                 seed,
             },
             log: LogConfig { level: log.log_level, format: log.log_format },
-            usage: UsageConfig {
-                ledger: usage.usage_ledger,
-                prices: usage.price,
-                currency: usage.currency,
-            },
+            usage: usage.into_config(),
             settings,
         };
         config.check()
+    }
+}
+
+impl UsageFlags {
+    fn into_config(self) -> UsageConfig {
+        let Self { usage_ledger, price, currency } = self;
+        UsageConfig { ledger: usage_ledger, prices: price, currency }
     }
 }
 
