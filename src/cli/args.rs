@@ -349,25 +349,7 @@ impl ServeArgs {
         settings.decide("seed", seed);
         let shares_prefixes = memory.enable_prefix_caching && !memory.no_enable_prefix_caching;
         let config = Config {
-            model: ModelConfig {
-                model: model.model,
-                served_model_names: model.served_model_name,
-                model_aliases: model.model_alias,
-                aliases: model.alias,
-                hosted_names: if model.dashscope_names && !model.no_dashscope_names {
-                    HostedNames::Answered
-                } else {
-                    HostedNames::Unknown
-                },
-                load_format: model.load_format,
-                max_model_len: model.max_model_len.and_then(NonZeroUsize::new),
-                embedding_pooling: model.embedding_pooling,
-                bare_tool_calls: if model.bare_tool_calls && !model.no_bare_tool_calls {
-                    BareCalls::Accepted
-                } else {
-                    BareCalls::Text
-                },
-            },
+            model: model.into_config(),
             http: HttpConfig {
                 host: http.host,
                 port: http.port,
@@ -417,6 +399,30 @@ impl UsageFlags {
     fn into_config(self) -> UsageConfig {
         let Self { usage_ledger, price, currency } = self;
         UsageConfig { ledger: usage_ledger, prices: price, currency }
+    }
+}
+
+impl ModelFlags {
+    fn into_config(self) -> ModelConfig {
+        ModelConfig {
+            model: self.model,
+            served_model_names: self.served_model_name,
+            model_aliases: self.model_alias,
+            aliases: self.alias,
+            hosted_names: if self.dashscope_names && !self.no_dashscope_names {
+                HostedNames::Answered
+            } else {
+                HostedNames::Unknown
+            },
+            load_format: self.load_format,
+            max_model_len: self.max_model_len.and_then(NonZeroUsize::new),
+            embedding_pooling: self.embedding_pooling,
+            bare_tool_calls: if self.bare_tool_calls && !self.no_bare_tool_calls {
+                BareCalls::Accepted
+            } else {
+                BareCalls::Text
+            },
+        }
     }
 }
 

@@ -7,7 +7,7 @@ mod plan;
 mod served_model;
 
 use std::future::Future;
-use std::io::{IsTerminal, stderr};
+use std::io::{self, IsTerminal, stderr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket, lookup_host};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
@@ -40,6 +40,9 @@ use crate::runner::load::{LoadOptions, PlannedModel};
 use crate::telemetry::{logging, metrics, traces};
 use crate::weights::resolve::{ResolvedModel, resolve};
 
+/// Connections that wait to be accepted; the system may allow fewer. A burst of more waits a second
+/// before it is tried again.
+const BACKLOG: u32 = 4096;
 /// Threads that speak HTTP. They only move bytes; the cores belong to the model.
 const HTTP_THREADS: usize = 2;
 
@@ -232,11 +235,26 @@ async fn listen(config: &Config) -> Result<Listeners> {
 }
 
 async fn bind(host: &str, port: u16, flag: &str) -> Result<TcpListener> {
-    TcpListener::bind((host, port)).await.map_err(|error| {
+    listen_on(host, port).await.map_err(|error| {
         let hint = format!("pass another `--{flag}`, or stop what listens on {port}");
         let message = format!("cannot listen on {host}:{port}: {error}");
         Hinted { message, hint }.into()
     })
+}
+
+/// Listens on the first address of `host` that can be had.
+async fn listen_on(host: &str, port: u16) -> io::Result<TcpListener> {
+    let mut error = io::Error::new(io::ErrorKind::AddrNotAvailable, "the name has no address");
+    for address in lookup_host((host, port)).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // A server that restarts does not wait for its former connections to be forgotten.
+        socket.set_reuseaddr(true)?;
+        match socket.bind(address).and_then(|()| socket.listen(BACKLOG)) {
+            Ok(listener) => return Ok(listener),
+            Err(reason) => error = reason,
+        }
+    }
+    Err(error)
 }
 
 fn load_options(config: &Config, device: Device) -> LoadOptions {
