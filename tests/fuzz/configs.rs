@@ -6,7 +6,14 @@ use qwen_server::config::{ConfigFile, Settings};
 
 use crate::fuzzer::{fuzz, outcome};
 
-const WORDS: [&str; 30] = [
+const WORDS: [&str; 37] = [
+    "\nport = 1.5\n",
+    "\nhost = [\"a\"]\n",
+    "\nseed = 1979-05-27\n",
+    "\nmax-queue = {}\n",
+    "\nthreads = true\n",
+    "\nmodel = 1\n",
+    "\nmodel-alias = \"a\"\n",
     "model = ",
     "\nhost = ",
     "\nport = ",
@@ -43,9 +50,9 @@ const WORDS: [&str; 30] = [
 fn config_files_are_taken_or_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("config.toml");
+    let command = ServeArgs::augment_args(Command::new("serve"));
     fuzz("configs", &WORDS, |input, _| {
         std::fs::write(&path, input).unwrap();
-        let command = ServeArgs::augment_args(Command::new("serve"));
         let refused = |error: String| {
             let told: String = error.chars().filter(char::is_ascii_alphabetic).take(80).collect();
             outcome(&told)
