@@ -478,15 +478,18 @@ impl<'a, R: Runner> EngineThread<'a, R> {
                 wait_per_sequence: self.queue_rate.wait_of(1),
             };
         });
+        // An engine that started anew counts from zero again.
         let recorded = std::mem::replace(&mut self.outbox.recorded, stats);
         metrics::scheduler_state(&metrics::SchedulerState {
             num_running: stats.num_running,
             num_waiting: stats.num_waiting,
             kv_cache_usage: stats.num_held_blocks as f64 / num_blocks as f64,
             prefix_hit_rate: stats.num_prefix_hits as f64 / stats.num_prefix_queries.max(1) as f64,
-            new_preemptions: stats.num_preemptions - recorded.num_preemptions,
-            new_prefix_queries: stats.num_prefix_queries - recorded.num_prefix_queries,
-            new_prefix_hits: stats.num_prefix_hits - recorded.num_prefix_hits,
+            new_preemptions: stats.num_preemptions.saturating_sub(recorded.num_preemptions),
+            new_prefix_queries: stats
+                .num_prefix_queries
+                .saturating_sub(recorded.num_prefix_queries),
+            new_prefix_hits: stats.num_prefix_hits.saturating_sub(recorded.num_prefix_hits),
         });
     }
 }

@@ -41,6 +41,7 @@ pub(super) async fn with_key(
     }
     let Some(secret) = secret(request.headers()) else { return ApiError::NoKey.into_response() };
     let Some(holder) = keys.find(secret) else { return ApiError::WrongKey.into_response() };
+    tracing::Span::current().record("client", &**holder.key.name.as_arc());
     let is_anthropic = is_anthropic(request.uri().path());
     let names = if is_anthropic { Names::Anthropic } else { Names::OpenAi };
     let mut response = match admit(&holder, request.method()) {

@@ -70,8 +70,8 @@ impl Caller {
         // The engine's lines in the log are to be found by the id that the client knows.
         request.id = Arc::clone(&self.request_id);
         request.deadline = self.deadline;
-        let Some(holder) = self.holder() else { return };
         request.fairness_id = Some(Arc::clone(&self.client));
+        let Some(holder) = self.holder() else { return };
         request.priority = request.priority.at_most(Priority::new(holder.key.priority));
         if state.prefix_sharing == PrefixSharing::WithinKey {
             // No name holds a NUL, so no other key's salt is the same.
