@@ -22,7 +22,7 @@ const REQUEST_TIMEOUT: &str = "x-request-timeout";
 /// Longer than any answer takes.
 const MAX_TIMEOUT_SECONDS: f64 = 86_400.0;
 /// Who sends requests where nobody is asked for a name.
-const ANONYMOUS: &str = "anonymous";
+pub(super) const ANONYMOUS: &str = "anonymous";
 
 /// The sender of a request. An extractor, so that a handler has it by naming it.
 #[derive(Clone)]
@@ -70,8 +70,8 @@ impl Caller {
         // The engine's lines in the log are to be found by the id that the client knows.
         request.id = Arc::clone(&self.request_id);
         request.deadline = self.deadline;
-        request.fairness_id = Some(Arc::clone(&self.client));
         let Some(holder) = self.holder() else { return };
+        request.fairness_id = Some(Arc::clone(&self.client));
         request.priority = request.priority.at_most(Priority::new(holder.key.priority));
         if state.prefix_sharing == PrefixSharing::WithinKey {
             // No name holds a NUL, so no other key's salt is the same.

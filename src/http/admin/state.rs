@@ -11,6 +11,7 @@ use tokio::time::timeout;
 
 use crate::engine::snapshot::{SeqState, SequenceReport, WaitReason};
 use crate::engine::{EngineHandle, Health};
+use crate::http::caller::ANONYMOUS;
 use crate::http::health;
 use crate::http::state::{AppState, unix_seconds};
 
@@ -104,7 +105,7 @@ fn sequence(report: &SequenceReport) -> Value {
     };
     json!({
         "request_id": &*report.request_id,
-        "client": report.client.as_deref(),
+        "client": report.client.as_deref().unwrap_or(ANONYMOUS),
         "choice": report.choice,
         "phase": phase,
         "waits_for": waits_for,
