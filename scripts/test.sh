@@ -152,7 +152,7 @@ phase "clippy" cargo clippy --all-targets --locked -- -D warnings
 phase "CUDA compiler" get_cuda
 phase "kernels" check_kernels
 # One binary for all: it holds the kernels, and starts on machines that have nothing of CUDA.
-phase "release build" env CUDA_HOME="$cuda_home" cargo build --release --locked --features cuda
+phase "release build" env CUDA_HOME="$cuda_home" cargo build --release --locked --features cuda,otel
 phase "real model" get_model
 export QWEN_SERVER_TEST_MODEL=$model
 export QWEN_SERVER_BIN=$binary
@@ -163,9 +163,9 @@ phase "without a network" bash "$here/offline-test.sh" "$binary"
 # With the kernels, thread by thread on the processor.
 if cargo nextest --version >/dev/null 2>&1; then
     counted "Rust tests" '^ *Summary \[' \
-        cargo nextest run --locked --features emulation --no-fail-fast --status-level slow --final-status-level fail
+        cargo nextest run --locked --features emulation,otel --no-fail-fast --status-level slow --final-status-level fail
 else
-    counted "Rust tests" '^test result: ' cargo test --lib --bins --tests --locked --no-fail-fast --features emulation
+    counted "Rust tests" '^test result: ' cargo test --lib --bins --tests --locked --no-fail-fast --features emulation,otel
 fi
 counted "doc tests" '^test result: ' cargo test --doc --locked
 phase "documentation" env RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --locked
