@@ -371,6 +371,95 @@ async fn a_runner_that_breaks_is_built_anew_unnoticed() {
     until(&handle, is_empty).await;
 }
 
+/// A runner with which the engine's own code panics when a step has failed.
+struct Treacherous(FakeRunner);
+
+impl Runner for Treacherous {
+    type Error = String;
+
+    fn launch(&mut self, step: &SchedulerOutput) -> Result<(), String> {
+        self.0.launch(step)
+    }
+
+    fn sample(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+    ) -> Result<Vec<SeqOutput>, String> {
+        self.0.sample(step, masks)
+    }
+
+    fn is_broken(&self) -> bool {
+        panic!("nobody expects this")
+    }
+}
+
+#[tokio::test]
+async fn a_panic_of_its_own_ends_what_runs_and_nothing_else() {
+    let (runner, gate) = FakeRunner::default().gated();
+    let (handle, thread) = spawn(config(), once(Treacherous(runner)));
+    let bad = handle.generate(request(&[ERROR_TOKEN], 3)).expect("accepted");
+    until(&handle, |stats| 0 < stats.num_running + stats.num_waiting).await;
+    // They arrive while the step is under way.
+    let unread: Vec<_> =
+        (0..5).map(|_| handle.generate(request(&[1, 2], 3)).expect("accepted")).collect();
+    drop(gate);
+    for stream in unread.into_iter().chain([bad]) {
+        let events = collect(stream).await;
+        assert!(matches!(events.last(), Some(Event::Failed(why)) if why.contains("expects")));
+    }
+    let good = collect(handle.generate(request(&[1], 5)).expect("accepted")).await;
+    assert_eq!(tokens_of(&good, 0).len(), 5);
+    assert_eq!(handle.health(), Health::Alive);
+    // Everybody gave back what they took at the door.
+    handle.drain();
+    tokio::time::timeout(Duration::from_secs(20), handle.stopped()).await.expect("nobody is left");
+    thread.join().expect("a clean end");
+}
+
+/// A cache that becomes smaller when its runner is built anew.
+struct Shrinking(Wearing, u32);
+
+impl Runner for Shrinking {
+    type Error = String;
+
+    fn launch(&mut self, step: &SchedulerOutput) -> Result<(), String> {
+        let blocks = step.scheduled.iter().flat_map(|scheduled| scheduled.blocks.blocks());
+        assert!(blocks.into_iter().all(|block| block.0 < self.1), "no such block");
+        self.0.launch(step)
+    }
+
+    fn sample(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+    ) -> Result<Vec<SeqOutput>, String> {
+        self.0.sample(step, masks)
+    }
+
+    fn num_blocks(&self) -> Option<u32> {
+        Some(self.1)
+    }
+}
+
+#[tokio::test]
+async fn a_cache_that_became_smaller_is_not_overrun() {
+    let mut runners = vec![(500, 12), (10, 64)];
+    let (handle, _) = spawn(config(), move || {
+        let (num_good_steps, num_blocks) = runners.pop().ok_or("no other runner")?;
+        Ok(Shrinking(Wearing { inner: FakeRunner::default(), num_good_steps }, num_blocks))
+    });
+    let lost = collect(handle.generate(request(&[1; 20], 40)).expect("accepted")).await;
+    assert!(matches!(lost.last(), Some(Event::Failed(why)) if why.contains("another size")));
+    let streams: Vec<_> =
+        (0..4).map(|_| handle.generate(request(&[1; 20], 20)).expect("accepted")).collect();
+    for stream in streams {
+        assert_eq!(tokens_of(&collect(stream).await, 0).len(), 20);
+    }
+    assert_eq!(handle.stats().num_blocks, 12);
+    assert_eq!(handle.health(), Health::Alive);
+}
+
 #[tokio::test]
 async fn gives_up_when_a_new_runner_fails_too() {
     for (runners, words) in [(vec![5, 0], "a new runner fails too"), (vec![5], "no other runner")] {

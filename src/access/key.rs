@@ -86,7 +86,7 @@ impl fmt::Display for Role {
 }
 
 /// A name that can be part of a log line, a label and a path.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
 #[serde(try_from = "String")]
 pub struct KeyName(Arc<str>);
 

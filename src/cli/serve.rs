@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use candle_core::DType;
@@ -43,6 +44,8 @@ use crate::weights::resolve::{ResolvedModel, resolve};
 /// Connections that wait to be accepted; the system may allow fewer. A burst of more waits a second
 /// before it is tried again.
 const BACKLOG: u32 = 4096;
+/// How long work that cannot be interrupted may hold up the end.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Threads that speak HTTP. They only move bytes; the cores belong to the model.
 const HTTP_THREADS: usize = 2;
 
@@ -121,9 +124,14 @@ impl Server {
         let reloading = runtime.spawn(reload_when_changed(reloads(&listeners, &state), hangup));
         let served = runtime.block_on(serve_until_stopped(listeners, state, engine, stop));
         reloading.abort();
-        let joined = engine_thread.join();
+        // An engine that hangs in a step is left behind; the end of the process ends it too.
+        let patience = Instant::now() + SHUTDOWN_TIMEOUT;
+        while !engine_thread.is_finished() && Instant::now() < patience {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let joined = if engine_thread.is_finished() { engine_thread.join() } else { Ok(()) };
         // Whatever still runs ends here, and is counted.
-        drop(runtime);
+        runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
         if let Some(ledger) = ledger {
             ledger.close();
         }

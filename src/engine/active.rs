@@ -145,7 +145,8 @@ impl ActiveRequests {
         let request = self.requests.get_mut(&key).expect("the key was just found");
         match event {
             SeqEvent::Started { num_cached_tokens, .. } => {
-                self.seats.started(std::mem::take(&mut request.num_waiting_tokens));
+                self.seats
+                    .started(&request.client, std::mem::take(&mut request.num_waiting_tokens));
                 request.start(num_cached_tokens, now);
             }
             SeqEvent::PromptLogprobs(_, logprobs) => request.send(Event::PromptLogprobs(logprobs)),

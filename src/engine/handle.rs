@@ -91,6 +91,11 @@ pub(super) struct Submission {
 }
 
 impl Submission {
+    /// What it took at the door.
+    pub(super) fn claim(&self) -> Claim {
+        Claim::of(&self.request)
+    }
+
     /// What every choice must keep to.
     pub(super) fn guidance(&self) -> Guidance<'_> {
         let Request { grammar, thinking, .. } = &self.request;
@@ -143,11 +148,7 @@ impl EngineHandle {
             return Err(refusal);
         }
         self.refuse_if_late(&request)?;
-        let claim = Claim {
-            client: request.fairness_id.clone(),
-            num_seqs: request.n as usize,
-            num_tokens: request.prompt.len(),
-        };
+        let claim = Claim::of(&request);
         if !self.seats.take(&claim, &self.limits) {
             let num_waiting = self.num_waiting();
             let retry_after = self.stats().wait_per_sequence * request.n;
@@ -178,7 +179,8 @@ impl EngineHandle {
 
     /// Better refused at once than served too late.
     fn refuse_if_late(&self, request: &Request) -> Result<(), SubmitError> {
-        let num_waiting = self.num_waiting();
+        // Clients take turns, so not all who wait come before.
+        let num_waiting = self.num_waiting().min(self.seats.num_before(&request.fairness_id));
         let wait = self.stats().wait_per_sequence * num_waiting as u32;
         let patience = request.deadline.map(|deadline| deadline - thread::now());
         let is_late = |limit: Option<Duration>| limit.is_some_and(|limit| limit <= wait);
@@ -305,6 +307,19 @@ impl EventStream {
         if !self.is_over && self.ended_choices.insert(choice) {
             let _ = self.commands.send(Command::FinishChoice(self.key, choice));
         }
+    }
+}
+
+impl EventStream {
+    /// Tokens that were generated and that nobody has looked at. They are gone afterwards.
+    pub fn num_unread_tokens(&mut self) -> usize {
+        let mut num_tokens = 0;
+        while let Ok(event) = self.events.try_recv() {
+            let is_wanted = |choice: &u32| !self.ended_choices.contains(choice);
+            num_tokens +=
+                usize::from(matches!(&event, Event::Token { choice, .. } if is_wanted(choice)));
+        }
+        num_tokens
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::engine::request::Request;
 use crate::engine::stats::EngineLimits;
 use crate::scheduler::FairnessId;
 
@@ -22,6 +23,16 @@ pub(super) struct Claim {
     pub(super) num_tokens: usize,
 }
 
+impl Claim {
+    pub(super) fn of(request: &Request) -> Self {
+        Self {
+            client: request.fairness_id.clone(),
+            num_seqs: request.n as usize,
+            num_tokens: request.prompt.len(),
+        }
+    }
+}
+
 /// Counts live sequences, from `generate` until their end, and closes the door.
 #[derive(Debug, Default)]
 pub(super) struct Seats {
@@ -31,50 +42,78 @@ pub(super) struct Seats {
 
 #[derive(Debug, Default)]
 struct Taken {
+    all: Amount,
+    /// Who holds anything.
+    clients: BTreeMap<FairnessId, Amount>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Amount {
     num_seqs: usize,
     num_waiting_tokens: usize,
-    clients: BTreeMap<FairnessId, usize>,
+}
+
+impl Taken {
+    /// Takes a claim back, or what is left of it.
+    fn give_back(&mut self, claim: &Claim) {
+        self.all.num_seqs -= claim.num_seqs;
+        self.all.num_waiting_tokens -= claim.num_tokens;
+        if let Some(own) = self.clients.get_mut(&claim.client) {
+            own.num_seqs -= claim.num_seqs;
+            own.num_waiting_tokens -= claim.num_tokens;
+            if *own == Amount::default() {
+                self.clients.remove(&claim.client);
+            }
+        }
+    }
 }
 
 impl Seats {
     /// Takes seats unless that makes too many. A single request that is larger than the house is let
-    /// in when the house is empty: it could never enter otherwise.
+    /// in when the house is empty: it could never enter otherwise. So is one prompt of any length
+    /// when no other waits.
     pub(super) fn take(&self, claim: &Claim, limits: &EngineLimits) -> bool {
         let mut taken = self.taken();
+        let all = taken.all;
+        let own = taken.clients.get(&claim.client).copied().unwrap_or_default();
+        let fits = |own: usize, wanted: usize, free: usize| {
+            let is_fair = claim.client.is_none() || own + wanted <= SHARE_OF_FREE * free;
+            wanted <= free && is_fair
+        };
         let num_seats = limits.max_num_seqs + limits.max_queue;
-        let own = taken.clients.get(&claim.client).copied().unwrap_or(0);
-        let free = num_seats.saturating_sub(taken.num_seqs);
-        let is_fair = claim.client.is_none() || own + claim.num_seqs <= SHARE_OF_FREE * free;
-        let has_room = claim.num_seqs <= free && is_fair;
-        let waiting = taken.num_waiting_tokens;
-        let has_room_for_tokens =
-            waiting == 0 || waiting + claim.num_tokens <= limits.max_queue_tokens;
-        if taken.num_seqs != 0 && !(has_room && has_room_for_tokens) {
+        let free_seats = num_seats.saturating_sub(all.num_seqs);
+        let has_seats = all.num_seqs == 0 || fits(own.num_seqs, claim.num_seqs, free_seats);
+        let free_tokens = limits.max_queue_tokens.saturating_sub(all.num_waiting_tokens);
+        let has_room = all.num_waiting_tokens == 0
+            || fits(own.num_waiting_tokens, claim.num_tokens, free_tokens);
+        if !has_seats || !has_room {
             return false;
         }
-        taken.num_seqs += claim.num_seqs;
-        taken.num_waiting_tokens += claim.num_tokens;
-        *taken.clients.entry(claim.client.clone()).or_default() += claim.num_seqs;
+        let Taken { all, clients } = &mut *taken;
+        for amount in [all, clients.entry(claim.client.clone()).or_default()] {
+            amount.num_seqs += claim.num_seqs;
+            amount.num_waiting_tokens += claim.num_tokens;
+        }
         true
     }
 
     /// A request left the queue: its prompt waits no more.
-    pub(super) fn started(&self, num_tokens: usize) {
-        self.taken().num_waiting_tokens -= num_tokens;
+    pub(super) fn started(&self, client: &FairnessId, num_tokens: usize) {
+        self.taken().give_back(&Claim { client: client.clone(), num_seqs: 0, num_tokens });
     }
 
     /// Gives back what is left of a claim, or a part of it.
     pub(super) fn give_back(&self, claim: &Claim) {
-        let mut taken = self.taken();
-        taken.num_seqs -= claim.num_seqs;
-        taken.num_waiting_tokens -= claim.num_tokens;
-        // A client without sequences is not listed, but may still have tokens to give back.
-        if let Some(own) = taken.clients.get_mut(&claim.client) {
-            *own -= claim.num_seqs;
-            if *own == 0 {
-                taken.clients.remove(&claim.client);
-            }
-        }
+        self.taken().give_back(claim);
+    }
+
+    /// How many sequences are served before another one of this client at most, as clients take
+    /// turns.
+    pub(super) fn num_before(&self, client: &FairnessId) -> usize {
+        let taken = self.taken();
+        let own = taken.clients.get(client).copied().unwrap_or_default().num_seqs;
+        let num_others = taken.clients.keys().filter(|other| *other != client).count();
+        taken.all.num_seqs.min((own + 1) * (num_others + 1) - 1)
     }
 
     pub(super) fn close(&self) {
@@ -87,7 +126,7 @@ impl Seats {
 
     /// Live sequences.
     pub(super) fn num_taken(&self) -> usize {
-        self.taken().num_seqs
+        self.taken().all.num_seqs
     }
 
     /// Nobody is inside and nobody can come in. Whoever takes seats looks at the door afterwards,
@@ -151,13 +190,37 @@ mod tests {
     }
 
     #[test]
+    fn waiting_tokens_are_shared_too() {
+        let seats = Seats::default();
+        let mut num_taken = 0;
+        while seats.take(&claim(Some("a"), 0, 50), &limits()) {
+            num_taken += 50;
+        }
+        assert!((600..=700).contains(&num_taken), "{num_taken}");
+        assert!(seats.take(&claim(Some("b"), 1, 200), &limits()));
+        seats.started(&Some("b".into()), 200);
+        assert!(seats.take(&claim(Some("b"), 1, 200), &limits()));
+    }
+
+    #[test]
+    fn who_has_little_inside_is_served_before_who_has_much() {
+        let seats = Seats::default();
+        flood(&seats, Some("a"));
+        let (a, b): (FairnessId, FairnessId) = (Some("a".into()), Some("b".into()));
+        assert_eq!((seats.num_before(&a), seats.num_before(&b)), (20, 1));
+        let all = Seats::default();
+        flood(&all, None);
+        assert_eq!(all.num_before(&None), 30);
+    }
+
+    #[test]
     fn waiting_tokens_are_bounded_but_for_one_prompt() {
         let seats = Seats::default();
         assert!(seats.take(&claim(None, 40, 5000), &limits()), "the house is empty");
         assert!(!seats.take(&claim(None, 1, 1), &limits()));
         seats.give_back(&claim(None, 39, 0));
         assert!(!seats.take(&claim(None, 1, 1), &limits()), "tokens");
-        seats.started(5000);
+        seats.started(&None, 5000);
         assert!(seats.take(&claim(None, 1, 900), &limits()));
         assert!(!seats.take(&claim(None, 1, 101), &limits()));
         assert!(seats.take(&claim(None, 1, 100), &limits()));

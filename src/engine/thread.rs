@@ -30,6 +30,9 @@ use crate::telemetry::metrics::{self, StepPhase};
 /// 100 billion a second.
 const STALL_TIMEOUT_PER_TOKEN: Duration = Duration::from_secs(2);
 
+/// How long building a runner anew may take before the engine counts as stalled.
+const REBUILD_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+
 /// Grammars are followed by recursion, as deep as clients nest them. Only what is used becomes
 /// memory.
 const STACK_BYTES: usize = 64 << 20;
@@ -223,7 +226,7 @@ where
 {
     let runner = make_runner()?;
     let num_blocks = runner.num_blocks().unwrap_or(config.num_blocks);
-    let config = EngineConfig { num_blocks, ..config.clone() };
+    let mut config = EngineConfig { num_blocks, ..config.clone() };
     let mut core = EngineCore::new(config.scheduler(), Timed::new(runner));
     outbox.heartbeat.watch(core.phase());
     loop {
@@ -237,8 +240,17 @@ where
                 lifecycle.send_replace(Lifecycle::Loading);
                 // The old one gives its memory back before there is another.
                 let state = core.into_state();
-                core = EngineCore::resume(state, Timed::new(make_runner()?));
+                outbox.heartbeat.begin((0, 0), REBUILD_TIMEOUT);
+                let runner = make_runner()?;
+                let num_blocks = runner.num_blocks().unwrap_or(config.num_blocks);
+                core = EngineCore::resume(state, Timed::new(runner));
                 core.probe().map_err(|error| format!("a new runner fails too: {error}"))?;
+                outbox.heartbeat.end();
+                if num_blocks != config.num_blocks {
+                    config.num_blocks = num_blocks;
+                    outbox.fail_everything("the cache has another size than before");
+                    core.start_anew(config.scheduler());
+                }
             }
             Err(panic) => {
                 // A bug of ours: who was being answered cannot be, but whoever comes next can.
@@ -270,6 +282,7 @@ impl Outbox {
         self.active.fail_all(reason, now());
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Add(submission) = command {
+                self.seats.give_back(&submission.claim());
                 let _ = submission.events.send(Event::Failed(reason.to_owned()));
             }
         }
@@ -406,6 +419,7 @@ impl<'a, R: Runner> EngineThread<'a, R> {
     fn step(&mut self) -> Option<End> {
         self.core.advance_to(self.outbox.heartbeat.origin.elapsed());
         let scheduling_at = now();
+        self.outbox.heartbeat.begin((0, 0), self.stall_timeout);
         let num_waiting = self.core.scheduler().stats().num_waiting;
         let step = self.core.schedule();
         let num_left = num_waiting.saturating_sub(self.core.scheduler().stats().num_waiting);

@@ -113,6 +113,16 @@ impl Generation {
     }
 }
 
+impl Drop for Generation {
+    /// What was generated for a client that did not read it was generated all the same.
+    fn drop(&mut self) {
+        let prompts = self.prompts.iter_mut();
+        let num_unread: usize = prompts.map(|prompt| prompt.events.num_unread_tokens()).sum();
+        self.log.usage.completion_tokens += num_unread;
+        self.log.usage.total_tokens += num_unread;
+    }
+}
+
 /// The updates of one prompt.
 struct PromptUpdates {
     index: usize,

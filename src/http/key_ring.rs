@@ -3,6 +3,7 @@
 //! Keys are looked up by a digest that takes the same time to compare wherever it differs, and
 //! with every key, so that the time says nothing about which one was meant.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -19,6 +20,8 @@ const ONLY_KEY: &str = "default";
 pub struct KeyRing {
     file: Option<PathBuf>,
     holders: RwLock<Vec<Arc<Holder>>>,
+    /// Of every key there ever was, by name: who is gone for a moment has used what it used.
+    quotas: Mutex<BTreeMap<KeyName, Arc<Mutex<Quota>>>>,
     clock: Clock,
 }
 
@@ -58,7 +61,12 @@ impl KeyRing {
 
     /// These keys.
     pub fn new(keys: Vec<Key>) -> Self {
-        let ring = Self { file: None, holders: RwLock::default(), clock: Clock(Instant::now()) };
+        let ring = Self {
+            file: None,
+            holders: RwLock::default(),
+            quotas: Mutex::default(),
+            clock: Clock(Instant::now()),
+        };
         ring.replace(keys);
         ring
     }
@@ -92,17 +100,22 @@ impl KeyRing {
 
     fn replace(&self, keys: Vec<Key>) {
         let now = self.clock.now();
-        let mut holders = self.holders.write().unwrap_or_else(PoisonError::into_inner);
-        let quota = |key: &Key| match holders.iter().find(|holder| holder.key.name == key.name) {
-            Some(holder) => {
-                holder.quota().set_limits(key.limits, now);
-                Arc::clone(&holder.quota)
+        let mut quotas = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut quota = |key: &Key| match quotas.get(&key.name) {
+            Some(quota) => {
+                quota.lock().unwrap_or_else(PoisonError::into_inner).set_limits(key.limits, now);
+                Arc::clone(quota)
             }
-            None => Arc::new(Mutex::new(Quota::new(key.limits, now))),
+            None => {
+                let quota = Arc::new(Mutex::new(Quota::new(key.limits, now)));
+                quotas.insert(key.name.clone(), Arc::clone(&quota));
+                quota
+            }
         };
         let clock = self.clock;
         let new = keys.into_iter().map(|key| Arc::new(Holder { quota: quota(&key), key, clock }));
-        *holders = new.collect();
+        let new = new.collect();
+        *self.holders.write().unwrap_or_else(PoisonError::into_inner) = new;
     }
 
     /// Who has the key with this secret, if it works.

@@ -21,7 +21,8 @@ pub struct Reload {
     /// What they hold.
     what: &'static str,
     files: Vec<PathBuf>,
-    seen: Vec<Option<Version>>,
+    /// Absent before the first look: the files may have changed since they were opened.
+    seen: Option<Vec<Option<Version>>>,
     read: Box<dyn Fn() -> Result<(), Box<dyn Error>> + Send>,
 }
 
@@ -52,13 +53,12 @@ impl Reload {
         files: Vec<PathBuf>,
         read: impl Fn() -> Result<(), Box<dyn Error>> + Send + 'static,
     ) -> Self {
-        let seen = versions(&files);
-        Self { what, files, seen, read: Box::new(read) }
+        Self { what, files, seen: None, read: Box::new(read) }
     }
 
     fn look(&mut self) {
-        let versions = versions(&self.files);
-        if versions != self.seen {
+        let versions = Some(versions(&self.files));
+        if !self.files.is_empty() && versions != self.seen {
             self.seen = versions;
             self.take_over();
         }
@@ -133,12 +133,13 @@ mod tests {
             counted.fetch_add(1, Ordering::Relaxed);
             Err("broken".into())
         });
+        // It may have changed since whoever asks has read it.
         reload.look();
-        assert_eq!(count.load(Ordering::Relaxed), 0);
+        assert_eq!(count.load(Ordering::Relaxed), 1);
         fs::write(&path, "22").unwrap();
         reload.look();
         reload.look();
-        assert_eq!(count.load(Ordering::Relaxed), 1);
+        assert_eq!(count.load(Ordering::Relaxed), 2);
         // Replaced by a file of the same size and time, as a linked secret is.
         let other = folder.path().join("other");
         fs::write(&other, "33").unwrap();
@@ -146,9 +147,9 @@ mod tests {
         fs::File::options().append(true).open(&other).unwrap().set_modified(modified).unwrap();
         fs::rename(&other, &path).unwrap();
         reload.look();
-        assert_eq!(count.load(Ordering::Relaxed), 2);
+        assert_eq!(count.load(Ordering::Relaxed), 3);
         fs::remove_file(&path).unwrap();
         reload.look();
-        assert_eq!(count.load(Ordering::Relaxed), 3);
+        assert_eq!(count.load(Ordering::Relaxed), 4);
     }
 }

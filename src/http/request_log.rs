@@ -53,7 +53,11 @@ impl RequestLog {
     fn settle(&self) {
         match self.caller.holder() {
             Some(holder) if self.outcome == REFUSED => holder.give_back(self.num_reserved),
-            Some(holder) => holder.charge(self.usage.completion_tokens),
+            Some(holder) => {
+                // A list of inputs may have been computed in part.
+                holder.give_back(self.num_reserved.saturating_sub(self.usage.prompt_tokens));
+                holder.charge(self.usage.completion_tokens);
+            }
             None => {}
         }
     }

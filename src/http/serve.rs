@@ -205,6 +205,8 @@ async fn drained(state: &AppState, shutdown: impl Future<Output = ()>) {
     if timeout(state.limits.drain_timeout, state.engine.stopped()).await.is_err() {
         tracing::warn!("shutdown took too long: aborting what still runs");
         state.engine.abort_all();
-        state.engine.stopped().await;
+        if timeout(FLUSH_TIMEOUT, state.engine.stopped()).await.is_err() {
+            tracing::error!("the engine hangs in a step and is left behind");
+        }
     }
 }

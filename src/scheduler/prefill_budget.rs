@@ -43,7 +43,8 @@ impl PrefillBudget {
         let relation = duration.as_secs_f64() / target.as_secs_f64();
         if 1.0 < relation {
             let used = self.num_tokens.min(num_prompt_tokens as f64);
-            self.num_tokens = (used / relation).max(used * MAX_CUT).max(MIN_TOKENS);
+            let least = (self.num_tokens * MAX_CUT).max(MIN_TOKENS);
+            self.num_tokens = (used / relation).max(least);
         } else if relation < ROOM && self.num_tokens() <= num_prompt_tokens {
             self.num_tokens = (self.num_tokens * GROWTH + 1.0).min(self.max_tokens);
         }
