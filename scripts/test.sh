@@ -167,7 +167,7 @@ if cargo nextest --version >/dev/null 2>&1; then
 else
     counted "Rust tests" '^test result: ' cargo test --lib --bins --tests --locked --no-fail-fast --features emulation,otel
 fi
-counted "doc tests" '^test result: ' cargo test --doc --locked
+counted "doc tests" '^test result: ' cargo test --doc --locked --features emulation,otel
 phase "documentation" env RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps --locked
 counted "real model and SDK" '^=.* in [0-9.]+s|^[0-9]+ (passed|failed|error).* in [0-9.]+s' \
     "$root/.venv/bin/python" -m pytest -p no:cacheprovider --durations=10 tests/python
