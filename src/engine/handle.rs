@@ -150,7 +150,7 @@ impl EngineHandle {
         self.refuse_if_late(&request)?;
         let claim = Claim::of(&request);
         if !self.seats.take(&claim, &self.limits) {
-            let num_waiting = self.num_waiting();
+            let num_waiting = self.num_pending();
             let retry_after = self.stats().wait_per_sequence * request.n;
             return Err(SubmitError::Busy { num_waiting, retry_after });
         }
@@ -179,8 +179,9 @@ impl EngineHandle {
 
     /// Better refused at once than served too late.
     fn refuse_if_late(&self, request: &Request) -> Result<(), SubmitError> {
-        // Clients take turns, so not all who wait come before.
-        let num_waiting = self.num_waiting().min(self.seats.num_before(&request.fairness_id));
+        // Clients take turns, so not all who wait come before. Who has left the queue may still have
+        // a prompt to be read.
+        let num_waiting = self.num_pending().min(self.seats.num_before(&request.fairness_id));
         let wait = self.stats().wait_per_sequence * num_waiting as u32;
         let patience = request.deadline.map(|deadline| deadline - thread::now());
         let is_late = |limit: Option<Duration>| limit.is_some_and(|limit| limit <= wait);
@@ -190,10 +191,11 @@ impl EngineHandle {
         Ok(())
     }
 
-    /// Sequences that wait, or will when the engine has looked at them.
-    fn num_waiting(&self) -> usize {
-        let expected = self.seats.num_taken().saturating_sub(self.limits.max_num_seqs);
-        self.stats().num_waiting.max(expected)
+    /// Sequences that have no token yet, those included that the engine has not looked at.
+    fn num_pending(&self) -> usize {
+        let stats = self.stats();
+        let num_served = (stats.num_running + stats.num_waiting).saturating_sub(stats.num_pending);
+        self.seats.num_taken().saturating_sub(num_served)
     }
 
     fn refusal(&self) -> Option<SubmitError> {

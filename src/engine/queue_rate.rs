@@ -1,7 +1,7 @@
-//! How fast the queue moves, to tell who comes how long it takes.
+//! How fast first tokens come, to tell who comes how long it takes.
 //!
-//! By Little's law the wait is the length of the queue over the rate at which sequences leave it,
-//! whatever holds them up: places, blocks or tokens. The rate is a mean over the latest time in which
+//! By Little's law the wait is the number of sequences without a token over the rate at which they
+//! get one, whatever holds them up: places, blocks, or prompts to be read. The rate is a mean over the latest time in which
 //! there was a queue. Pure: durations come as arguments.
 
 use std::time::Duration;

@@ -32,6 +32,8 @@ pub struct EngineStats {
     pub num_running: usize,
     /// Sequences in the queue.
     pub num_waiting: usize,
+    /// Sequences that have no token yet, in the queue or not.
+    pub num_pending: usize,
     /// Blocks that no sequence holds, whatever is cached in them.
     pub num_free_blocks: usize,
     /// All blocks.
@@ -42,7 +44,7 @@ pub struct EngineStats {
     pub num_preemptions: u64,
     /// Steps that failed.
     pub num_failed_steps: u64,
-    /// How long the queue takes to get shorter by one; zero as long as nobody knows.
+    /// How long it takes until one more has its first token; zero as long as nobody knows.
     pub wait_per_sequence: Duration,
 }
 

@@ -420,9 +420,8 @@ impl<'a, R: Runner> EngineThread<'a, R> {
         self.core.advance_to(self.outbox.heartbeat.origin.elapsed());
         let scheduling_at = now();
         self.outbox.heartbeat.begin((0, 0), self.stall_timeout);
-        let num_waiting = self.core.scheduler().stats().num_waiting;
+        let num_pending = self.core.scheduler().stats().num_pending;
         let step = self.core.schedule();
-        let num_left = num_waiting.saturating_sub(self.core.scheduler().stats().num_waiting);
         let num_tokens = num_tokens(&step);
         let began_at = now();
         let allowed = self.stall_timeout + STALL_TIMEOUT_PER_TOKEN * num_tokens;
@@ -432,7 +431,8 @@ impl<'a, R: Runner> EngineThread<'a, R> {
         let ended_at = now();
         let duration = ended_at - began_at;
         self.num_steps += 1;
-        if 0 < num_waiting {
+        if 0 < num_pending {
+            let num_left = num_pending.saturating_sub(self.core.scheduler().stats().num_pending);
             self.queue_rate.observe(num_left, duration);
         }
         metrics::step_ended(&metrics::Step {
@@ -484,6 +484,7 @@ impl<'a, R: Runner> EngineThread<'a, R> {
             *published = EngineStats {
                 num_running: stats.num_running,
                 num_waiting: stats.num_waiting,
+                num_pending: stats.num_pending,
                 num_free_blocks: num_blocks - stats.num_held_blocks,
                 num_blocks,
                 num_steps,

@@ -101,16 +101,11 @@ impl KeyRing {
     fn replace(&self, keys: Vec<Key>) {
         let now = self.clock.now();
         let mut quotas = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut quota = |key: &Key| match quotas.get(&key.name) {
-            Some(quota) => {
-                quota.lock().unwrap_or_else(PoisonError::into_inner).set_limits(key.limits, now);
-                Arc::clone(quota)
-            }
-            None => {
-                let quota = Arc::new(Mutex::new(Quota::new(key.limits, now)));
-                quotas.insert(key.name.clone(), Arc::clone(&quota));
-                quota
-            }
+        let mut quota = |key: &Key| {
+            let fresh = || Arc::new(Mutex::new(Quota::new(key.limits, now)));
+            let quota = quotas.entry(key.name.clone()).or_insert_with(fresh);
+            quota.lock().unwrap_or_else(PoisonError::into_inner).set_limits(key.limits, now);
+            Arc::clone(quota)
         };
         let clock = self.clock;
         let new = keys.into_iter().map(|key| Arc::new(Holder { quota: quota(&key), key, clock }));

@@ -100,6 +100,8 @@ pub struct SchedulerStats {
     pub num_running: usize,
     /// Sequences in the queue.
     pub num_waiting: usize,
+    /// Sequences of both kinds that have no token yet.
+    pub num_pending: usize,
     /// Blocks that sequences hold.
     pub num_held_blocks: usize,
     /// How often a sequence gave its blocks back to be recomputed later.
@@ -176,6 +178,8 @@ impl Scheduler {
         SchedulerStats {
             num_running: self.running.len(),
             num_waiting: self.waiting.len(),
+            num_pending: self.running.iter().filter(|seq| seq.num_output_tokens() == 0).count()
+                + self.waiting.iter().filter(|seq| seq.num_output_tokens() == 0).count(),
             num_held_blocks: self.kv.num_held_blocks(),
             ..self.stats
         }
