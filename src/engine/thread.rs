@@ -248,15 +248,15 @@ where
                 outbox.heartbeat.end();
                 if num_blocks != config.num_blocks {
                     config.num_blocks = num_blocks;
-                    outbox.fail_everything("the cache has another size than before");
+                    outbox.fail_active("the cache has another size than before");
                     core.start_anew(config.scheduler());
                 }
             }
             Err(panic) => {
-                // A bug of ours: who was being answered cannot be, but whoever comes next can.
+                // A bug of ours: who was being answered cannot be, but whoever knocks can.
                 let reason = format!("panic: {}", panic_message(panic.as_ref()));
                 tracing::error!(reason, "the engine starts anew");
-                outbox.fail_everything(&reason);
+                outbox.fail_active(&reason);
                 core.start_anew(config.scheduler());
             }
         }
@@ -277,9 +277,15 @@ struct Outbox {
 }
 
 impl Outbox {
-    fn fail_everything(&mut self, reason: &str) {
+    /// Ends the requests the engine has taken on.
+    fn fail_active(&mut self, reason: &str) {
         self.heartbeat.end();
         self.active.fail_all(reason, now());
+    }
+
+    /// Ends those, and the ones it has not looked at yet.
+    fn fail_everything(&mut self, reason: &str) {
+        self.fail_active(reason);
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Add(submission) = command {
                 self.seats.give_back(&submission.claim());
