@@ -217,9 +217,10 @@ pub enum KvCacheDtype {
 /// How a GPU is told what to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Execution {
-    /// Decode steps are recorded once and replayed.
+    /// Decode steps are recorded once and replayed, and the next one is launched behind the one
+    /// under way.
     Recorded,
-    /// Every kernel is launched by itself.
+    /// Every kernel is launched by itself, and every step is waited for.
     Eager,
 }
 

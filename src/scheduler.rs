@@ -6,6 +6,7 @@
 //! [`Scheduler::schedule`].
 
 mod admission;
+mod ahead;
 pub mod fairness;
 mod prefill_budget;
 pub mod priority;

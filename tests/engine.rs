@@ -320,23 +320,32 @@ async fn no_number_of_poisoned_requests_ends_it() {
     assert_eq!(handle.stats().num_failed_steps, 80);
 }
 
-/// A runner that computes nothing any more after so many steps.
-struct Wearing {
+/// A runner with faults of its own.
+struct Faulty {
     inner: FakeRunner,
+    /// After so many steps it computes nothing any more.
     num_good_steps: usize,
+    num_blocks: Option<u32>,
+    is_broken: fn() -> bool,
 }
 
-impl Runner for Wearing {
+impl Default for Faulty {
+    fn default() -> Self {
+        let (inner, num_good_steps) = (FakeRunner::default(), usize::MAX);
+        Self { inner, num_good_steps, num_blocks: None, is_broken: || false }
+    }
+}
+
+impl Runner for Faulty {
     type Error = String;
 
     fn launch(&mut self, step: &SchedulerOutput) -> Result<(), String> {
-        match self.num_good_steps.checked_sub(1) {
-            None => Err("worn out".to_owned()),
-            Some(rest) => {
-                self.num_good_steps = rest;
-                self.inner.launch(step)
-            }
-        }
+        let blocks = step.scheduled.iter().flat_map(|scheduled| scheduled.blocks.blocks());
+        let num_blocks = self.num_blocks.unwrap_or(u32::MAX);
+        assert!(blocks.into_iter().all(|block| block.0 < num_blocks), "no such block");
+        let rest = self.num_good_steps.checked_sub(1);
+        self.num_good_steps = rest.ok_or("worn out")?;
+        self.inner.launch(step)
     }
 
     fn sample(
@@ -346,6 +355,14 @@ impl Runner for Wearing {
     ) -> Result<Vec<SeqOutput>, String> {
         self.inner.sample(step, masks)
     }
+
+    fn num_blocks(&self) -> Option<u32> {
+        self.num_blocks
+    }
+
+    fn is_broken(&self) -> bool {
+        (self.is_broken)()
+    }
 }
 
 /// The engine gets one of these runners after the other.
@@ -353,7 +370,7 @@ fn wearing(mut num_good_steps: Vec<usize>) -> (EngineHandle, std::thread::JoinHa
     num_good_steps.reverse();
     spawn(config(), move || {
         let num_good_steps = num_good_steps.pop().ok_or("no other runner")?;
-        Ok(Wearing { inner: FakeRunner::default(), num_good_steps })
+        Ok(Faulty { num_good_steps, ..Faulty::default() })
     })
 }
 
@@ -371,33 +388,13 @@ async fn a_runner_that_breaks_is_built_anew_unnoticed() {
     until(&handle, is_empty).await;
 }
 
-/// A runner with which the engine's own code panics when a step has failed.
-struct Treacherous(FakeRunner);
-
-impl Runner for Treacherous {
-    type Error = String;
-
-    fn launch(&mut self, step: &SchedulerOutput) -> Result<(), String> {
-        self.0.launch(step)
-    }
-
-    fn sample(
-        &mut self,
-        step: &SchedulerOutput,
-        masks: &TokenMasks,
-    ) -> Result<Vec<SeqOutput>, String> {
-        self.0.sample(step, masks)
-    }
-
-    fn is_broken(&self) -> bool {
-        panic!("nobody expects this")
-    }
-}
-
 #[tokio::test]
 async fn a_panic_of_its_own_ends_what_runs_and_nothing_else() {
     let (runner, gate) = FakeRunner::default().gated();
-    let (handle, thread) = spawn(config(), once(Treacherous(runner)));
+    // The engine asks when a step has failed.
+    let is_broken: fn() -> bool = || panic!("nobody expects this");
+    let runner = Faulty { inner: runner, is_broken, ..Faulty::default() };
+    let (handle, thread) = spawn(config(), once(runner));
     let bad = handle.generate(request(&[ERROR_TOKEN], 3)).expect("accepted");
     until(&handle, |stats| 0 < stats.num_running + stats.num_waiting).await;
     // They arrive while the step is under way, and the engine has not looked at them when it fails.
@@ -417,37 +414,12 @@ async fn a_panic_of_its_own_ends_what_runs_and_nothing_else() {
     thread.join().expect("a clean end");
 }
 
-/// A cache that becomes smaller when its runner is built anew.
-struct Shrinking(Wearing, u32);
-
-impl Runner for Shrinking {
-    type Error = String;
-
-    fn launch(&mut self, step: &SchedulerOutput) -> Result<(), String> {
-        let blocks = step.scheduled.iter().flat_map(|scheduled| scheduled.blocks.blocks());
-        assert!(blocks.into_iter().all(|block| block.0 < self.1), "no such block");
-        self.0.launch(step)
-    }
-
-    fn sample(
-        &mut self,
-        step: &SchedulerOutput,
-        masks: &TokenMasks,
-    ) -> Result<Vec<SeqOutput>, String> {
-        self.0.sample(step, masks)
-    }
-
-    fn num_blocks(&self) -> Option<u32> {
-        Some(self.1)
-    }
-}
-
 #[tokio::test]
 async fn a_cache_that_became_smaller_is_not_overrun() {
     let mut runners = vec![(500, 12), (10, 64)];
     let (handle, _) = spawn(config(), move || {
         let (num_good_steps, num_blocks) = runners.pop().ok_or("no other runner")?;
-        Ok(Shrinking(Wearing { inner: FakeRunner::default(), num_good_steps }, num_blocks))
+        Ok(Faulty { num_good_steps, num_blocks: Some(num_blocks), ..Faulty::default() })
     });
     let lost = collect(handle.generate(request(&[1; 20], 40)).expect("accepted")).await;
     assert!(matches!(lost.last(), Some(Event::Failed(why)) if why.contains("another size")));
@@ -512,37 +484,12 @@ async fn who_would_wait_too_long_is_refused_at_once() {
     assert!(handle.generate(soon(Duration::from_millis(300))).is_ok(), "nobody waits");
 }
 
-/// A runner whose device answers with errors only once one has happened, and whose cache became
-/// smaller than was planned.
-struct OnCard(FakeRunner);
-
-impl Runner for OnCard {
-    type Error = String;
-
-    fn launch(&mut self, step: &SchedulerOutput) -> Result<(), String> {
-        self.0.launch(step)
-    }
-
-    fn sample(
-        &mut self,
-        step: &SchedulerOutput,
-        masks: &TokenMasks,
-    ) -> Result<Vec<SeqOutput>, String> {
-        self.0.sample(step, masks)
-    }
-
-    fn num_blocks(&self) -> Option<u32> {
-        Some(16)
-    }
-
-    fn is_broken(&self) -> bool {
-        true
-    }
-}
-
 #[tokio::test]
 async fn a_lost_device_ends_the_engine_at_once() {
-    let (handle, thread) = spawn(config(), || Ok(OnCard(FakeRunner::default())));
+    // The device answers with errors only once one has happened, and the cache is smaller than was
+    // planned.
+    let lost = || Faulty { num_blocks: Some(16), is_broken: || true, ..Faulty::default() };
+    let (handle, thread) = spawn(config(), move || Ok(lost()));
     let fine = collect(handle.generate(request(&[1], 3)).unwrap()).await;
     assert!(matches!(fine.last(), Some(Event::Finished { .. })), "{fine:?}");
     assert_eq!(handle.stats().num_blocks, 16);

@@ -226,6 +226,9 @@ struct ShadowRunner {
     block_size: usize,
     /// Steps that fail and leave garbage everywhere.
     failing_steps: BTreeSet<usize>,
+    /// Steps begin before the tokens are known that the step before draws.
+    runs_ahead: bool,
+    num_ahead: usize,
     num_steps: usize,
     num_computed_tokens: usize,
 }
@@ -294,6 +297,7 @@ impl Runner for ShadowRunner {
         }
         self.check_preconditions(output);
         self.num_steps += 1;
+        self.num_ahead += usize::from(output.is_begun());
         let is_poison = |seq: &ScheduledSeq| {
             self.poison_after.get(&seq.id).is_some_and(|&after| after < seq.end())
         };
@@ -348,6 +352,10 @@ impl Runner for ShadowRunner {
         });
         Ok(outputs.collect())
     }
+
+    fn is_asynchronous(&self) -> bool {
+        self.runs_ahead
+    }
 }
 
 // The world: arrivals, steps, and what everybody hears.
@@ -358,6 +366,7 @@ struct Shape {
     block_size: usize,
     config: SchedulerConfig,
     failing_steps: BTreeSet<usize>,
+    runs_ahead: bool,
 }
 
 impl Shape {
@@ -374,7 +383,8 @@ impl Shape {
             target_ttft: None,
             max_model_len: 4096,
         };
-        Self { num_blocks: 2048, block_size: 4, config, failing_steps: BTreeSet::new() }
+        let failing_steps = BTreeSet::new();
+        Self { num_blocks: 2048, block_size: 4, config, failing_steps, runs_ahead: false }
     }
 }
 
@@ -397,6 +407,7 @@ impl<'a> World<'a> {
             owners: vec![None; num_slots],
             block_size: shape.block_size,
             failing_steps: shape.failing_steps.clone(),
+            runs_ahead: shape.runs_ahead,
             ..ShadowRunner::default()
         };
         let mut runner = runner;
@@ -450,7 +461,10 @@ impl<'a> World<'a> {
         self.engine.scheduler().check_invariants();
         let output = self.engine.schedule();
         let order = |id: &SeqId| self.live[id];
-        let oldest = output.scheduled.iter().map(|seq| order(&seq.id)).min();
+        // What began early may hold sequences that were over before it was finished.
+        let live = output.scheduled.iter().filter(|seq| self.live.contains_key(&seq.id));
+        assert!(output.is_begun() || live.clone().count() == output.scheduled.len());
+        let oldest = live.map(|seq| order(&seq.id)).min();
         if !self.engine.scheduler().is_idle() {
             assert!(oldest.is_some(), "a step without progress");
         }
@@ -609,12 +623,13 @@ fn shape() -> impl Strategy<Value = Shape> {
         },
     );
     let failing_steps = prop::collection::btree_set(1..60_usize, 0..3);
-    (4..40_u32, 1..9_usize, config, failing_steps).prop_map(
-        |(num_blocks, block_size, config, failing_steps)| Shape {
+    (4..40_u32, 1..9_usize, config, failing_steps, any::<bool>()).prop_map(
+        |(num_blocks, block_size, config, failing_steps, runs_ahead)| Shape {
             num_blocks,
             block_size,
             config,
             failing_steps,
+            runs_ahead,
         },
     )
 }
@@ -958,4 +973,26 @@ fn clients_share_the_engine() {
     let b = ends_of(&mut world_b, "b", 240).len();
     let a = ends_of(&mut world, "a", 240).len() - before;
     assert!(a.abs_diff(b) <= 6, "{a} and {b}");
+}
+
+/// Goal: steps begin early whenever nothing can change what they are, and only then. Method: counts.
+#[test]
+fn steps_begin_early_where_they_can() {
+    let count = |arrivals: &[Arrival], max_num_seqs: usize| {
+        let roomy = Shape::roomy();
+        let config = SchedulerConfig { max_num_seqs, ..roomy.config };
+        let mut world = World::new(arrivals, &Shape { runs_ahead: true, config, ..roomy });
+        world.run();
+        let runner = world.engine.runner();
+        (runner.num_ahead, runner.num_steps)
+    };
+    let stream = || Arrival::simple(0, vec![1, 0, 1], 20);
+    assert_eq!(count(&[stream()], 4), (19, 20), "all but the prompt");
+    // The second one waits for a place, and comes in when the first one is over.
+    assert_eq!(count(&[stream(), stream()], 1), (38, 40));
+    let other = Arrival { client: Some("b"), ..stream() };
+    let num_ahead = count(&[stream(), other], 1).0;
+    assert!(num_ahead < 22, "{num_ahead} steps began while another client waited");
+    let scored = Arrival { prompt: vec![1; 90], prompt_logprobs: true, ..stream() };
+    assert_eq!(count(&[scored], 4), (19, 22), "no piece of a prompt begins early");
 }

@@ -25,8 +25,18 @@ const LAYERS: &[(&str, &[&str])] = &[
             "engine::event",
         ],
     ),
-    ("grammar", &["text"]),
-    ("engine", &["scheduler", "grammar", "kv", "sampling::params", "sampling::SamplingParams"]),
+    ("grammar", &["text", "device::thread_clock"]),
+    (
+        "engine",
+        &[
+            "scheduler",
+            "grammar",
+            "kv",
+            "sampling::params",
+            "sampling::SamplingParams",
+            "device::threads",
+        ],
+    ),
     (
         "runner",
         &[

@@ -216,9 +216,10 @@ struct EngineFlags {
     #[arg(default_value_t = 96, value_parser = at_least_one(1 << 20))]
     max_prefill_tokens_while_decoding: usize,
 
-    /// Launch every kernel of a GPU by itself instead of recording decode steps as CUDA graphs
+    /// Launch every kernel of a GPU by itself and wait for every step
     ///
-    /// Slower; for finding faults.
+    /// Otherwise decode steps are recorded as CUDA graphs, and the next one is launched behind the
+    /// one under way. Slower; for finding faults.
     #[arg(long, env = "QWEN_SERVER_ENFORCE_EAGER", value_name = "BOOL")]
     #[arg(default_value_t = false, default_missing_value = "true")]
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]

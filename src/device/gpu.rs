@@ -530,6 +530,27 @@ impl DeviceBuffer {
         assert!(bytes.len() <= self.len, "{} bytes out of {}", bytes.len(), self.len);
         self.memory.gpu.shared.backend.download(self.address(), bytes)
     }
+
+    /// Queues a copy of the first bytes to the processor, see [`DeviceBuffer::end_download`]. There
+    /// is one at a time on a card: another one replaces it.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    ///
+    /// # Panics
+    /// If more are wanted than the buffer holds.
+    pub fn begin_download(&self, num_bytes: usize) -> Result<(), GpuError> {
+        assert!(num_bytes <= self.len, "{num_bytes} bytes out of {}", self.len);
+        self.memory.gpu.shared.backend.begin_download(self.address(), num_bytes)
+    }
+
+    /// The bytes of the copy that was queued last, without waiting for what was queued after it.
+    ///
+    /// # Errors
+    /// If the driver fails, or something before the copy did.
+    pub fn end_download(&self, bytes: &mut [u8]) -> Result<(), GpuError> {
+        self.memory.gpu.shared.backend.end_download(bytes)
+    }
 }
 
 impl std::fmt::Debug for DeviceBuffer {
@@ -633,7 +654,13 @@ mod tests {
         let copy = gpu.scratch(500).unwrap();
         gpu.copy(&copy, &buffer.slice(250..750)).unwrap();
         gpu.zero(&copy.slice(0..3)).unwrap();
+        copy.begin_download(2).unwrap();
+        copy.begin_download(500).unwrap();
         let found = copy.download().unwrap();
+        gpu.zero(&copy).unwrap();
+        let mut begun = vec![0; 500];
+        copy.end_download(&mut begun).unwrap();
+        assert_eq!(begun, found, "as they were when the copy was queued");
         assert_eq!((&found[..3], &found[3..]), (&[0, 0, 0][..], &bytes[253..750]));
     }
 

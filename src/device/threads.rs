@@ -15,6 +15,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
+/// Stack of a thread that computes. Grammars are followed by recursion, as deep as clients nest them;
+/// only what is used becomes memory.
+pub const STACK_BYTES: usize = 64 << 20;
+
 /// Pause instructions before parking: 20 to 60 microseconds on current processors.
 const SPIN_ROUNDS: u32 = 1500;
 
@@ -58,6 +62,7 @@ impl ThreadPool {
                 let shared = Arc::clone(&shared);
                 let handle = std::thread::Builder::new()
                     .name(format!("ops-{index}"))
+                    .stack_size(STACK_BYTES)
                     .spawn(move || shared.work(index))
                     .ok();
                 Worker { handle }

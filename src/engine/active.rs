@@ -99,16 +99,27 @@ impl ActiveRequests {
         while let Some(&(deadline, key)) = self.deadlines.first()
             && deadline <= now
         {
-            let Some(request) = self.remove(key) else { break };
             metrics::request_expired();
-            for _ in &request.choices {
-                metrics::request_finished(reason_label(FinishReason::Abort));
-            }
-            request.send(Event::Expired);
-            request.record_end(now);
-            orphans.extend(request.choices.into_keys());
+            orphans.extend(self.end(key, FinishReason::Abort, Event::Expired, now));
         }
         orphans
+    }
+
+    /// Ends all choices of a request that are left. Returns their sequences.
+    fn end(
+        &mut self,
+        key: RequestKey,
+        reason: FinishReason,
+        last: Event,
+        now: Instant,
+    ) -> Vec<SeqId> {
+        let Some(request) = self.remove(key) else { return Vec::new() };
+        for _ in &request.choices {
+            metrics::request_finished(reason_label(reason));
+        }
+        request.send(last);
+        request.record_end(now);
+        request.choices.into_keys().collect()
     }
 
     /// A request's sequences have consecutive ids, and its key is the first of them.
@@ -205,15 +216,11 @@ impl ActiveRequests {
 
     /// Ends a request with an error. Returns its sequences.
     pub(super) fn fail(&mut self, key: RequestKey, reason: &str, now: Instant) -> Vec<SeqId> {
-        let Some(request) = self.remove(key) else { return Vec::new() };
-        let client = request.client.as_deref();
-        tracing::warn!(request_id = %request.id, client, reason, "request failed");
-        for _ in &request.choices {
-            metrics::request_finished(reason_label(FinishReason::Error));
+        if let Some(request) = self.requests.get(&key) {
+            let client = request.client.as_deref();
+            tracing::warn!(request_id = %request.id, client, reason, "request failed");
         }
-        request.send(Event::Failed(reason.to_owned()));
-        request.record_end(now);
-        request.choices.into_keys().collect()
+        self.end(key, FinishReason::Error, Event::Failed(reason.to_owned()), now)
     }
 
     /// Ends the requests of these sequences with an error. Returns all their sequences.

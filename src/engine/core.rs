@@ -9,7 +9,9 @@ use std::time::Duration;
 use crate::engine::grammars::Grammars;
 pub use crate::engine::grammars::Guidance;
 use crate::kv::{BlockId, BlockTable};
-use crate::scheduler::step::{Runner, SampleRequest, ScheduledSeq, SchedulerOutput, SeqOutput};
+use crate::scheduler::step::{
+    Runner, SampleRequest, ScheduledSeq, SchedulerOutput, SeqOutput, TokenMasks,
+};
 use crate::scheduler::{DoesNotFit, Scheduler, SeqEvent, SeqId, SeqPhase, SequenceSpec};
 
 /// Why nothing came of a step.
@@ -92,6 +94,8 @@ pub struct EngineCore<R> {
     runner: R,
     grammars: Grammars,
     phase: Arc<PhaseCell>,
+    /// What the runner has begun, behind the step that was executed last.
+    begun: Option<SchedulerOutput>,
 }
 
 /// All that an engine knows, without its runner.
@@ -108,7 +112,8 @@ pub const PROBE: SeqId = SeqId(u64::MAX);
 impl<R: Runner> EngineCore<R> {
     /// Joins the two; the scheduler's cache must be the runner's.
     pub fn new(scheduler: Scheduler, runner: R) -> Self {
-        Self { scheduler, runner, grammars: Grammars::default(), phase: Arc::default() }
+        let (grammars, phase) = (Grammars::default(), Arc::default());
+        Self { scheduler, runner, grammars, phase, begun: None }
     }
 
     /// Takes the runner away.
@@ -121,13 +126,14 @@ impl<R: Runner> EngineCore<R> {
     pub fn resume(state: EngineState, runner: R) -> Self {
         let EngineState { mut scheduler, grammars, phase } = state;
         scheduler.reset();
-        Self { scheduler, runner, grammars, phase }
+        Self { scheduler, runner, grammars, phase, begun: None }
     }
 
     /// Forgets every sequence.
     pub fn start_anew(&mut self, scheduler: Scheduler) {
         self.scheduler = scheduler;
         self.grammars = Grammars::default();
+        self.begun = None;
     }
 
     /// Tells others where this is.
@@ -145,10 +151,12 @@ impl<R: Runner> EngineCore<R> {
         self.scheduler.advance_to(since_start);
     }
 
-    /// Decides the next step.
+    /// Decides the next step, unless it has begun already.
     pub fn schedule(&mut self) -> SchedulerOutput {
         self.phase.set(Phase::Scheduling);
-        self.scheduler.schedule()
+        let begun = self.begun.take();
+        let settled = begun.and_then(|mut step| self.scheduler.settle(&mut step).then_some(step));
+        settled.unwrap_or_else(|| self.scheduler.schedule())
     }
 
     /// Says how long the step took that was executed last.
@@ -175,7 +183,7 @@ impl<R: Runner> EngineCore<R> {
         &self.runner
     }
 
-    /// Runs what [`Scheduler::schedule`] decided.
+    /// Runs what [`EngineCore::schedule`] decided.
     ///
     /// A panic of the runner is contained here: the runner owns nothing but the device's memory,
     /// and [`Scheduler::reset`] makes sure that none of it is read again before it is rewritten.
@@ -232,6 +240,7 @@ impl<R: Runner> EngineCore<R> {
             }),
             prompt_logprobs: None,
             pool: None,
+            drawn_by: None,
         };
         let step = SchedulerOutput { scheduled: vec![probe], preempted: Vec::new() };
         contain(|| self.run(&step)).map(drop)
@@ -239,14 +248,28 @@ impl<R: Runner> EngineCore<R> {
 
     fn run(&mut self, step: &SchedulerOutput) -> Result<Vec<SeqOutput>, StepError> {
         let failed = |error: R::Error| StepError::Runner(error.to_string());
-        self.phase.set(Phase::Launching);
-        self.runner.launch(step).map_err(failed)?;
+        if !step.is_begun() {
+            self.phase.set(Phase::Launching);
+            self.runner.launch(step).map_err(failed)?;
+        }
         // A device computes meanwhile.
-        let masks = self.grammars.masks(step);
+        let mut masks = TokenMasks::new();
+        self.runner.with_threads(&mut || masks = self.grammars.masks(step));
+        let next = self.schedule_ahead(step);
         self.phase.set(Phase::Sampling);
-        let outputs = self.runner.sample(step, &masks).map_err(failed)?;
+        let outputs = match &next {
+            None => self.runner.sample(step, &masks),
+            Some(next) => self.runner.sample_ahead(step, &masks, next),
+        };
+        let outputs = outputs.map_err(failed)?;
         check(step, &outputs)?;
+        self.begun = next;
         Ok(outputs)
+    }
+
+    fn schedule_ahead(&mut self, step: &SchedulerOutput) -> Option<SchedulerOutput> {
+        let is_worthwhile = self.runner.is_asynchronous();
+        is_worthwhile.then(|| self.scheduler.schedule_ahead(step)).flatten()
     }
 }
 

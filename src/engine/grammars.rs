@@ -1,8 +1,9 @@
 //! Keeps what guides sequences, their grammars and thinking budgets, in step with their tokens.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::device::threads::parallel_for;
 use crate::engine::request::ThinkingBudget;
 use crate::engine::thinking::Thought;
 use crate::grammar::{Grammar, GrammarError, GrammarMatcher};
@@ -40,19 +41,24 @@ impl Grammars {
         self.guides.remove(&id);
     }
 
-    /// The masks of those that draw a token in this step. A matcher that fails gives none; it says
+    /// The masks of those that draw a token in this step, on all threads of the pool. A matcher that fails gives none; it says
     /// so once more when it is to follow the token.
     pub(super) fn masks(&mut self, step: &SchedulerOutput) -> TokenMasks {
         if self.guides.is_empty() {
             return TokenMasks::new();
         }
         let drawing = step.scheduled.iter().filter(|scheduled| scheduled.sample.is_some());
-        drawing
-            .filter_map(|scheduled| {
-                let mask = self.guides.get_mut(&scheduled.id)?.mask()?;
-                Some((scheduled.id, mask))
-            })
-            .collect()
+        let drawing: BTreeSet<SeqId> = drawing.map(|scheduled| scheduled.id).collect();
+        let guides = self.guides.iter_mut().filter(|(id, _)| drawing.contains(id));
+        let tasks: Vec<_> = guides.map(|(id, guide)| Mutex::new((*id, guide, None))).collect();
+        parallel_for(tasks.len(), |task| {
+            let mut task = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
+            let (_, guide, mask) = &mut *task;
+            *mask = guide.mask();
+        });
+        let done = tasks.into_iter().map(Mutex::into_inner);
+        let masks = done.map(|task| task.unwrap_or_else(PoisonError::into_inner));
+        masks.filter_map(|(id, _, mask)| Some((id, mask?))).collect()
     }
 
     /// Follows the drawn tokens, and adds what must come after them.

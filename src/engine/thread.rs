@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use crate::device::threads::STACK_BYTES;
 use crate::engine::active::{ActiveRequests, phase_label};
 use crate::engine::core::{EngineCore, FailedStep, panic_message};
 use crate::engine::event::Event;
@@ -32,10 +33,6 @@ const STALL_TIMEOUT_PER_TOKEN: Duration = Duration::from_secs(2);
 
 /// How long building a runner anew may take before the engine counts as stalled.
 const REBUILD_TIMEOUT: Duration = Duration::from_secs(15 * 60);
-
-/// Grammars are followed by recursion, as deep as clients nest them. Only what is used becomes
-/// memory.
-const STACK_BYTES: usize = 64 << 20;
 
 /// How the engine is set up. Everything was decided before; nothing is guessed here.
 #[derive(Clone, Debug)]
@@ -447,7 +444,7 @@ impl<'a, R: Runner> EngineThread<'a, R> {
             num_sequences: step.scheduled.len(),
         });
         metrics::step_phase(StepPhase::Schedule, began_at - scheduling_at);
-        self.core.runner().record_phases(ended_at);
+        self.core.runner().record_phases(began_at, ended_at);
         // Before the events: whoever reads the end of a stream finds its blocks free.
         self.publish_stats();
         for event in outcome.events {

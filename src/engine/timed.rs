@@ -9,8 +9,8 @@ use crate::telemetry::metrics::{self, StepPhase};
 /// When a step went from one part to the next.
 #[derive(Clone, Copy, Debug)]
 struct Times {
-    launch: Instant,
-    launched: Instant,
+    /// From when until when it was launched; absent if that was part of the step before.
+    launch: Option<(Instant, Instant)>,
     sample: Instant,
     sampled: Instant,
 }
@@ -19,22 +19,37 @@ struct Times {
 #[derive(Debug)]
 pub(super) struct Timed<R> {
     runner: R,
+    /// Of the step that is under way.
+    launch: Option<(Instant, Instant)>,
     /// Of the latest step; absent if it failed.
     times: Option<Times>,
 }
 
 impl<R> Timed<R> {
     pub(super) fn new(runner: R) -> Self {
-        Self { runner, times: None }
+        Self { runner, launch: None, times: None }
     }
 
-    /// Records the parts of the step that ended just now, if nothing went wrong in it.
-    pub(super) fn record_phases(&self, ended_at: Instant) {
-        let Some(times) = self.times else { return };
-        metrics::step_phase(StepPhase::Launch, times.launched - times.launch);
-        metrics::step_phase(StepPhase::Mask, times.sample - times.launched);
-        metrics::step_phase(StepPhase::Sample, times.sampled - times.sample);
-        metrics::step_phase(StepPhase::Update, ended_at - times.sampled);
+    /// Records the parts of the step that was executed between these times, if nothing went wrong
+    /// in it.
+    pub(super) fn record_phases(&self, began_at: Instant, ended_at: Instant) {
+        let Some(Times { launch, sample, sampled }) = self.times else { return };
+        if let Some((began, ended)) = launch {
+            metrics::step_phase(StepPhase::Launch, ended - began);
+        }
+        let launched = launch.map_or(began_at, |(_, ended)| ended);
+        metrics::step_phase(StepPhase::Mask, sample - launched);
+        metrics::step_phase(StepPhase::Sample, sampled - sample);
+        metrics::step_phase(StepPhase::Update, ended_at - sampled);
+    }
+
+    /// Times what finishes a step.
+    fn finish<T, E>(&mut self, finish: impl FnOnce(&mut R) -> Result<T, E>) -> Result<T, E> {
+        self.times = None;
+        let (launch, sample) = (self.launch.take(), now());
+        let finished = finish(&mut self.runner)?;
+        self.times = Some(Times { launch, sample, sampled: now() });
+        Ok(finished)
     }
 }
 
@@ -42,11 +57,10 @@ impl<R: Runner> Runner for Timed<R> {
     type Error = R::Error;
 
     fn launch(&mut self, step: &SchedulerOutput) -> Result<(), R::Error> {
-        self.times = None;
-        let launch = now();
+        (self.launch, self.times) = (None, None);
+        let began = now();
         self.runner.launch(step)?;
-        let launched = now();
-        self.times = Some(Times { launch, launched, sample: launched, sampled: launched });
+        self.launch = Some((began, now()));
         Ok(())
     }
 
@@ -55,11 +69,24 @@ impl<R: Runner> Runner for Timed<R> {
         step: &SchedulerOutput,
         masks: &TokenMasks,
     ) -> Result<Vec<SeqOutput>, R::Error> {
-        let times = self.times.take();
-        let sample = now();
-        let outputs = self.runner.sample(step, masks)?;
-        self.times = times.map(|times| Times { sample, sampled: now(), ..times });
-        Ok(outputs)
+        self.finish(|runner| runner.sample(step, masks))
+    }
+
+    fn sample_ahead(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+        next: &SchedulerOutput,
+    ) -> Result<Vec<SeqOutput>, R::Error> {
+        self.finish(|runner| runner.sample_ahead(step, masks, next))
+    }
+
+    fn with_threads(&self, work: &mut dyn FnMut()) {
+        self.runner.with_threads(work);
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        self.runner.is_asynchronous()
     }
 
     fn num_blocks(&self) -> Option<u32> {

@@ -21,6 +21,7 @@ use super::matcher::{Grammar, GrammarError, GrammarMatcher, plain};
 use super::pattern::{ASCII_CLASSES, ends_with_escape};
 use super::schema::{self, Flaw};
 use super::vocabulary::Vocabulary;
+use crate::device::thread_clock::ThreadClock;
 use crate::telemetry::metrics::GrammarTimer;
 use crate::text::{TokenBitmask, TokenId, Tokenizer};
 
@@ -28,8 +29,12 @@ use crate::text::{TokenBitmask, TokenId, Tokenizer};
 const MAX_CONSTRAINT_BYTES: usize = 512 << 10;
 /// Most texts to choose from.
 const MAX_CHOICES: usize = 10_000;
-/// How long a request waits for its grammar.
-const COMPILE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a grammar may be computed.
+const COMPILE_LIMIT: Duration = Duration::from_secs(5);
+/// How long a request waits for its grammar where the machine has other things to do.
+const COMPILE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Looking at a thread's clock more often is of no use.
+const MIN_WAIT: Duration = Duration::from_millis(5);
 /// How many grammars are built at a time.
 const MAX_BUILDS: usize = 2;
 /// Schemas nest, and llguidance follows them by recursion. Only what is used becomes memory.
@@ -55,8 +60,8 @@ pub enum CompileError {
         /// What is wrong with it.
         message: String,
     },
-    /// Others are being built, for too long.
-    #[error("too many grammars are being compiled")]
+    /// The machine has other things to do, such as building other grammars.
+    #[error("too busy to compile another grammar")]
     Busy,
 }
 
@@ -206,7 +211,7 @@ impl Slot {
         let num_builds = shared.num_builds.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut num_builds, waited) = shared
             .build_ended
-            .wait_timeout_while(num_builds, COMPILE_TIMEOUT, |num| MAX_BUILDS <= *num)
+            .wait_timeout_while(num_builds, COMPILE_LIMIT, |num| MAX_BUILDS <= *num)
             .unwrap_or_else(PoisonError::into_inner);
         if waited.timed_out() {
             return None;
@@ -226,24 +231,70 @@ impl Drop for Slot {
 
 /// Builds on a thread with a deep stack, and gives up on it in time.
 fn build_aside(slot: Slot, source: TopLevelGrammar) -> Result<Arc<Grammar>, CompileError> {
+    if slot.shared.factory.get().is_none() {
+        // What is made once for all of them is not held against the first.
+        let shared = Arc::clone(&slot.shared);
+        let make = move || shared.factory().map(drop);
+        run_aside(make, (Duration::MAX, COMPILE_TIMEOUT))??;
+    }
+    run_aside(move || slot.shared.build(source), (COMPILE_LIMIT, COMPILE_TIMEOUT))?
+}
+
+/// Why there is no result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unfinished {
+    /// It was computed for as long as it may be.
+    TooLong,
+    /// It had to wait for the processor for so long that nobody waits any more.
+    NoTime,
+    /// There is no thread, or it panicked.
+    Broken,
+}
+
+impl From<Unfinished> for CompileError {
+    fn from(reason: Unfinished) -> Self {
+        match reason {
+            Unfinished::TooLong => Self::invalid("takes too long to compile"),
+            Unfinished::NoTime => Self::Busy,
+            Unfinished::Broken => Self::invalid("cannot be compiled"),
+        }
+    }
+}
+
+/// Runs something on a thread with a deep stack, and gives up on it when it has computed for so long,
+/// or when so much time has passed. The thread goes on until it is done.
+fn run_aside<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+    (limit, timeout): (Duration, Duration),
+) -> Result<T, Unfinished> {
+    let (clock_sender, clock) = sync_channel(1);
     let (sender, receiver) = sync_channel(1);
-    let build = move || {
-        let built = slot.shared.build(source);
-        drop(slot);
+    let run = move || {
+        let _ = clock_sender.send(ThreadClock::of_this_thread());
+        let done = work();
         // Nobody listens if it took too long.
-        let _ = sender.send(built);
+        let _ = sender.send(done);
     };
     let builder = std::thread::Builder::new().name("grammar".to_owned());
-    builder
-        .stack_size(BUILD_STACK_BYTES)
-        .spawn(build)
-        .map_err(|error| CompileError::invalid(format!("cannot be compiled: {error}")))?;
-    receiver.recv_timeout(COMPILE_TIMEOUT).unwrap_or_else(|error| {
-        Err(CompileError::invalid(match error {
-            RecvTimeoutError::Timeout => "takes too long to compile",
-            RecvTimeoutError::Disconnected => "cannot be compiled",
-        }))
-    })
+    builder.stack_size(BUILD_STACK_BYTES).spawn(run).map_err(|_| Unfinished::Broken)?;
+    let clock = clock.recv().map_err(|_| Unfinished::Broken)?;
+    let mut waited = Duration::ZERO;
+    let mut left = limit.min(timeout);
+    loop {
+        match receiver.recv_timeout(left) {
+            Ok(done) => return Ok(done),
+            Err(RecvTimeoutError::Disconnected) => return Err(Unfinished::Broken),
+            Err(RecvTimeoutError::Timeout) => waited += left,
+        }
+        let computed = clock.map_or(waited, |clock| clock.elapsed().unwrap_or(limit));
+        left = limit.saturating_sub(computed).min(timeout).max(MIN_WAIT);
+        if limit <= computed {
+            return receiver.try_recv().map_err(|_| Unfinished::TooLong);
+        }
+        if timeout <= waited {
+            return Err(Unfinished::NoTime);
+        }
+    }
 }
 
 /// What llguidance is to compile.
@@ -306,4 +357,33 @@ fn check_lark(grammar: &str) -> Result<(), CompileError> {
 /// All that llguidance says, outermost first.
 fn reason(error: &anyhow::Error) -> String {
     plain(&format!("{error:#}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    /// Goal: time that a busy machine takes is not held against a grammar, but time that the grammar
+    /// takes is. Method: a thread that sleeps, one that computes, one that does either for too long.
+    #[test]
+    fn only_computing_counts() {
+        let limits = (Duration::from_millis(40), Duration::from_secs(2));
+        let sleep = |millis| move || std::thread::sleep(Duration::from_millis(millis));
+        let aside = |work: Box<dyn FnOnce() + Send>| run_aside(work, limits);
+        assert_eq!(aside(Box::new(|| ())), Ok(()));
+        assert_eq!(
+            aside(Box::new(|| std::panic::resume_unwind(Box::new(())))),
+            Err(Unfinished::Broken)
+        );
+        if cfg!(target_os = "linux") {
+            assert_eq!(aside(Box::new(sleep(100))), Ok(()));
+            assert_eq!(aside(Box::new(sleep(4000))), Err(Unfinished::NoTime));
+        }
+        let is_over = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&is_over);
+        let compute = move || while !seen.load(Ordering::Relaxed) {};
+        assert_eq!(aside(Box::new(compute)), Err(Unfinished::TooLong));
+        is_over.store(true, Ordering::Relaxed);
+    }
 }

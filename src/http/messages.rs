@@ -96,12 +96,9 @@ struct MessageRenderer {
 
 impl MessageRenderer {
     /// The whole answer: what the writer has when the events are left out.
-    async fn fold(mut self, mut generation: Generation) -> Result<Response, ApiError> {
-        while let Some(item) = generation.next().await {
-            let (prompt, update) = item?;
-            self.update(prompt, update, generation.usage());
-        }
-        self.end(generation.usage());
+    async fn fold(mut self, generation: Generation) -> Result<Response, ApiError> {
+        let usage = sse::fold(&mut self, generation).await?;
+        self.end(usage);
         Ok(Json(self.writer.into_message()).into_response())
     }
 }

@@ -58,6 +58,18 @@ pub(super) trait RenderChunks: Send + 'static {
     }
 }
 
+/// Takes a generation through a renderer up to its end, for a whole answer: the chunks are left out.
+pub(super) async fn fold(
+    renderer: &mut impl RenderChunks,
+    mut generation: Generation,
+) -> Result<Usage, ApiError> {
+    while let Some(item) = generation.next().await {
+        let (prompt, update) = item?;
+        renderer.update(prompt, update, generation.usage());
+    }
+    Ok(generation.usage())
+}
+
 /// An event of a stream, in text.
 struct SentEvent {
     name: Option<&'static str>,

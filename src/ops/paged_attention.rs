@@ -32,7 +32,8 @@ use super::tensor::Tensor;
 use crate::device::Device;
 use crate::device::gpu::{DeviceBuffer, Gpu};
 use crate::device::threads::current_num_threads;
-pub use gpu::StepPlan;
+pub use gpu::{StepPlan, max_partial_bytes};
+pub use plan::StepBounds;
 use tile::{
     Attend, CacheView, Destination, MergePartitions, PARTITION, Partial, QueryTile, Scratch,
 };

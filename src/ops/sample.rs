@@ -37,6 +37,7 @@ const DRAW_SHARED_BYTES: u32 = (23 * NUM_BINS) as u32;
 const SCAN: Kernel = Kernel { module: "sample_scan", function: "sample_scan" };
 const WEIGH: Kernel = Kernel { module: "sample_weigh", function: "sample_weigh" };
 const DRAW: Kernel = Kernel { module: "sample_draw", function: "sample_draw" };
+const TAKE_DRAWN: Kernel = Kernel { module: "take_drawn", function: "take_drawn" };
 const LOGPROBS: Kernel = Kernel { module: "sample_logprobs", function: "sample_logprobs" };
 
 /// What to do with one row of logits. Several of them may name the same row.
@@ -276,8 +277,35 @@ impl RowSampler {
         Ok(self.inputs.unpack(&words))
     }
 
-    /// Where the launch leaves the results: 44 words a row, of which the first is the token.
-    pub fn results(&self) -> &DeviceBuffer {
-        &self.results
+    /// [`RowSampler::download`] in two calls, this one after the launch. What is launched between
+    /// them does not delay the other one; there must be no upload.
+    ///
+    /// # Errors
+    /// If the card fails.
+    pub fn begin_download(&self) -> Result<()> {
+        Ok(self.results.begin_download(self.inputs.num_launched() * size_of::<ResultWords>())?)
+    }
+
+    /// What the uploaded rows yielded.
+    ///
+    /// # Errors
+    /// If the launch failed.
+    pub fn end_download(&self) -> Result<Vec<SampledRow>> {
+        let mut words = vec![ResultWords::zeroed(); self.inputs.num_launched()];
+        self.results.end_download(bytemuck::cast_slice_mut(&mut words))?;
+        Ok(self.inputs.unpack(&words))
+    }
+
+    /// Puts the tokens that `rows` of the launch drew into `ids`, as far as there are rows, after
+    /// the launch; zero where nothing was drawn. Both hold an `u32` each.
+    ///
+    /// # Errors
+    /// If the launch fails.
+    pub fn take_drawn(&self, rows: &DeviceBuffer, ids: &DeviceBuffer) -> Result<()> {
+        let num_ids = rows.len() / size_of::<u32>();
+        assert!(rows.len() <= ids.len(), "{num_ids} rows for {} bytes of ids", ids.len());
+        let args = [&self.results, rows, ids].map(Arg::Buffer);
+        let args = [args[0], args[1], args[2], Arg::I32(num_ids as i32)];
+        Ok(self.gpu.launch(TAKE_DRAWN, LaunchConfig::linear(num_ids.div_ceil(256), 256), &args)?)
     }
 }

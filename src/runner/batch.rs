@@ -38,7 +38,9 @@ pub fn forward_batch(step: &SchedulerOutput, block_size: usize) -> ForwardBatch 
 pub fn logits_rows(seq: &ScheduledSeq) -> impl Iterator<Item = usize> + use<> {
     let num_tokens = seq.tokens.len();
     let scored = seq.prompt_logprobs.as_ref().map_or(0, |wanted| wanted.targets.len());
-    let sampled = seq.sample.is_some().then(|| num_tokens - 1);
+    // Whoever's token is only being drawn may draw another one.
+    let is_sampled = seq.sample.is_some() || seq.drawn_by.is_some();
+    let sampled = is_sampled.then(|| num_tokens - 1);
     (0..scored).chain(sampled.filter(move |&last| scored <= last))
 }
 

@@ -35,6 +35,16 @@ pub(super) struct Launched {
     pub(super) logits: Option<Tensor>,
 }
 
+/// What a step computes.
+pub(super) struct StepInputs {
+    /// Its tokens, and where they are in the cache.
+    pub(super) batch: ForwardBatch,
+    /// How many of the wanted rows, the first ones, need logits.
+    pub(super) num_logits: usize,
+    /// If its tokens are only being drawn: for each the row that draws it.
+    pub(super) drawn_rows: Indices,
+}
+
 /// The shape of a recorded step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Shape {
@@ -114,8 +124,8 @@ impl GpuSteps {
         let max_seqs = limits.max_num_seqs.max(GPU_LOGITS_ROWS_MAX);
         let max_blocks = limits.max_model_len.div_ceil(limits.block_size) + ALIGNMENT;
         let num_words = 4 * (limits.max_num_batched_tokens.max(max_seqs) + ALIGNMENT)
-            + max_seqs * (max_blocks + 2)
-            + 4 * ALIGNMENT;
+            + max_seqs * (max_blocks + 3)
+            + 5 * ALIGNMENT;
         let inputs = gpu.alloc(num_words * size_of::<u32>())?;
         // A row may be both sampled and scored.
         let rows = RowSampler::new(gpu, 2 * GPU_LOGITS_ROWS_MAX, limits.vocab_size)?;
@@ -136,12 +146,39 @@ impl GpuSteps {
         self.sampler.sample(logits.gpu()?, wanted)
     }
 
+    /// The same, queued: a step may be launched before [`GpuSteps::end_sample`].
+    ///
+    /// # Errors
+    /// If the card fails.
+    pub(super) fn begin_sample(
+        &mut self,
+        logits: &Tensor,
+        wanted: &[(usize, Wanted<'_>)],
+    ) -> Result<()> {
+        self.sampler.upload(wanted, wanted.len())?;
+        self.sampler.launch(logits.gpu()?)?;
+        self.sampler.rows().begin_download()
+    }
+
+    /// Waits for what was queued, and for no step behind it.
+    ///
+    /// # Errors
+    /// If the card fails.
+    pub(super) fn end_sample(&self, wanted: &[(usize, Wanted<'_>)]) -> Result<Vec<Yielded>> {
+        self.sampler.end_download(wanted)
+    }
+
+    /// Whether steps are to be launched behind each other. The twin waits for each.
+    pub(super) fn is_asynchronous(&self) -> bool {
+        self.execution == Execution::Recorded
+    }
+
     /// Whether the card answers with errors only.
     pub(super) fn is_broken(&self) -> bool {
         self.gpu.synchronize().is_err()
     }
 
-    /// Queues a step; `num_logits` of its wanted rows, the first ones, need logits.
+    /// Queues a step.
     ///
     /// # Errors
     /// If the card fails.
@@ -149,17 +186,17 @@ impl GpuSteps {
         &mut self,
         model: &dyn Model,
         kv: &[KvCache],
-        mut batch: ForwardBatch,
-        num_logits: usize,
+        inputs: StepInputs,
     ) -> Result<Launched> {
+        let StepInputs { mut batch, num_logits, mut drawn_rows } = inputs;
         let Some(shape) = self.shape(&batch, num_logits) else {
-            self.upload(&mut batch)?;
+            self.upload(&mut batch, &mut drawn_rows)?;
             let hidden = model.forward(&batch, kv)?;
             return Ok(Launched { hidden, logits: None });
         };
         let num_seqs = batch.attention.seq_lens.len();
         pad(&mut batch, shape, self.limits.block_size);
-        self.upload(&mut batch)?;
+        self.upload(&mut batch, &mut drawn_rows)?;
         match self.recordings.get(&shape) {
             Some(None) if self.execution == Execution::Recorded => {
                 let recording = record(&self.gpu, model, kv, &batch)?;
@@ -202,8 +239,8 @@ impl GpuSteps {
         Some(Shape { num_seqs, len: len.min(self.limits.max_model_len) })
     }
 
-    /// Sends all index vectors in one copy.
-    fn upload(&self, batch: &mut ForwardBatch) -> Result<()> {
+    /// Sends all index vectors in one copy. Tokens that are drawn on the card never leave it.
+    fn upload(&self, batch: &mut ForwardBatch, drawn_rows: &mut Indices) -> Result<()> {
         let attention = &mut batch.attention;
         let vectors = [
             &mut batch.input_ids,
@@ -213,6 +250,7 @@ impl GpuSteps {
             &mut attention.query_start_loc,
             &mut attention.seq_lens,
             &mut attention.block_table,
+            drawn_rows,
         ];
         let mut words: Vec<u32> = Vec::new();
         let starts: Vec<usize> = vectors
@@ -232,7 +270,10 @@ impl GpuSteps {
             let part = self.inputs.slice(bytes);
             vector.set_resident(part);
         }
-        Ok(())
+        if drawn_rows.is_empty() {
+            return Ok(());
+        }
+        self.sampler.rows().take_drawn(drawn_rows.on_gpu()?, batch.input_ids.on_gpu()?)
     }
 }
 

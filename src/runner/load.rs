@@ -12,7 +12,7 @@ use crate::config::Execution;
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
 use crate::models::{ModelConfig, registry};
-use crate::ops::paged_attention::{KvCache, KvCacheShape};
+use crate::ops::paged_attention::{KvCache, KvCacheShape, StepBounds, max_partial_bytes};
 use crate::weights::checkpoint::Checkpoint;
 
 /// Assumed where the system does not say how much memory is free.
@@ -82,6 +82,7 @@ impl PlannedModel {
             weight_bytes,
             cache_share,
             logits_bytes: logits_bytes(&options.device, config.vocab_size),
+            attention_bytes: attention_bytes(&options, &config),
         };
         let plan = plan(&config, &request)?;
         Ok(Self { checkpoint, config, plan, options })
@@ -159,6 +160,20 @@ fn logits_bytes(device: &Device, vocab_size: usize) -> u64 {
         Device::Gpu(_) => GPU_LOGITS_ROWS_MAX,
     };
     (num_rows * vocab_size * 2 * size_of::<f32>()) as u64
+}
+
+/// Partial results of a card's attention; a processor's are small.
+fn attention_bytes(options: &LoadOptions, config: &ModelConfig) -> u64 {
+    if matches!(options.device, Device::Cpu) {
+        return 0;
+    }
+    let bounds = StepBounds {
+        num_tokens: options.max_num_batched_tokens,
+        num_seqs: options.max_num_seqs,
+        max_seq_len: options.max_model_len.unwrap_or(config.max_position_embeddings),
+    };
+    let heads = (config.num_attention_heads, config.num_key_value_heads);
+    max_partial_bytes(heads, config.head_dim, bounds) as u64
 }
 
 /// Bytes that the server may take, and which part of them the cache gets.

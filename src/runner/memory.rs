@@ -32,6 +32,8 @@ pub struct MemoryRequest {
     pub weight_bytes: u64,
     /// Memory for logits.
     pub logits_bytes: u64,
+    /// Memory for partial results of attention.
+    pub attention_bytes: u64,
     /// What the cache gets of the rest, if the user did not fix it.
     pub cache_share: CacheShare,
 }
@@ -145,10 +147,12 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
     })
 }
 
-/// Activations alive at once: the residual stream twice, an MLP's input and output, and logits.
+/// What is alive at once: the residual stream twice, an MLP's input and output, logits, and what
+/// attention adds up.
 fn workspace_bytes(config: &ModelConfig, request: &MemoryRequest) -> u64 {
     let per_token = 4 * config.hidden_size + 3 * config.intermediate_size;
-    4 * request.max_num_batched_tokens as u64 * per_token as u64 + request.logits_bytes
+    let activations = 4 * request.max_num_batched_tokens as u64 * per_token as u64;
+    activations + request.logits_bytes + request.attention_bytes
 }
 
 #[cfg(test)]
@@ -182,6 +186,7 @@ mod tests {
             available_bytes: 8 << 30,
             weight_bytes: 500 << 20,
             logits_bytes: 32 * 151_936 * 8,
+            attention_bytes: 0,
             cache_share: CacheShare::Quarter,
         }
     }

@@ -1,18 +1,21 @@
 //! Runs a model for the engine: owns its weights, its KV cache and the sampler.
 
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::batch::{forward_batch, logits_rows};
-use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, Launched};
-use crate::device::threads::ThreadPool;
+use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, Launched, StepInputs};
+use crate::device::threads::{ThreadPool, parallel_for};
 use crate::models::Model;
+use crate::ops::indices::Indices;
 use crate::ops::paged_attention::KvCache;
 use crate::ops::tensor::Tensor;
 use crate::sampling::device_sampler::{Wanted, Yielded};
 use crate::sampling::logprobs::token_logprobs;
 use crate::sampling::sampler::Sampler;
 use crate::scheduler::step::{
-    Runner, SampleRequest, ScheduledSeq, SchedulerOutput, SeqOutput, TokenMasks,
+    Runner, SampleError, SampleRequest, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput,
+    TokenLogprobs, TokenMasks, sample_then_launch,
 };
 use crate::text::{TokenBitmask, TokenId};
 
@@ -34,16 +37,23 @@ pub struct ModelRunner {
     model: Box<dyn Model>,
     kv: LayerCaches,
     pool: Arc<ThreadPool>,
-    sampler: Sampler,
+    samplers: Samplers,
     /// Present where a card computes.
     gpu: Option<GpuSteps>,
-    launched: Option<Launched>,
+    under_way: Option<UnderWay>,
+}
+
+/// A launched step.
+struct UnderWay {
+    launched: Launched,
+    /// Of each row of logits the sequence, and which of its tokens.
+    rows: Vec<(usize, usize)>,
 }
 
 impl ModelRunner {
     /// Joins a loaded model and its cache.
     pub fn new(model: Box<dyn Model>, kv: LayerCaches, pool: Arc<ThreadPool>) -> Self {
-        Self { model, kv, pool, sampler: Sampler::default(), gpu: None, launched: None }
+        Self { model, kv, pool, samplers: Samplers::default(), gpu: None, under_way: None }
     }
 
     /// Runs steps on the card that the model and its cache are on.
@@ -52,46 +62,140 @@ impl ModelRunner {
         Self { gpu: Some(steps), ..self }
     }
 
-    fn forward(&mut self, step: &SchedulerOutput) -> candle_core::Result<Launched> {
-        let batch = forward_batch(step, self.kv.block_size);
-        let Some(gpu) = &mut self.gpu else {
-            let hidden = self.pool.install(|| self.model.forward(&batch, &self.kv.layers))?;
-            return Ok(Launched { hidden, logits: None });
-        };
-        let num_logits = step.scheduled.iter().map(|seq| logits_rows(seq).count()).sum();
-        gpu.launch(&*self.model, &self.kv.layers, batch, num_logits)
-    }
-
-    fn sample_all(
+    /// Launches a step; `drawn_rows` as [`StepInputs`] has them.
+    fn forward(
         &mut self,
         step: &SchedulerOutput,
-        launched: &Launched,
-        masks: &TokenMasks,
-    ) -> candle_core::Result<Vec<SeqOutput>> {
-        let wanted: Vec<(usize, usize)> = step
+        drawn_rows: Indices,
+    ) -> candle_core::Result<UnderWay> {
+        let batch = forward_batch(step, self.kv.block_size);
+        let rows: Vec<(usize, usize)> = step
             .scheduled
             .iter()
             .enumerate()
             .flat_map(|(index, seq)| logits_rows(seq).map(move |row| (index, row)))
             .collect();
+        let launched = if let Some(gpu) = &mut self.gpu {
+            let inputs = StepInputs { batch, num_logits: rows.len(), drawn_rows };
+            gpu.launch(&*self.model, &self.kv.layers, inputs)?
+        } else {
+            let hidden = self.pool.install(|| self.model.forward(&batch, &self.kv.layers))?;
+            Launched { hidden, logits: None }
+        };
+        Ok(UnderWay { launched, rows })
+    }
+
+    /// Logits of some of the wanted rows.
+    fn logits(&self, launched: &Launched, rows: Range<usize>) -> candle_core::Result<Tensor> {
+        if let Some(logits) = &launched.logits {
+            return logits.narrow(rows.start, rows.len());
+        }
+        let hidden = launched.hidden.narrow(rows.start, rows.len())?;
+        self.pool.install(|| self.model.compute_logits(&hidden))
+    }
+
+    fn sample_all(
+        &mut self,
+        step: &SchedulerOutput,
+        under_way: &UnderWay,
+        masks: &TokenMasks,
+    ) -> candle_core::Result<Vec<SeqOutput>> {
+        let UnderWay { launched, rows } = under_way;
         let mut outputs = vec![SeqOutput::default(); step.scheduled.len()];
         let max_rows = if self.gpu.is_some() { GPU_LOGITS_ROWS_MAX } else { LOGITS_ROWS_MAX };
-        for (chunk_index, chunk) in wanted.chunks(max_rows).enumerate() {
+        for (chunk_index, chunk) in rows.chunks(max_rows).enumerate() {
             let first = chunk_index * max_rows;
-            let logits = if let Some(logits) = &launched.logits {
-                logits.narrow(first, chunk.len())?
-            } else {
-                let rows = launched.hidden.narrow(first, chunk.len())?;
-                self.pool.install(|| self.model.compute_logits(&rows))?
-            };
+            let logits = self.logits(launched, first..first + chunk.len())?;
             let rows = Rows { step, masks, wanted: chunk };
-            match &mut self.gpu {
-                Some(gpu) => rows.sample_on_gpu(gpu, &logits, &mut outputs)?,
-                None => rows.sample_on_cpu(&mut self.sampler, &logits, &mut outputs)?,
+            if let Some(gpu) = &mut self.gpu {
+                let orders = rows.orders();
+                let yielded = gpu.sample(&logits, &orders.wanted)?;
+                orders.hand_out(yielded, &mut outputs);
+            } else {
+                let samplers = &self.samplers;
+                self.pool.install(|| rows.sample_on_cpu(samplers, &logits, &mut outputs))?;
             }
         }
-        pool(step, &launched.hidden, wanted.len(), &mut outputs)?;
+        pool(step, &launched.hidden, rows.len(), &mut outputs)?;
         Ok(outputs)
+    }
+
+    /// Whether one launch samples all rows of a step, so that another step can be launched behind it
+    /// before the results are here.
+    fn can_run_ahead(&self) -> bool {
+        let under_way = self.under_way.as_ref();
+        self.gpu.is_some() && under_way.is_some_and(|step| step.rows.len() <= GPU_LOGITS_ROWS_MAX)
+    }
+
+    /// Queues the draws of `step` and behind them `next`, and then waits for the draws.
+    fn sample_and_launch(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+        next: &SchedulerOutput,
+    ) -> candle_core::Result<Vec<SeqOutput>> {
+        let UnderWay { launched, rows } = self.under_way.take().expect(LAUNCHED);
+        let rows = Rows { step, masks, wanted: &rows };
+        let orders = rows.orders();
+        let logits = self.logits(&launched, 0..rows.wanted.len())?;
+        let Some(gpu) = &mut self.gpu else { unreachable!("only cards run ahead") };
+        gpu.begin_sample(&logits, &orders.wanted)?;
+        // Their memory is the next step's.
+        drop((launched, logits));
+        let drawn_by = next.scheduled.iter().filter_map(|seq| seq.drawn_by);
+        let drawn_rows: Vec<u32> = drawn_by.map(|index| orders.row_of_draw(index)).collect();
+        let under_way = self.forward(next, drawn_rows.into())?;
+        self.under_way = Some(under_way);
+        let Some(gpu) = &mut self.gpu else { unreachable!("only cards run ahead") };
+        let mut outputs = vec![SeqOutput::default(); step.scheduled.len()];
+        let yielded = gpu.end_sample(&orders.wanted)?;
+        orders.hand_out(yielded, &mut outputs);
+        Ok(outputs)
+    }
+}
+
+const LAUNCHED: &str = "a step is launched before it is sampled";
+
+/// What a card is to do with rows of logits.
+#[derive(Default)]
+struct Orders<'a> {
+    /// For each order the row.
+    wanted: Vec<(usize, Wanted<'a>)>,
+    /// For each order the sequence.
+    owners: Vec<usize>,
+}
+
+impl Orders<'_> {
+    /// Which order draws the sequence's token.
+    fn row_of_draw(&self, index: usize) -> u32 {
+        let is_its_draw = |(owner, (_, wanted)): (&usize, &(usize, Wanted<'_>))| {
+            *owner == index && matches!(wanted, Wanted::Token(..))
+        };
+        let row = self.owners.iter().zip(&self.wanted).position(is_its_draw);
+        row.expect("who goes on draws a token") as u32
+    }
+
+    fn hand_out(&self, yielded: Vec<Yielded>, outputs: &mut [SeqOutput]) {
+        for (&index, yielded) in self.owners.iter().zip(yielded) {
+            match yielded {
+                Yielded::Token(drawn) => outputs[index].sampled = Some(drawn.map_err(Into::into)),
+                Yielded::Logprobs(scored) => outputs[index].prompt_logprobs.push(scored),
+            }
+        }
+    }
+}
+
+/// One sampler for each thread that has ever needed one.
+#[derive(Default)]
+struct Samplers(Mutex<Vec<Sampler>>);
+
+impl Samplers {
+    fn with_one<R>(&self, work: impl FnOnce(&mut Sampler) -> R) -> R {
+        let free = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sampler = free().pop().unwrap_or_default();
+        let result = work(&mut sampler);
+        free().push(sampler);
+        result
     }
 }
 
@@ -114,51 +218,58 @@ impl<'a> Rows<'a> {
         Some((request, self.masks.get(&seq.id)))
     }
 
+    /// Every row is a task: none of them concerns another.
     fn sample_on_cpu(
         &self,
-        sampler: &mut Sampler,
+        samplers: &Samplers,
         logits: &Tensor,
         outputs: &mut [SeqOutput],
     ) -> candle_core::Result<()> {
         let (_, vocab_size) = logits.dims2()?;
         let mut logits = logits.to_vec()?;
-        for (&(index, row), logits) in self.wanted.iter().zip(logits.chunks_exact_mut(vocab_size)) {
-            let (seq, output) = (&self.step.scheduled[index], &mut outputs[index]);
-            if let Some((target, num_top)) = scored_token(seq, row) {
-                output.prompt_logprobs.push(token_logprobs(logits, target, num_top));
-            }
-            if let Some((request, mask)) = self.draw(seq, row) {
-                let drawn = sampler.sample(logits, request, mask);
-                output.sampled = Some(drawn.map_err(Into::into));
-            }
+        let rows = self.wanted.iter().zip(logits.chunks_exact_mut(vocab_size));
+        let tasks: Vec<_> = rows.map(|(&row, logits)| Mutex::new((row, logits, None))).collect();
+        parallel_for(tasks.len(), |task| {
+            let mut task = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
+            let ((index, row), logits, result) = &mut *task;
+            *result = Some(self.sample_row(samplers, (*index, *row), logits));
+        });
+        for task in tasks {
+            let ((index, _), _, result) = task.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let (scored, drawn) = result.expect("every task was done");
+            outputs[index].prompt_logprobs.extend(scored);
+            outputs[index].sampled = drawn.or(outputs[index].sampled.take());
         }
         Ok(())
     }
 
-    fn sample_on_gpu(
+    fn sample_row(
         &self,
-        gpu: &mut GpuSteps,
-        logits: &Tensor,
-        outputs: &mut [SeqOutput],
-    ) -> candle_core::Result<()> {
-        let mut wanted = Vec::new();
-        let mut owners = Vec::new();
+        samplers: &Samplers,
+        (index, row): (usize, usize),
+        logits: &mut [f32],
+    ) -> (Option<TokenLogprobs>, Option<Result<SampledToken, SampleError>>) {
+        let seq = &self.step.scheduled[index];
+        let scored =
+            scored_token(seq, row).map(|(target, num_top)| token_logprobs(logits, target, num_top));
+        let drawn = self.draw(seq, row).map(|(request, mask)| {
+            samplers.with_one(|sampler| sampler.sample(logits, request, mask)).map_err(Into::into)
+        });
+        (scored, drawn)
+    }
+
+    fn orders(&self) -> Orders<'a> {
+        let mut orders = Orders::default();
         for (logits_row, &(index, row)) in self.wanted.iter().enumerate() {
             let seq = &self.step.scheduled[index];
             let scored = scored_token(seq, row).map(|(token, top)| Wanted::Logprobs(token, top));
             let drawn = self.draw(seq, row).map(|(request, mask)| Wanted::Token(request, mask));
             for what in scored.into_iter().chain(drawn) {
-                wanted.push((logits_row, what));
-                owners.push(index);
+                orders.wanted.push((logits_row, what));
+                orders.owners.push(index);
             }
         }
-        for (index, yielded) in owners.into_iter().zip(gpu.sample(logits, &wanted)?) {
-            match yielded {
-                Yielded::Token(drawn) => outputs[index].sampled = Some(drawn.map_err(Into::into)),
-                Yielded::Logprobs(scored) => outputs[index].prompt_logprobs.push(scored),
-            }
-        }
-        Ok(())
+        orders
     }
 }
 
@@ -198,8 +309,8 @@ impl Runner for ModelRunner {
     type Error = candle_core::Error;
 
     fn launch(&mut self, step: &SchedulerOutput) -> Result<(), Self::Error> {
-        self.launched = None;
-        self.launched = Some(self.forward(step)?);
+        self.under_way = None;
+        self.under_way = Some(self.forward(step, Indices::default())?);
         Ok(())
     }
 
@@ -208,8 +319,28 @@ impl Runner for ModelRunner {
         step: &SchedulerOutput,
         masks: &TokenMasks,
     ) -> Result<Vec<SeqOutput>, Self::Error> {
-        let launched = self.launched.take().expect("a step is launched before it is sampled");
-        self.sample_all(step, &launched, masks)
+        let under_way = self.under_way.take().expect(LAUNCHED);
+        self.sample_all(step, &under_way, masks)
+    }
+
+    fn sample_ahead(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+        next: &SchedulerOutput,
+    ) -> Result<Vec<SeqOutput>, Self::Error> {
+        if self.can_run_ahead() {
+            return self.sample_and_launch(step, masks, next);
+        }
+        sample_then_launch(self, step, masks, next)
+    }
+
+    fn with_threads(&self, work: &mut dyn FnMut()) {
+        self.pool.install(work);
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        self.gpu.as_ref().is_some_and(GpuSteps::is_asynchronous)
     }
 
     fn num_blocks(&self) -> Option<u32> {

@@ -77,8 +77,15 @@ impl DeviceSampler {
     /// # Errors
     /// If computing them failed.
     pub fn download(&self, wanted: &[(usize, Wanted<'_>)]) -> Result<Vec<Yielded>> {
-        let rows = self.rows.download()?;
-        Ok(wanted.iter().zip(rows).map(|(&(_, wanted), row)| yielded(wanted, row)).collect())
+        Ok(all_yielded(wanted, self.rows.download()?))
+    }
+
+    /// [`DeviceSampler::download`] of what was begun with [`RowSampler::begin_download`].
+    ///
+    /// # Errors
+    /// If computing it failed.
+    pub fn end_download(&self, wanted: &[(usize, Wanted<'_>)]) -> Result<Vec<Yielded>> {
+        Ok(all_yielded(wanted, self.rows.end_download()?))
     }
 
     /// All three steps.
@@ -140,6 +147,10 @@ fn edits<'a>(request: &'a SampleRequest, mask: Option<&'a TokenBitmask>) -> Edit
             ..edits
         },
     }
+}
+
+fn all_yielded(wanted: &[(usize, Wanted<'_>)], rows: Vec<SampledRow>) -> Vec<Yielded> {
+    wanted.iter().zip(rows).map(|(&(_, wanted), row)| yielded(wanted, row)).collect()
 }
 
 fn yielded(wanted: Wanted<'_>, row: SampledRow) -> Yielded {

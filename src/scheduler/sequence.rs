@@ -10,7 +10,7 @@ use crate::scheduler::fairness::FairnessId;
 use crate::scheduler::priority::{Priority, Rank};
 use crate::scheduler::snapshot::WaitReason;
 use crate::scheduler::step::{
-    PoolRequest, Pooling, PromptLogprobsRequest, SampleRequest, ScheduledSeq, TokenHistory,
+    PoolRequest, Pooling, PromptLogprobsRequest, SampleRequest, ScheduledSeq, TokenHistory, UNDRAWN,
 };
 use crate::text::TokenId;
 
@@ -213,7 +213,28 @@ impl Sequence {
             sample: is_sampled.then(|| self.sample_request()),
             prompt_logprobs: self.prompt_logprobs_request(start, end),
             pool: self.pool_request(start, end),
+            drawn_by: None,
         }
+    }
+
+    /// The token that will be drawn next as an order to the runner; `drawn_by` is the sequence's
+    /// place in the step that draws it.
+    pub(super) fn schedule_undrawn(&self, drawn_by: usize) -> ScheduledSeq {
+        ScheduledSeq {
+            id: self.id(),
+            start: self.tokens.len(),
+            tokens: vec![UNDRAWN],
+            blocks: self.blocks.table().clone(),
+            sample: None,
+            prompt_logprobs: None,
+            pool: None,
+            drawn_by: Some(drawn_by),
+        }
+    }
+
+    /// Whether the next token is the last one, whatever it is.
+    pub(super) fn ends_with_next_token(&self) -> bool {
+        self.max_len <= self.tokens.len() + 1
     }
 
     fn pool_request(&self, start: usize, end: usize) -> Option<PoolRequest> {
@@ -226,7 +247,7 @@ impl Sequence {
         Some(PoolRequest { rows, sum: self.pool_sum.clone() })
     }
 
-    fn sample_request(&self) -> SampleRequest {
+    pub(super) fn sample_request(&self) -> SampleRequest {
         let params = &self.spec.params;
         let num_output_tokens = self.num_output_tokens();
         let may_stop = params.min_tokens <= num_output_tokens;

@@ -18,6 +18,23 @@ pub struct SchedulerOutput {
     pub preempted: Vec<SeqId>,
 }
 
+impl SchedulerOutput {
+    /// Whether the runner began with it during the step before.
+    pub fn is_begun(&self) -> bool {
+        self.scheduled.first().is_some_and(|seq| seq.drawn_by.is_some())
+    }
+
+    /// Puts in the tokens that the step before has drawn. Where that failed nothing comes of this
+    /// step either.
+    pub fn fill_drawn(&mut self, outputs: &[SeqOutput]) {
+        for seq in &mut self.scheduled {
+            let drawn =
+                seq.drawn_by.and_then(|index| outputs[index].sampled.as_ref()?.as_ref().ok());
+            seq.tokens[0] = drawn.map_or(seq.tokens[0], |token| token.id);
+        }
+    }
+}
+
 /// A run of consecutive tokens of one sequence whose keys and values the step computes.
 #[derive(Clone, Debug)]
 pub struct ScheduledSeq {
@@ -35,7 +52,14 @@ pub struct ScheduledSeq {
     pub prompt_logprobs: Option<PromptLogprobsRequest>,
     /// Present when hidden states are wanted instead of logits.
     pub pool: Option<PoolRequest>,
+    /// Present when the runner begins with the step while the one before is still drawing its only
+    /// token: the place of the sequence there. Until it is drawn `tokens` holds [`UNDRAWN`], and
+    /// `sample` is absent.
+    pub drawn_by: Option<usize>,
 }
+
+/// Stands where a token will be.
+pub const UNDRAWN: TokenId = 0;
 
 impl ScheduledSeq {
     /// One past the last scheduled position.
@@ -176,6 +200,28 @@ pub trait Runner {
         masks: &TokenMasks,
     ) -> Result<Vec<SeqOutput>, Self::Error>;
 
+    /// [`Runner::sample`], and [`Runner::launch`] of the step after it, whose tokens `step` draws. A
+    /// device goes on computing while the drawn tokens are recorded.
+    fn sample_ahead(
+        &mut self,
+        step: &SchedulerOutput,
+        masks: &TokenMasks,
+        next: &SchedulerOutput,
+    ) -> Result<Vec<SeqOutput>, Self::Error> {
+        sample_then_launch(self, step, masks, next)
+    }
+
+    /// Does something else with the threads that compute, which have nothing to do between the calls
+    /// of a step: [`parallel_for`](crate::device::threads::parallel_for) finds them.
+    fn with_threads(&self, work: &mut dyn FnMut()) {
+        work();
+    }
+
+    /// Whether a launched step is computed by itself, so that it pays to begin the next one early.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
     /// Blocks that the cache really has, if they became fewer than was planned.
     fn num_blocks(&self) -> Option<u32> {
         None
@@ -186,4 +232,18 @@ pub trait Runner {
     fn is_broken(&self) -> bool {
         false
     }
+}
+
+/// What [`Runner::sample_ahead`] comes to, one after the other.
+pub fn sample_then_launch<R: Runner + ?Sized>(
+    runner: &mut R,
+    step: &SchedulerOutput,
+    masks: &TokenMasks,
+    next: &SchedulerOutput,
+) -> Result<Vec<SeqOutput>, R::Error> {
+    let outputs = runner.sample(step, masks)?;
+    let mut next = next.clone();
+    next.fill_drawn(&outputs);
+    runner.launch(&next)?;
+    Ok(outputs)
 }

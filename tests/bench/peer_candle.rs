@@ -110,6 +110,7 @@ fn step_ours(runner: &mut ModelRunner, start: usize, tokens: Vec<u32>) -> anyhow
             }),
             prompt_logprobs: None,
             pool: None,
+            drawn_by: None,
         }],
         preempted: Vec::new(),
     };

@@ -55,6 +55,12 @@ pub(super) trait Backend: Send + Sync {
     /// Waits for everything and copies.
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), GpuError>;
 
+    /// Queues a copy to the processor. There is one at a time: another one replaces it.
+    fn begin_download(&self, from: u64, num_bytes: usize) -> Result<(), GpuError>;
+
+    /// Waits for the copy that was queued last, and for nothing behind it.
+    fn end_download(&self, bytes: &mut [u8]) -> Result<(), GpuError>;
+
     /// Queues a copy within the device.
     fn copy(&self, to: u64, from: u64, num_bytes: usize) -> Result<(), GpuError>;
 

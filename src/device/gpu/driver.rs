@@ -51,6 +51,10 @@ struct Staging {
     memory: *mut u8,
     /// Where downloads arrive.
     results: *mut u8,
+    /// Where the download arrives that nobody waits for yet.
+    begun: *mut u8,
+    /// Passed when it has.
+    arrived: sys::CUevent,
     /// Passed when the copies out of a half are done.
     events: [sys::CUevent; 2],
     half: usize,
@@ -190,11 +194,19 @@ impl Staging {
             result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
                 .map_err(|e| error("cuEventCreate", e))
         };
-        // SAFETY: as above.
-        let results = unsafe { result::malloc_host(RESULT_BYTES, 0) }
-            .map_err(|e| error("cuMemHostAlloc", e))?;
-        let results = results.cast();
-        Ok(Self { memory: memory.cast(), results, events: [event()?, event()?], half: 0, used: 0 })
+        let pinned = || {
+            // SAFETY: as above.
+            unsafe { result::malloc_host(RESULT_BYTES, 0) }.map_err(|e| error("cuMemHostAlloc", e))
+        };
+        Ok(Self {
+            memory: memory.cast(),
+            results: pinned()?.cast(),
+            begun: pinned()?.cast(),
+            arrived: event()?,
+            events: [event()?, event()?],
+            half: 0,
+            used: 0,
+        })
     }
 
     /// Queues a copy of at most half of the memory.
@@ -296,6 +308,35 @@ impl Backend for Driver {
         self.synchronize()
     }
 
+    fn begin_download(&self, from: u64, num_bytes: usize) -> Result<(), GpuError> {
+        self.enter()?;
+        assert!(num_bytes <= RESULT_BYTES, "{num_bytes} bytes of results");
+        let staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the pinned memory is read only after the event; what replaces a copy is queued
+        // behind it. The caller checked that the buffer has so many bytes.
+        unsafe {
+            let pinned = std::slice::from_raw_parts_mut(staging.begun, num_bytes);
+            result::memcpy_dtoh_async(pinned, from, self.stream)
+                .map_err(|e| error("cuMemcpyDtoHAsync", e))?;
+            result::event::record(staging.arrived, self.stream)
+        }
+        .map_err(|e| error("cuEventRecord", e))
+    }
+
+    fn end_download(&self, bytes: &mut [u8]) -> Result<(), GpuError> {
+        self.enter()?;
+        assert!(bytes.len() <= RESULT_BYTES, "{} bytes of results", bytes.len());
+        let staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the event is live; behind it the copy is complete and the lock keeps others away.
+        let pinned = unsafe {
+            result::event::synchronize(staging.arrived)
+                .map_err(|e| error("cuEventSynchronize", e))?;
+            std::slice::from_raw_parts(staging.begun, bytes.len())
+        };
+        bytes.copy_from_slice(pinned);
+        Ok(())
+    }
+
     fn copy(&self, to: u64, from: u64, num_bytes: usize) -> Result<(), GpuError> {
         self.enter()?;
         // SAFETY: both are ranges of live buffers.
@@ -394,7 +435,8 @@ impl Drop for Driver {
             let _ = result::stream::synchronize(self.stream);
             let _ = result::free_host(staging.memory.cast());
             let _ = result::free_host(staging.results.cast());
-            for event in staging.events {
+            let _ = result::free_host(staging.begun.cast());
+            for event in staging.events.into_iter().chain([staging.arrived]) {
                 let _ = result::event::destroy(event);
             }
             for (_, module) in &self.modules {

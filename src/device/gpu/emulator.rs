@@ -43,6 +43,8 @@ struct State {
     allocations: BTreeMap<u64, Allocation>,
     /// What is recorded, while something is.
     recording: Option<Vec<Recorded>>,
+    /// See [`Backend::begin_download`].
+    downloaded: Vec<u8>,
 }
 
 /// An allocation with its guard zones.
@@ -193,6 +195,17 @@ impl Backend for Emulator {
 
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), GpuError> {
         bytes.copy_from_slice(self.state().bytes_mut(from, bytes.len())?);
+        Ok(())
+    }
+
+    fn begin_download(&self, from: u64, num_bytes: usize) -> Result<(), GpuError> {
+        let mut state = self.state();
+        state.downloaded = state.bytes_mut(from, num_bytes)?.to_vec();
+        Ok(())
+    }
+
+    fn end_download(&self, bytes: &mut [u8]) -> Result<(), GpuError> {
+        bytes.copy_from_slice(&self.state().downloaded[..bytes.len()]);
         Ok(())
     }
 

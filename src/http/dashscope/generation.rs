@@ -123,12 +123,9 @@ struct AnswerRenderer {
 
 impl AnswerRenderer {
     /// The whole answer: what the writer has when the frames are left out.
-    async fn fold(mut self, mut generation: Generation) -> Result<Response, ApiError> {
-        while let Some(item) = generation.next().await {
-            let (prompt, update) = item?;
-            self.update(prompt, update, generation.usage());
-        }
-        Ok(Json(self.writer.into_whole(&generation.usage())).into_response())
+    async fn fold(mut self, generation: Generation) -> Result<Response, ApiError> {
+        let usage = sse::fold(&mut self, generation).await?;
+        Ok(Json(self.writer.into_whole(&usage)).into_response())
     }
 }
 

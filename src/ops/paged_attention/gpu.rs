@@ -11,7 +11,9 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Result, bail};
 
-use super::plan::{Heads, MAX_DECODE_ROWS, Plan, Round, TILE_ROWS, max_partitions};
+use super::plan::{
+    Heads, MAX_DECODE_ROWS, Plan, Round, StepBounds, TILE_ROWS, max_partial_rows, max_partitions,
+};
 use super::{AttentionMetadata, GpuKvCache, KvCacheShape};
 use crate::device::gpu::{Arg, DeviceBuffer, Gpu, Kernel, LaunchConfig};
 use crate::ops::tensor::GpuTensor;
@@ -168,6 +170,16 @@ impl Partials {
         let out = gpu.scratch(num_rows * head_dim * size)?;
         Ok(Self { out, max_sum: gpu.scratch(num_rows * 2 * size)? })
     }
+}
+
+/// Most memory that partial results take on a card, for `(num_heads, num_kv_heads)` heads.
+pub fn max_partial_bytes(
+    (num_heads, num_kv_heads): (usize, usize),
+    head_dim: usize,
+    bounds: StepBounds,
+) -> usize {
+    let heads = Heads { num_kv_heads, group: (num_heads / num_kv_heads).max(1) };
+    max_partial_rows(heads, bounds) * (head_dim + 2) * size_of::<f32>()
 }
 
 impl Call<'_> {

@@ -175,6 +175,28 @@ pub(super) fn max_partitions(max_seq_len: usize) -> usize {
     max_seq_len.div_ceil(MIN_PARTITION).clamp(1, MAX_PARTITIONS)
 }
 
+/// The largest steps that there will be.
+#[derive(Clone, Copy, Debug)]
+pub struct StepBounds {
+    /// Tokens of a step.
+    pub num_tokens: usize,
+    /// Sequences of a step.
+    pub num_seqs: usize,
+    /// Tokens of a sequence.
+    pub max_seq_len: usize,
+}
+
+/// Most rows of partial results that are alive at a time, in all heads.
+pub(super) fn max_partial_rows(heads: Heads, bounds: StepBounds) -> usize {
+    let Heads { num_kv_heads, group } = heads;
+    let partitions = max_partitions(bounds.max_seq_len);
+    let num_partials = if partitions == 1 { 0 } else { partitions };
+    let num_decode_tokens = bounds.num_tokens.min(bounds.num_seqs * (MAX_DECODE_ROWS / group));
+    let decode = num_decode_tokens * num_partials * num_kv_heads * group;
+    let is_ever_split = MIN_SPLIT < bounds.max_seq_len;
+    decode.max(if is_ever_split { MAX_PARTIAL_BLOCKS * TILE_ROWS } else { 0 })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -226,6 +248,14 @@ mod tests {
             assert!(slots.iter().copied().eq(0..round.num_slots as u32));
         }
         assert_eq!(next, (plan.tiles.len(), plan.merges.len()));
+        let bounds = StepBounds {
+            num_tokens: seqs.iter().map(|&(_, query_len)| query_len).sum(),
+            num_seqs: seqs.len(),
+            max_seq_len: seqs.iter().map(|&(seq_len, _)| seq_len).max().unwrap_or(0),
+        };
+        let num_slots = plan.rounds.iter().map(|round| round.num_slots).max().unwrap_or(0);
+        let num_rows = num_slots * heads.num_kv_heads * TILE_ROWS;
+        assert!(num_rows <= max_partial_rows(heads, bounds), "{num_rows} rows of {bounds:?}");
         for (seq, &(seq_len, query_len)) in seqs.iter().enumerate() {
             let is_prefill = MAX_DECODE_ROWS < query_len * heads.group;
             let mut ends: Vec<(u32, u32)> = (plan.tiles.iter())
@@ -282,6 +312,15 @@ mod tests {
             cuts
         };
         assert_eq!(cuts(&alone), cuts(&company));
+    }
+
+    #[test]
+    fn partial_results_of_decode_are_bounded() {
+        let bounds = StepBounds { num_tokens: 2048, num_seqs: 64, max_seq_len: 4096 };
+        assert_eq!(max_partial_rows(HEADS, bounds), 64 * 9 * 32 * 28);
+        let short = StepBounds { num_tokens: 20, max_seq_len: 129, ..bounds };
+        assert_eq!(max_partial_rows(HEADS, short), 20 * 2 * 28);
+        assert_eq!(max_partial_rows(HEADS, StepBounds { max_seq_len: 128, ..bounds }), 0);
     }
 
     #[test]
