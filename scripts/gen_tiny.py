@@ -330,20 +330,29 @@ def golden(model, prompt_ids, every_position):
     }
 
 
-def generate(variant):
-    tensors = random_tensors(variant)
-    path = OUT / f"{variant.name}.gguf"
-    write_gguf(variant, tensors, path)
-    model = reference_model(variant, tensors)
+def prompts():
+    """Token ids, and whether the logits of every position are wanted."""
     rng = np.random.default_rng(1)
     tokenizer = reference_tokenizer()
-    prompts = [
+    return [
         ([65], False),
         (tokenizer.encode(TEXTS[0]).ids[:6], True),
         (rng.integers(0, 266, 40).tolist(), False),
         # Longer than several cache blocks, and no multiple of their size.
         (rng.integers(0, 266, 173).tolist(), False),
     ]
+
+
+def write_golden(name, goldens):
+    text = json.dumps(goldens).replace('], "', '],\n "').replace('}, {', '},\n{')
+    (OUT / f"{name}.json").write_text(text + "\n")
+
+
+def generate(variant):
+    tensors = random_tensors(variant)
+    path = OUT / f"{variant.name}.gguf"
+    write_gguf(variant, tensors, path)
+    model = reference_model(variant, tensors)
     goldens = {
         "checkpoint": path.name,
         "engine": "transformers, float32, eager, on the dequantised weights",
@@ -353,10 +362,9 @@ def generate(variant):
         "num_hidden_layers": variant.num_layers,
         "tie_word_embeddings": variant.tied,
         "vocab_size": len(vocabulary(variant)[0]),
-        "prompts": [golden(model, ids, every_position) for ids, every_position in prompts],
+        "prompts": [golden(model, ids, every_position) for ids, every_position in prompts()],
     }
-    text = json.dumps(goldens).replace('], "', '],\n "').replace('}, {', '},\n{')
-    (OUT / f"{variant.name}.json").write_text(text + "\n")
+    write_golden(variant.name, goldens)
     margins = [m for prompt in goldens["prompts"] for m in prompt["greedy_margins"]]
     print(f"{variant.name}: {path.stat().st_size} bytes, smallest greedy margin {min(margins):.4f}")
 

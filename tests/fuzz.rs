@@ -27,6 +27,8 @@ mod grammars;
 mod heads;
 #[path = "fuzz/native.rs"]
 mod native;
+#[path = "fuzz/safetensors.rs"]
+mod safetensors;
 #[path = "fuzz/templates.rs"]
 mod templates;
 #[path = "fuzz/tokenizers.rs"]

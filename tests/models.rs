@@ -30,6 +30,8 @@ use serde::Deserialize;
 mod dummy;
 #[path = "models/gpu.rs"]
 mod gpu;
+#[path = "models/repositories.rs"]
+mod repositories;
 
 #[derive(Clone, Copy)]
 struct Setup {
@@ -443,6 +445,8 @@ const DENSE: Tolerance = Tolerance { max: 2e-4, mean: 5e-5, margin: 1e-3 };
 /// logits spread over ten and no redundancy, so that costs it about ten times what it costs a
 /// trained one; the bound for trained weights is held on the real model.
 const QUANTISED: Tolerance = Tolerance { max: 1.0, mean: 0.12, margin: 0.4 };
+/// Weights were rounded to half precision when they were loaded.
+const ROUNDED: Tolerance = Tolerance { max: 2e-2, mean: 2e-3, margin: 2e-2 };
 /// The checkpoint with these has logits half as far spread.
 const K_QUANTS: Tolerance = Tolerance { max: 0.15, mean: 0.03, margin: 0.1 };
 /// Of the 96 greedy tokens of a checkpoint, at least as many must be clear enough to compare.
@@ -467,14 +471,39 @@ async fn hugging_face_computes_the_same() {
     ];
     let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
     for (name, tolerance) in checkpoints {
+        compare_with_golden(&format!("{name}.gguf"), tolerance, setup).await;
+    }
+}
+
+#[tokio::test]
+async fn hugging_face_computes_the_same_from_its_own_repositories() {
+    let repositories = [
+        ("hf-f32", DENSE),
+        ("hf-f16", DENSE),
+        ("hf-bf16", DENSE),
+        ("hf-sharded", DENSE),
+        ("gptq-int4", QUANTISED),
+        ("gptq-int4-act-order", QUANTISED),
+        ("gptq-int4-asym", QUANTISED),
+        ("gptq-int4-v2", QUANTISED),
+        ("gptq-int8", QUANTISED),
+        ("gptq-int8-asym", ROUNDED),
+        ("awq", QUANTISED),
+        ("fp8-block", ROUNDED),
+        ("fp8-tensor", ROUNDED),
+        ("fp8-channel", ROUNDED),
+    ];
+    let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
+    for (name, tolerance) in repositories {
         compare_with_golden(name, tolerance, setup).await;
     }
 }
 
 async fn compare_with_golden(name: &str, tolerance: Tolerance, setup: Setup) {
-    let golden = std::fs::read_to_string(tiny(&format!("{name}.json"))).unwrap();
+    let stem = name.trim_end_matches(".gguf");
+    let golden = std::fs::read_to_string(tiny(&format!("{stem}.json"))).unwrap();
     let golden: Golden = serde_json::from_str(&golden).unwrap();
-    let engine = start(&tiny(&format!("{name}.gguf")), setup);
+    let engine = start(&tiny(name), setup);
     let mut errors = Vec::new();
     for prompt in &golden.prompts {
         errors.extend(errors_of(&engine, prompt).await);

@@ -1,4 +1,7 @@
-//! `qwen-server inspect`: says what is in a model file.
+//! `qwen-server inspect`: says what is in a model's files.
+
+mod gguf;
+mod repository;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,17 +13,19 @@ use serde::Serialize;
 
 use super::hub_from_environment;
 use super::models::WORKSPACE_BYTES;
-use crate::weights::gguf::{Gguf, GgufError, Metadata, TensorInfo, Value, dtype_name, printable};
+use crate::weights::checkpoint::{Checkpoint, Source};
+use crate::weights::gguf::printable;
 use crate::weights::hub::{Hub, HubError, Reason};
 use crate::weights::resolve::{ResolveError, resolve};
 
-/// Show what is in a model file: architecture, quantisation, tensors, tokenizer, memory needed.
+/// Show what is in a model's files: architecture, quantisation, tensors, tokenizer, memory needed.
 ///
-/// The file is checked as serving it would check it; a damaged one is an error of one line.
+/// The files are checked as serving them would check them; a damaged one is an error of one line.
 #[derive(Clone, Debug, clap::Args)]
 pub struct InspectArgs {
-    /// A GGUF file or directory, or the name of a model that was pulled.
-    #[arg(value_name = "FILE|NAME")]
+    /// A GGUF file, a directory with one or with safetensors, or the name of a model that was
+    /// pulled.
+    #[arg(value_name = "FILE|DIRECTORY|NAME")]
     pub model: String,
 
     /// List every tensor.
@@ -33,11 +38,14 @@ pub struct InspectArgs {
 }
 
 /// Everything that is shown.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct Report {
     files: Vec<PathBuf>,
-    num_bytes: usize,
-    gguf_version: u32,
+    num_bytes: u64,
+    /// Such as `GGUF version 3`.
+    format: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gguf_version: Option<u32>,
     architecture: String,
     name: Option<String>,
     quantization: String,
@@ -46,6 +54,8 @@ struct Report {
     hidden_size: Option<u32>,
     num_attention_heads: Option<u32>,
     num_key_value_heads: Option<u32>,
+    #[serde(skip)]
+    head_dim: Option<u32>,
     context_length: Option<u32>,
     kv_cache_bytes_per_token: Option<u64>,
     memory_bytes: u64,
@@ -53,11 +63,14 @@ struct Report {
     tokenizer: TokenizerSummary,
     tensors_by_type: BTreeMap<&'static str, TypeSummary>,
     metadata: serde_json::Map<String, serde_json::Value>,
+    /// The same for people to read.
+    #[serde(skip)]
+    metadata_lines: Vec<(String, String)>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tensors: Vec<TensorLine>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct TokenizerSummary {
     kind: Option<String>,
     pre_tokenizer: Option<String>,
@@ -84,17 +97,19 @@ struct TensorLine {
     dtype: &'static str,
     shape: Vec<usize>,
     num_bytes: usize,
+    /// Weights of the model that it holds.
+    #[serde(skip)]
+    num_parameters: u64,
 }
 
 /// Runs the command.
 pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     let InspectArgs { model, tensors, json } = args;
-    let gguf = Gguf::open(&find(&model)?)?;
-    let report = report(&gguf, tensors)?;
+    let report = report(&Checkpoint::open(&find(&model)?)?, tensors)?;
     if json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        print!("{}", text(&report, gguf.metadata()));
+        print!("{}", text(&report));
     }
     Ok(())
 }
@@ -104,7 +119,7 @@ fn find(model: &str) -> anyhow::Result<PathBuf> {
     let mut config = hub_from_environment()?.config().clone();
     config.offline = true;
     match resolve(model, &Hub::new(config)?, &mut ()) {
-        Ok(resolved) => Ok(resolved.gguf),
+        Ok(resolved) => Ok(resolved.path),
         Err(ResolveError::Hub(HubError { reason: Reason::Offline { .. }, .. })) => {
             bail!("`{model}` is not on this machine; `qwen-server pull {model}` fetches it")
         }
@@ -112,121 +127,53 @@ fn find(model: &str) -> anyhow::Result<PathBuf> {
     }
 }
 
-fn report(gguf: &Gguf, lists_tensors: bool) -> Result<Report, GgufError> {
-    let metadata = gguf.metadata();
-    let architecture = metadata.str("general.architecture")?.to_owned();
-    let number =
-        |suffix: &str| metadata.optional(&format!("{architecture}.{suffix}"), Metadata::u32);
-    let num_layers = number("block_count")?;
-    let hidden_size = number("embedding_length")?;
-    let num_attention_heads = number("attention.head_count")?;
-    let num_key_value_heads = number("attention.head_count_kv")?.or(num_attention_heads);
-    let context_length = number("context_length")?;
-    let head_dim = match number("attention.key_length")? {
-        Some(head_dim) => Some(head_dim),
-        None => hidden_size.zip(num_attention_heads).and_then(|(size, n)| size.checked_div(n)),
+fn report(checkpoint: &Checkpoint, lists_tensors: bool) -> anyhow::Result<Report> {
+    let mut report = match checkpoint.source() {
+        Source::Gguf(gguf) => gguf::report(gguf)?,
+        Source::Repository(repository) => repository::report(checkpoint, repository)?,
     };
-    let kv_cache_bytes_per_token =
-        num_layers.zip(num_key_value_heads).zip(head_dim).map(|((layers, heads), head_dim)| {
-            let num_values = u64::from(layers).saturating_mul(heads.into());
-            num_values.saturating_mul(u64::from(head_dim).saturating_mul(4))
+    report.num_bytes = checkpoint.num_file_bytes();
+    report.quantization = checkpoint.quantization();
+    let head_dim = match report.head_dim {
+        Some(head_dim) => Some(head_dim),
+        None => report
+            .hidden_size
+            .zip(report.num_attention_heads)
+            .and_then(|(size, n)| size.checked_div(n)),
+    };
+    report.num_key_value_heads = report.num_key_value_heads.or(report.num_attention_heads);
+    report.kv_cache_bytes_per_token =
+        report.num_layers.zip(report.num_key_value_heads).zip(head_dim).map(
+            |((layers, heads), head_dim)| {
+                let num_values = u64::from(layers).saturating_mul(heads.into());
+                num_values.saturating_mul(u64::from(head_dim).saturating_mul(4))
+            },
+        );
+    report.memory_bytes = checkpoint.num_weight_bytes() + WORKSPACE_BYTES;
+    report.memory_bytes_full_context =
+        report.kv_cache_bytes_per_token.zip(report.context_length).map(|(per_token, length)| {
+            report.memory_bytes.saturating_add(per_token.saturating_mul(length.into()))
         });
-    let memory_bytes = gguf.num_file_bytes() as u64 + WORKSPACE_BYTES;
-    let memory_bytes_full_context =
-        kv_cache_bytes_per_token.zip(context_length).map(|(per_token, length)| {
-            memory_bytes.saturating_add(per_token.saturating_mul(length.into()))
-        });
-    let mut tensors_by_type: BTreeMap<&'static str, TypeSummary> = BTreeMap::new();
-    for tensor in gguf.tensors() {
-        let summary = tensors_by_type.entry(dtype_name(tensor.dtype)).or_default();
+    for tensor in &report.tensors {
+        let summary = report.tensors_by_type.entry(tensor.dtype).or_default();
         summary.num_tensors += 1;
         summary.num_bytes += tensor.num_bytes;
+        // An output layer that only repeats the embedding is a copy, so it counts.
+        report.num_parameters += tensor.num_parameters;
     }
-    Ok(Report {
-        files: gguf.paths().map(PathBuf::from).collect(),
-        num_bytes: gguf.num_file_bytes(),
-        gguf_version: gguf.version(),
-        name: metadata.optional("general.name", Metadata::str)?.map(str::to_owned),
-        quantization: gguf.quantization(),
-        num_parameters: num_parameters(gguf),
-        num_layers,
-        hidden_size,
-        num_attention_heads,
-        num_key_value_heads,
-        context_length,
-        kv_cache_bytes_per_token,
-        memory_bytes,
-        memory_bytes_full_context,
-        tokenizer: tokenizer(metadata)?,
-        tensors_by_type,
-        metadata: metadata.iter().map(|(key, value)| (key.to_owned(), json(value))).collect(),
-        tensors: if lists_tensors { tensor_lines(gguf) } else { Vec::new() },
-        architecture,
-    })
-}
-
-/// All values; an output layer that only repeats the embedding is a copy, so it counts.
-fn num_parameters(gguf: &Gguf) -> u64 {
-    let sizes =
-        gguf.tensors().map(|tensor| tensor.shape.iter().map(|&n| n as u64).product::<u64>());
-    sizes.sum()
-}
-
-fn tensor_lines(gguf: &Gguf) -> Vec<TensorLine> {
-    let line = |tensor: &TensorInfo| TensorLine {
-        name: tensor.name.clone(),
-        dtype: dtype_name(tensor.dtype),
-        shape: tensor.shape.clone(),
-        num_bytes: tensor.num_bytes,
-    };
-    gguf.tensors().map(line).collect()
-}
-
-fn tokenizer(metadata: &Metadata) -> Result<TokenizerSummary, GgufError> {
-    const PREFIX: &str = "tokenizer.ggml.";
-    const SUFFIX: &str = "_token_id";
-    let text =
-        |key: &str| metadata.optional(key, Metadata::str).map(|found| found.map(str::to_owned));
-    let tokens = metadata.optional("tokenizer.ggml.tokens", Metadata::strings)?;
-    let mut special_tokens = BTreeMap::new();
-    for (key, _) in metadata.iter() {
-        let name = key.strip_prefix(PREFIX).and_then(|rest| rest.strip_suffix(SUFFIX));
-        if let Some(name) = name {
-            let id = metadata.u32(key)?;
-            let text = tokens.as_ref().and_then(|tokens| tokens.get(id as usize)).cloned();
-            special_tokens.insert(name.to_owned(), SpecialToken { id, text });
-        }
+    if !lists_tensors {
+        report.tensors.clear();
     }
-    Ok(TokenizerSummary {
-        kind: text("tokenizer.ggml.model")?,
-        pre_tokenizer: text("tokenizer.ggml.pre")?,
-        vocab_size: tokens.map(|tokens| tokens.len()),
-        has_chat_template: metadata.contains("tokenizer.chat_template"),
-        special_tokens,
-    })
+    Ok(report)
 }
 
-/// A value as JSON; arrays only say what they hold.
-fn json(value: &Value) -> serde_json::Value {
-    match value {
-        Value::Unsigned(number) => (*number).into(),
-        Value::Signed(number) => (*number).into(),
-        Value::Float(number) => (*number).into(),
-        Value::Bool(value) => (*value).into(),
-        Value::String(text) => text.as_str().into(),
-        Value::Array { element, len, .. } => {
-            serde_json::json!({ "array_of": element.to_string(), "len": len })
-        }
-    }
-}
-
-fn text(report: &Report, metadata: &Metadata) -> String {
+fn text(report: &Report) -> String {
     let mut lines: Vec<(&str, String)> = Vec::new();
     for path in &report.files {
         lines.push(("file", path.display().to_string()));
     }
-    let size = HumanBytes(report.num_bytes as u64);
-    lines.push(("size", format!("{size}, GGUF version {}", report.gguf_version)));
+    let size = HumanBytes(report.num_bytes);
+    lines.push(("size", format!("{size}, {}", report.format)));
     lines.extend(report.name.iter().map(|name| ("name", printable(name))));
     lines.push(("architecture", printable(&report.architecture)));
     let billions = report.num_parameters as f64 / 1e9;
@@ -258,7 +205,7 @@ fn text(report: &Report, metadata: &Metadata) -> String {
             .expect("writing to a string cannot fail");
     }
     text.push_str("\nmetadata\n");
-    for (key, value) in metadata.iter() {
+    for (key, value) in &report.metadata_lines {
         writeln!(text, "  {} = {value}", printable(key)).expect("writing to a string cannot fail");
     }
     text
@@ -299,12 +246,12 @@ mod tests {
     use super::*;
     use crate::weights::gguf::writer::Writer;
 
-    fn open(writer: &Writer) -> (tempfile::TempDir, Gguf) {
+    fn open(writer: &Writer) -> (tempfile::TempDir, Checkpoint) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("m.gguf");
         std::fs::write(&path, writer.build()).unwrap();
-        let gguf = Gguf::open(&path).unwrap();
-        (directory, gguf)
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        (directory, checkpoint)
     }
 
     fn tiny() -> Writer {
@@ -329,8 +276,8 @@ mod tests {
 
     #[test]
     fn the_report_says_what_is_inside() {
-        let (_directory, gguf) = open(&tiny());
-        let report = report(&gguf, true).unwrap();
+        let (_directory, checkpoint) = open(&tiny());
+        let report = report(&checkpoint, true).unwrap();
         assert_eq!(report.quantization, "Q4_K_M");
         assert_eq!(report.num_parameters, 12);
         // Two layers, one head of 64, keys and values of two bytes.
@@ -343,7 +290,7 @@ mod tests {
         let special = &report.tokenizer.special_tokens;
         assert_eq!(special["eos"].text.as_deref(), Some("<|im_end|>"));
         assert_eq!((special["bos"].id, special["bos"].text.as_deref()), (7, None));
-        let text = text(&report, gguf.metadata());
+        let text = text(&report);
         assert!(text.contains("special        bos = 7, eos = 1 `<|im_end|>`"));
         assert!(text.contains("chat template  present"));
         assert!(!text.contains('\u{1b}'));
@@ -354,10 +301,10 @@ mod tests {
 
     #[test]
     fn a_file_that_is_no_model_is_an_error() {
-        let (_directory, gguf) = open(&Writer::new());
-        let message = report(&gguf, false).unwrap_err().to_string();
+        let (_directory, checkpoint) = open(&Writer::new());
+        let message = report(&checkpoint, false).unwrap_err().to_string();
         assert!(message.contains("`general.architecture` is missing"), "{message}");
-        let (_directory, gguf) = open(
+        let (_directory, checkpoint) = open(
             &Writer::new()
                 .string("general.architecture", "x")
                 .u32("x.attention.head_count", 0)
@@ -366,6 +313,24 @@ mod tests {
                 .u32("x.attention.key_length", u32::MAX)
                 .u32("x.context_length", u32::MAX),
         );
-        assert!(report(&gguf, false).is_ok());
+        assert!(report(&checkpoint, false).is_ok());
+    }
+
+    #[test]
+    fn a_repository_is_shown_like_a_file() {
+        let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny/hf-sharded");
+        let report = report(&Checkpoint::open(&tiny).unwrap(), false).unwrap();
+        assert_eq!((report.files.len(), report.quantization.as_str()), (3, "BF16"));
+        assert_eq!(report.kv_cache_bytes_per_token, Some(2 * 64 * 2 * 2));
+        assert_eq!(report.tokenizer.special_tokens["eos"].text.as_deref(), Some("<|im_end|>"));
+        let text = text(&report);
+        for line in [
+            "architecture   qwen2",
+            "tokenizer      BPE, 288 tokens",
+            "chat template  present",
+            "  rms_norm_eps = 1e-6",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
     }
 }

@@ -8,7 +8,7 @@ use indicatif::HumanBytes;
 use super::hub_from_environment;
 use super::progress::DownloadProgress;
 use crate::weights::catalogue::{Catalogue, DEFAULT_MODEL};
-use crate::weights::gguf::Gguf;
+use crate::weights::checkpoint::Checkpoint;
 use crate::weights::hub::{Hub, RemoteFile};
 use crate::weights::resolve::resolve;
 
@@ -20,7 +20,7 @@ use crate::weights::resolve::resolve;
 #[derive(Clone, Debug, clap::Args)]
 pub struct PullArgs {
     /// What to fetch: a name from `qwen-server models`, with `:QUANTISATION` for another one than
-    /// q4_k_m, or a hub id `Org/Name[:QUANTISATION or FILE.gguf]`.
+    /// q4_k_m, or a hub id `Org/Name[:QUANTISATION, FILE.gguf or safetensors]`.
     #[arg(value_name = "MODEL", default_value = DEFAULT_MODEL)]
     pub model: String,
 
@@ -37,13 +37,13 @@ pub fn run(args: PullArgs) -> anyhow::Result<()> {
         install(&model, &source, &hub)?
     } else {
         ensure!(!Path::new(&model).exists(), "`{model}` is a path, and on this machine already");
-        resolve(&model, &hub, &mut DownloadProgress::new())?.gguf
+        resolve(&model, &hub, &mut DownloadProgress::new())?.path
     };
-    let gguf = Gguf::open(&path)?;
+    let checkpoint = Checkpoint::open(&path)?;
     println!(
         "{model} is ready: {}, {} at {}",
-        gguf.quantization(),
-        HumanBytes(gguf.num_file_bytes() as u64),
+        checkpoint.quantization(),
+        HumanBytes(checkpoint.num_file_bytes()),
         path.display()
     );
     Ok(())

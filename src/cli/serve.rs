@@ -5,6 +5,7 @@ mod device;
 mod dummy;
 mod plan;
 mod served_model;
+mod text_side;
 
 use std::future::Future;
 use std::io::{self, IsTerminal, stderr};
@@ -105,7 +106,7 @@ impl Server {
         let to_load = Arc::clone(&planned);
         let (engine, engine_thread) =
             spawn(engine_config, move || load(&to_load).map_err(|error| format!("{error:#}")));
-        let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
+        let served = served_model::build(&config.model, &resolved, &planned)?;
         let mut state = AppState::new(engine.clone(), served, http_limits(config));
         state.keys = keys;
         state.cors_origins = config.access.cors_origins.clone().into();
@@ -221,8 +222,8 @@ fn find_model(config: &Config, device: Device) -> Result<(ResolvedModel, Planned
         return dummy::make_up(name, options);
     }
     let resolved = resolve(name, &hub_from_environment()?, &mut DownloadProgress::new())?;
-    let planned = PlannedModel::open(&resolved.gguf, options)
-        .with_context(|| format!("cannot load `{}`", resolved.gguf.display()))?;
+    let planned = PlannedModel::open(&resolved.path, options)
+        .with_context(|| format!("cannot load `{}`", resolved.path.display()))?;
     Ok((resolved, planned))
 }
 

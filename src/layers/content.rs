@@ -1,19 +1,47 @@
-//! The bytes of a matrix, wherever they come from.
+//! The rows of a matrix, whatever they are made of.
 
 use std::borrow::Cow;
 
 use candle_core::Result;
 
+use crate::ops::fp8_weights::fp8_rows;
+use crate::ops::grouped_weights::{GroupedSource, WordOrder, grouped_rows};
 use crate::ops::random_rows::random_rows;
 use crate::weights::checkpoint::{Content, StoredMatrix};
+use crate::weights::scheme::{GroupedWeights, Packing};
 
-/// The file's rows, or random ones where the checkpoint is a dummy.
+/// The file's rows as they are, or made of what is there instead.
 pub(super) fn rows(matrix: &StoredMatrix) -> Result<Cow<'_, [u8]>> {
-    match matrix.content {
-        Content::Stored => Ok(Cow::Borrowed(matrix.bytes.as_ref())),
+    let shape = (matrix.num_rows, matrix.num_cols);
+    let bytes = matrix.bytes.as_ref();
+    match &matrix.content {
+        Content::Stored => Ok(Cow::Borrowed(bytes)),
         Content::Random { seed } | Content::RandomInPlace { seed } => {
-            let shape = (matrix.num_rows, matrix.num_cols);
-            random_rows(matrix.dtype, shape, seed).map(Cow::Owned)
+            random_rows(matrix.dtype, shape, *seed).map(Cow::Owned)
         }
+        Content::Grouped(grouped) => {
+            grouped_rows(&source(grouped, shape, bytes), matrix.dtype).map(Cow::Owned)
+        }
+        Content::Fp8(fp8) => fp8_rows(bytes, shape, fp8.block, &fp8.scales).map(Cow::Owned),
+    }
+}
+
+fn source<'a>(
+    grouped: &'a GroupedWeights,
+    shape: (usize, usize),
+    words: &'a [u8],
+) -> GroupedSource<'a> {
+    GroupedSource {
+        shape,
+        bits: grouped.bits,
+        words,
+        word_order: match grouped.packing {
+            Packing::Columns => WordOrder::Columns,
+            Packing::Rows(order) => WordOrder::Rows(order),
+        },
+        group_size: grouped.group_size,
+        zeros: &grouped.zeros,
+        scales: &grouped.scales,
+        column_order: grouped.order.as_deref(),
     }
 }

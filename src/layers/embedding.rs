@@ -26,9 +26,13 @@ impl Embedding {
         device: &Device,
     ) -> anyhow::Result<Self> {
         let matrix = checkpoint.matrix(&format!("{name}.weight"), vocab_size, hidden_size)?;
-        let num_bytes = matrix.bytes.as_ref().len();
+        if matrix.column_order().is_some() {
+            anyhow::bail!("`{name}` has its columns ordered by activation, which is not supported");
+        }
         let shape = (vocab_size, hidden_size);
-        let table = match rows(&matrix)? {
+        let rows = rows(&matrix)?;
+        let num_bytes = rows.len();
+        let table = match rows {
             Cow::Borrowed(_) => EmbeddingTable::new(matrix.bytes, matrix.dtype, shape)?,
             Cow::Owned(rows) => EmbeddingTable::new(rows, matrix.dtype, shape)?,
         };

@@ -1,8 +1,13 @@
 //! `y = x Wᵀ + b`, whatever type the weights are stored in.
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use anyhow::bail;
 use candle_core::Result;
 
 use super::content::rows;
+use crate::ops::gather_columns::gather_columns;
 use crate::ops::matmul::{
     MatrixSource, RandomSource, Stacking, Weights, gated_matmul, matmul, matmul_f32,
 };
@@ -13,6 +18,8 @@ use crate::weights::checkpoint::{Checkpoint, Content, StoredMatrix};
 pub struct Linear {
     weight: Weights,
     bias: Option<Tensor>,
+    /// The column of the input that each column of the weights is for, if not the same.
+    column_order: Option<Arc<[u32]>>,
 }
 
 /// What a projection is called and how many features it puts out.
@@ -26,7 +33,8 @@ pub struct Projection<'a> {
 impl Linear {
     /// Loads projections of the same input and stacks their outputs in the given order.
     ///
-    /// Biases are read where the file has them; a stack has either all or none.
+    /// Biases are read where the file has them; a stack has either all or none. Those of zero are
+    /// left out: some tools that quantise add them to projections that have none.
     pub fn load(
         checkpoint: &Checkpoint,
         prefix: &str,
@@ -78,38 +86,72 @@ impl Linear {
                 bias.extend(checkpoint.vector(&bias_name, projection.out_features)?);
             }
         }
+        let column_order = column_order(&stored, prefix, device)?;
         let weight = pack(&stored, in_features, stacking, device)?;
+        // The packed weights replace the pages they were read from.
+        stored.iter().for_each(|matrix| matrix.bytes.release());
         let bias = match bias.len() {
-            0 => None,
+            _ if bias.iter().all(|value| *value == 0.0) => None,
             len if len == weight.num_rows() => Some(Tensor::from_vec(bias, (1, len), device)?),
-            _ => anyhow::bail!("only some of the biases of `{prefix}` are in the file"),
+            _ => bail!("only some of the biases of `{prefix}` are in the file"),
         };
-        Ok(Self { weight, bias })
+        if stacking == Stacking::Gated && bias.is_some() {
+            bail!("a gated projection with a bias, as `{prefix}` has, is not supported");
+        }
+        Ok(Self { weight, bias, column_order })
     }
 
     /// `[num_tokens, in_features]` to `[num_tokens, out_features]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        matmul(x, &self.weight, self.bias.as_ref())
+        matmul(&*self.ordered(x)?, &self.weight, self.bias.as_ref())
     }
 
     /// [`Linear::forward`] with a result in `f32` on every device.
     pub fn forward_f32(&self, x: &Tensor) -> Result<Tensor> {
-        matmul_f32(x, &self.weight, self.bias.as_ref())
+        matmul_f32(&*self.ordered(x)?, &self.weight, self.bias.as_ref())
     }
 
     /// Of a stack of gate and up projection without biases, `silu(gate(x)) * up(x)`:
     /// `[num_tokens, in_features]` to `[num_tokens, out_features / 2]`.
     pub fn forward_gated(&self, x: &Tensor) -> Result<Tensor> {
-        if self.bias.is_some() {
-            candle_core::bail!("a gated projection with a bias is not supported");
+        gated_matmul(&*self.ordered(x)?, &self.weight)
+    }
+
+    /// The input with its columns where the weights have them.
+    fn ordered<'a>(&self, x: &'a Tensor) -> Result<Cow<'a, Tensor>> {
+        match &self.column_order {
+            None => Ok(Cow::Borrowed(x)),
+            Some(order) => gather_columns(x, order).map(Cow::Owned),
         }
-        gated_matmul(x, &self.weight)
     }
 
     /// Memory that the weights take.
     pub fn num_bytes(&self) -> usize {
         self.weight.num_bytes()
     }
+}
+
+/// The one order of a stack's columns.
+fn column_order(
+    stored: &[StoredMatrix],
+    prefix: &str,
+    device: &Device,
+) -> anyhow::Result<Option<Arc<[u32]>>> {
+    let mut orders = stored.iter().map(StoredMatrix::column_order);
+    let first = orders.next().flatten();
+    if orders.any(|order| order != first) {
+        bail!(
+            "the projections of `{prefix}` have their columns in different orders (`g_idx`), which \
+             is not supported"
+        );
+    }
+    if first.is_some() && matches!(device, Device::Gpu(_)) {
+        bail!(
+            "`{prefix}` has its columns ordered by activation (`desc_act`), which runs on the CPU \
+             only; pass `--device cpu`, or use a checkpoint without it"
+        );
+    }
+    Ok(first.cloned())
 }
 
 fn pack(
@@ -140,7 +182,7 @@ fn random_sources(stored: &[StoredMatrix]) -> Option<Vec<RandomSource>> {
         Content::RandomInPlace { seed } => {
             Some(RandomSource { dtype: matrix.dtype, num_rows: matrix.num_rows, seed })
         }
-        Content::Stored | Content::Random { .. } => None,
+        _ => None,
     });
     sources.collect()
 }

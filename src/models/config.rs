@@ -1,6 +1,9 @@
 //! Hyperparameters under the names of Hugging Face's `config.json`.
 
-use crate::weights::checkpoint::{Checkpoint, CheckpointError};
+mod config_json;
+
+use crate::weights::checkpoint::{Checkpoint, CheckpointError, Source};
+use crate::weights::gguf::Gguf;
 
 /// What a decoder of the Qwen2 family needs to know about itself.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,11 +33,27 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads the hyperparameters from the file's metadata and checks that they make sense together.
-    ///
-    /// Keys as in the GGUF specification, section "LLM": `<architecture>.block_count` and so on.
+    /// The architecture by its GGUF name, such as `qwen2`, even if no model of it can be run.
+    pub fn architecture_of(checkpoint: &Checkpoint) -> Result<String, CheckpointError> {
+        match checkpoint.source() {
+            Source::Gguf(gguf) => Ok(gguf.metadata().str("general.architecture")?.to_owned()),
+            Source::Repository(repository) => Ok(config_json::architecture(repository.config())?),
+        }
+    }
+
+    /// Reads the hyperparameters from the files and checks that they make sense together.
     pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
-        let metadata = checkpoint.gguf().metadata();
+        let config = match checkpoint.source() {
+            Source::Gguf(gguf) => Self::from_gguf(gguf)?,
+            Source::Repository(repository) => config_json::read(repository)?,
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Keys as in the GGUF specification, section "LLM": `<architecture>.block_count` and so on.
+    fn from_gguf(gguf: &Gguf) -> Result<Self, CheckpointError> {
+        let metadata = gguf.metadata();
         let architecture = metadata.str("general.architecture")?.to_owned();
         let size = |key: &str| -> Result<usize, CheckpointError> {
             Ok(metadata.u32(&format!("{architecture}.{key}"))? as usize)
@@ -43,9 +62,9 @@ impl ModelConfig {
         let hidden_size = size("embedding_length")?;
         let key_length = size("attention.key_length").ok();
         let head_dim = key_length.unwrap_or(hidden_size / num_attention_heads.max(1));
-        let embedding = checkpoint.gguf().tensor("token_embd.weight")?.0;
+        let embedding = gguf.tensor("token_embd.weight")?.0;
         let theta = metadata.f32(&format!("{architecture}.rope.freq_base"));
-        let config = Self {
+        Ok(Self {
             hidden_size,
             intermediate_size: size("feed_forward_length")?,
             num_hidden_layers: size("block_count")?,
@@ -58,9 +77,7 @@ impl ModelConfig {
                 .f32(&format!("{architecture}.attention.layer_norm_rms_epsilon"))?,
             rope_theta: theta.unwrap_or(10_000.0),
             architecture,
-        };
-        config.check()?;
-        Ok(config)
+        })
     }
 
     fn check(&self) -> Result<(), CheckpointError> {

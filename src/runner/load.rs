@@ -43,9 +43,9 @@ pub struct LoadOptions {
     pub num_threads: usize,
 }
 
-/// A model file whose header was read and whose memory is planned; no weight was touched yet.
+/// A model whose headers were read and whose memory is planned; no weight was touched yet.
 pub struct PlannedModel {
-    /// The mapped file.
+    /// The mapped files.
     pub checkpoint: Checkpoint,
     /// Its hyperparameters.
     pub config: ModelConfig,
@@ -55,7 +55,8 @@ pub struct PlannedModel {
 }
 
 impl PlannedModel {
-    /// Opens the file, checks that it can be run and plans its memory.
+    /// Opens a GGUF file or a repository's directory, checks that it can be run and plans its
+    /// memory.
     pub fn open(path: &Path, options: LoadOptions) -> anyhow::Result<Self> {
         Self::plan(Checkpoint::open(path)?, options)
     }
@@ -66,10 +67,9 @@ impl PlannedModel {
     }
 
     fn plan(checkpoint: Checkpoint, options: LoadOptions) -> anyhow::Result<Self> {
-        let metadata = checkpoint.gguf().metadata();
-        registry::check_architecture(metadata.str("general.architecture")?)?;
+        registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?)?;
         let config = ModelConfig::from_checkpoint(&checkpoint)?;
-        let weight_bytes = checkpoint.gguf().tensors().map(|tensor| tensor.num_bytes as u64).sum();
+        let weight_bytes = checkpoint.num_weight_bytes();
         let (available_bytes, cache_share) = memory(&options)?;
         let request = MemoryRequest {
             kv_cache_bytes: options.kv_cache_bytes,
@@ -99,7 +99,7 @@ impl PlannedModel {
         })?;
         tracing::info!(weight_bytes = model.num_weight_bytes(), "weights packed");
         // The packed weights replace the file's pages; the embedding's come back row by row.
-        self.checkpoint.gguf().release_pages();
+        self.checkpoint.release_pages();
         let num_blocks = self.blocks_that_fit()?;
         let shape = KvCacheShape {
             num_blocks: num_blocks as usize,

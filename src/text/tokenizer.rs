@@ -146,6 +146,16 @@ impl Tokenizer {
         })
     }
 
+    /// Adds ids that stand for no text, until there are `vocab_size`: a model may know more ids than
+    /// its tokenizer has tokens.
+    pub fn pad_to(&mut self, vocab_size: usize) {
+        let end = self.bytes.len() as u32;
+        for _ in self.kinds.len()..vocab_size {
+            self.kinds.push(EntryKind::Unused);
+            self.starts.push(end);
+        }
+    }
+
     /// The ids of `text`, in which added tokens (`<|im_start|>`, `<tool_call>`) are recognised.
     pub fn encode(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
         let mut ids = Vec::with_capacity(text.len() / 3);
@@ -318,6 +328,11 @@ pub(super) mod tests {
         assert_eq!(tokenizer.decode(&[padding, padding + 1], SpecialTokens::Keep), "");
         assert_eq!(tokenizer.id_of("[PAD266]"), None);
         assert_eq!(tokenizer.encode("[PAD266]").unwrap().len(), 8);
+        let (mut padded, last) = (tiny(), padding - 1);
+        padded.pad_to(300);
+        padded.pad_to(3);
+        assert_eq!(padded.vocab_size(), 300);
+        assert_eq!(padded.decode(&[last, 299, 300], SpecialTokens::Keep), "<|fim_pad|>");
     }
 
     #[test]

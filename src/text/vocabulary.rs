@@ -222,6 +222,10 @@ struct TokenizerFile {
     added_tokens: Vec<AddedTokenEntry>,
     normalizer: Option<serde_json::Value>,
     pre_tokenizer: Option<serde_json::Value>,
+    #[serde(default)]
+    post_processor: serde_json::Value,
+    #[serde(default)]
+    decoder: serde_json::Value,
     model: ModelEntry,
 }
 
@@ -250,6 +254,9 @@ struct ModelEntry {
     byte_fallback: bool,
     #[serde(default)]
     ignore_merges: bool,
+    dropout: Option<f64>,
+    continuing_subword_prefix: Option<String>,
+    end_of_word_suffix: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -269,6 +276,19 @@ impl TokenizerFile {
         if self.model.byte_fallback || self.model.ignore_merges {
             return unsupported("byte_fallback or ignore_merges");
         }
+        if self.model.dropout.is_some_and(|dropout| dropout != 0.0) {
+            return unsupported("a BPE model with dropout");
+        }
+        let affixes = [&self.model.continuing_subword_prefix, &self.model.end_of_word_suffix];
+        if affixes.into_iter().flatten().any(|affix| !affix.is_empty()) {
+            return unsupported("continuing_subword_prefix or end_of_word_suffix");
+        }
+        for (part, value) in [("post-processor", &self.post_processor), ("decoder", &self.decoder)]
+        {
+            if !value.is_null() && value["type"] != "ByteLevel" {
+                return unsupported(&format!("a {part} other than ByteLevel"));
+            }
+        }
         let normalizer = self.normalizer.as_ref().and_then(|value| value["type"].as_str());
         if normalizer != Some("NFC") {
             return unsupported("a normalizer other than NFC");
@@ -278,7 +298,9 @@ impl TokenizerFile {
         };
         let split = &pre_tokenizer["pretokenizers"][0];
         let byte_level = &pre_tokenizer["pretokenizers"][1];
-        let is_ours = split["pattern"]["Regex"] == PUBLISHED_PATTERN
+        let num_parts = pre_tokenizer["pretokenizers"].as_array().map(Vec::len);
+        let is_ours = num_parts == Some(2)
+            && split["pattern"]["Regex"] == PUBLISHED_PATTERN
             && split["behavior"] == "Isolated"
             && split["invert"] == false
             && byte_level["type"] == "ByteLevel"

@@ -1,11 +1,16 @@
-//! A model's parameters under their Hugging Face names, whatever file they come from.
+//! A model's parameters under their Hugging Face names, whatever files they come from.
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 
-use super::gguf::{Gguf, GgufError, TensorBytes, TensorInfo};
+use super::gguf::{Gguf, GgufError, dtype_name};
+use super::repository::{Repository, RepositoryError};
+use super::safetensors::{ElementType, TensorInfo};
+use super::scheme::{Fp8Scales, GroupedWeights, Scheme};
+use super::tensor_bytes::TensorBytes;
 
 /// Why a checkpoint cannot be used as the model it says it is.
 #[derive(Debug, thiserror::Error)]
@@ -13,6 +18,9 @@ pub enum CheckpointError {
     /// The file itself is unusable.
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    /// The repository itself is unusable.
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
     /// A parameter has another shape than the hyperparameters demand.
     #[error("tensor `{name}` has shape {found:?}, the model's hyperparameters need {expected:?}")]
     Shape {
@@ -24,22 +32,32 @@ pub enum CheckpointError {
         expected: Vec<usize>,
     },
     /// A vector (norm weight or bias) is stored in a type that is not a plain float.
-    #[error("tensor `{name}` is stored as {dtype:?}; norms and biases must be F32, F16 or BF16")]
+    #[error("tensor `{name}` is stored as {dtype}; norms and biases must be F32, F16 or BF16")]
     VectorType {
         /// The parameter's Hugging Face name.
         name: String,
-        /// The type found.
-        dtype: GgmlDType,
+        /// The name of the type found.
+        dtype: &'static str,
     },
     /// The file lacks a hyperparameter or holds an impossible one.
     #[error("{0}")]
     Hyperparameter(String),
 }
 
-/// The parameters of one model file.
+/// The parameters of one model.
 pub struct Checkpoint {
-    gguf: Gguf,
+    source: Source,
+    scheme: Scheme,
     filling: Filling,
+}
+
+/// The files of a checkpoint.
+#[derive(Debug)]
+pub enum Source {
+    /// GGUF files.
+    Gguf(Gguf),
+    /// A directory with safetensors and JSON.
+    Repository(Repository),
 }
 
 /// Where a checkpoint's weights come from.
@@ -50,10 +68,14 @@ enum Filling {
 }
 
 /// Where the weights of a matrix come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Content {
     /// They are in the file.
     Stored,
+    /// They are integers in the file that mean this.
+    Grouped(Arc<GroupedWeights>),
+    /// They are floats of eight bits in the file that are scaled by this.
+    Fp8(Arc<Fp8Scales>),
     /// They are random, and the same on every device; the file's bytes mean nothing.
     Random {
         /// Makes them differ from those of other matrices.
@@ -67,31 +89,57 @@ pub enum Content {
 }
 
 /// A dummy with more bytes is made in place: it takes the processor longer than anyone waits.
-const MAX_PORTABLE_BYTES: usize = 2 << 30;
+const MAX_PORTABLE_BYTES: u64 = 2 << 30;
 
 /// A matrix as it lies in the file.
 pub struct StoredMatrix {
-    /// How its values are encoded.
+    /// How its rows are encoded, maybe after something was done with the bytes.
     pub dtype: GgmlDType,
     /// Rows (output features).
     pub num_rows: usize,
     /// Columns (input features).
     pub num_cols: usize,
-    /// The encoded rows, one after another.
+    /// The encoded rows, one after another, or what they are made of.
     pub bytes: TensorBytes,
-    /// Whether these are the weights.
+    /// What the bytes are.
     pub content: Content,
 }
 
+/// A parameter as it is stored.
+struct Stored {
+    dtype: GgmlDType,
+    shape: Vec<usize>,
+    bytes: TensorBytes,
+}
+
+impl StoredMatrix {
+    /// The order in which the columns of its rows are to be found among activations, if it is not
+    /// the usual one.
+    pub fn column_order(&self) -> Option<&Arc<[u32]>> {
+        match &self.content {
+            Content::Grouped(grouped) => grouped.order.as_ref(),
+            _ => None,
+        }
+    }
+}
+
 impl Checkpoint {
-    /// Maps a GGUF file and, for a split one, its siblings.
+    /// Maps a GGUF file with its siblings, or the files of a repository's directory.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        Ok(Self { gguf: Gguf::open(path)?, filling: Filling::File })
+        let filling = Filling::File;
+        if !path.is_dir() {
+            let source = Source::Gguf(Gguf::open(path)?);
+            return Ok(Self { source, scheme: Scheme::Floats, filling });
+        }
+        let repository = Repository::open(path)?;
+        let scheme = Scheme::of(&repository)?;
+        Ok(Self { source: Source::Repository(repository), scheme, filling })
     }
 
-    /// The same with random weights, norms of one and biases of zero instead of the file's.
+    /// A GGUF file with random weights, norms of one and biases of zero instead of its own.
     pub fn open_dummy(path: &Path) -> Result<Self, CheckpointError> {
-        Ok(Self { gguf: Gguf::open(path)?, filling: Filling::Random })
+        let source = Source::Gguf(Gguf::open(path)?);
+        Ok(Self { source, scheme: Scheme::Floats, filling: Filling::Random })
     }
 
     /// Whether the weights are random.
@@ -99,14 +147,63 @@ impl Checkpoint {
         self.filling == Filling::Random
     }
 
-    /// The file's header.
-    pub fn gguf(&self) -> &Gguf {
-        &self.gguf
+    /// The files, with what they say beside the weights.
+    pub fn source(&self) -> &Source {
+        &self.source
     }
 
-    /// Whether the parameter is in the file. `name` is its Hugging Face name.
+    /// What the weights are stored as, in the words of those who publish them.
+    pub fn quantization(&self) -> String {
+        match &self.source {
+            Source::Gguf(gguf) => gguf.quantization(),
+            Source::Repository(repository) => {
+                self.scheme.name().unwrap_or_else(|| repository.quantization())
+            }
+        }
+    }
+
+    /// The size of the files with weights.
+    pub fn num_file_bytes(&self) -> u64 {
+        match &self.source {
+            Source::Gguf(gguf) => gguf.num_file_bytes() as u64,
+            Source::Repository(repository) => repository.num_file_bytes() as u64,
+        }
+    }
+
+    /// Memory that the weights take when they are loaded.
+    pub fn num_weight_bytes(&self) -> u64 {
+        match &self.source {
+            Source::Gguf(gguf) => gguf.tensors().map(|tensor| tensor.num_bytes as u64).sum(),
+            Source::Repository(repository) => {
+                repository.tensors().map(|tensor| self.scheme.size(tensor).1).sum()
+            }
+        }
+    }
+
+    /// How many weights of the model a repository's tensor holds.
+    pub fn num_parameters(&self, tensor: &TensorInfo) -> u64 {
+        self.scheme.size(tensor).0
+    }
+
+    /// Gives back the memory of all pages of the files; reading on is possible, from the disk.
+    pub fn release_pages(&self) {
+        match &self.source {
+            Source::Gguf(gguf) => gguf.release_pages(),
+            Source::Repository(repository) => repository.release_pages(),
+        }
+    }
+
+    /// Whether the parameter is in the files. `name` is its Hugging Face name.
     pub fn contains(&self, name: &str) -> bool {
-        self.gguf.has_tensor(&gguf_name(name))
+        match &self.source {
+            Source::Gguf(gguf) => gguf.has_tensor(&gguf_name(name)),
+            Source::Repository(repository) => {
+                repository.has_parameter(name)
+                    || self.quantized_module(name).is_some_and(|(_, module)| {
+                        !(module == "lm_head" && repository.is_head_tied())
+                    })
+            }
+        }
     }
 
     /// A matrix of the given shape.
@@ -116,32 +213,43 @@ impl Checkpoint {
         num_rows: usize,
         num_cols: usize,
     ) -> Result<StoredMatrix, CheckpointError> {
-        let (info, bytes) = self.shaped(name, &[num_rows, num_cols])?;
+        if let Some((repository, module)) = self.quantized_module(name) {
+            return self.scheme.matrix(repository, module, (num_rows, num_cols));
+        }
+        let Stored { dtype, bytes, .. } = self.shaped(name, &[num_rows, num_cols])?;
         let content = self.content(name);
-        Ok(StoredMatrix { dtype: info.dtype, num_rows, num_cols, bytes, content })
+        Ok(StoredMatrix { dtype, num_rows, num_cols, bytes, content })
+    }
+
+    /// Where a matrix is stored in another form than rows of its own.
+    fn quantized_module<'a>(&self, name: &'a str) -> Option<(&Repository, &'a str)> {
+        let Source::Repository(repository) = &self.source else { return None };
+        let module = name.strip_suffix(".weight")?;
+        self.scheme.has_module(repository, module).then_some((repository, module))
     }
 
     fn content(&self, name: &str) -> Content {
         let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
         });
-        let num_bytes: usize = self.gguf.tensors().map(|tensor| tensor.num_bytes).sum();
         match self.filling {
             Filling::File => Content::Stored,
-            Filling::Random if num_bytes <= MAX_PORTABLE_BYTES => Content::Random { seed },
+            Filling::Random if self.num_weight_bytes() <= MAX_PORTABLE_BYTES => {
+                Content::Random { seed }
+            }
             Filling::Random => Content::RandomInPlace { seed },
         }
     }
 
     /// A vector of the given length as 32-bit floats.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
-        let (info, bytes) = self.shaped(name, &[len])?;
+        let stored = self.shaped(name, &[len])?;
         if self.is_dummy() {
             let is_bias = name.rsplit('.').next() == Some("bias");
             return Ok(vec![if is_bias { 0.0 } else { 1.0 }; len]);
         }
-        let bytes = bytes.as_ref();
-        let values = match info.dtype {
+        let bytes = stored.bytes.as_ref();
+        let values = match stored.dtype {
             GgmlDType::F32 => le_words(bytes).map(f32::from_le_bytes).collect(),
             GgmlDType::F16 => {
                 le_words(bytes).map(|b| half::f16::from_le_bytes(b).to_f32()).collect()
@@ -149,25 +257,47 @@ impl Checkpoint {
             GgmlDType::BF16 => {
                 le_words(bytes).map(|b| half::bf16::from_le_bytes(b).to_f32()).collect()
             }
-            dtype => return Err(CheckpointError::VectorType { name: name.to_owned(), dtype }),
+            dtype => {
+                let dtype = dtype_name(dtype);
+                return Err(CheckpointError::VectorType { name: name.to_owned(), dtype });
+            }
         };
         Ok(values)
     }
 
-    fn shaped(
-        &self,
-        name: &str,
-        expected: &[usize],
-    ) -> Result<(&TensorInfo, TensorBytes), CheckpointError> {
-        let (info, bytes) = self.gguf.shared_tensor(&gguf_name(name))?;
-        if info.shape != expected {
+    fn shaped(&self, name: &str, expected: &[usize]) -> Result<Stored, CheckpointError> {
+        let stored = match &self.source {
+            Source::Gguf(gguf) => {
+                let (info, bytes) = gguf.shared_tensor(&gguf_name(name))?;
+                Stored { dtype: info.dtype, shape: info.shape.clone(), bytes }
+            }
+            Source::Repository(repository) => {
+                let (info, bytes) = repository.tensor(name)?;
+                let dtype = float_type(info.dtype).ok_or_else(|| {
+                    let what = format!("is stored as {}, not as floats", info.dtype.name());
+                    repository.complaint(name, &what)
+                })?;
+                Stored { dtype, shape: info.shape.clone(), bytes }
+            }
+        };
+        if stored.shape != expected {
             return Err(CheckpointError::Shape {
                 name: name.to_owned(),
-                found: info.shape.clone(),
+                found: stored.shape,
                 expected: expected.to_vec(),
             });
         }
-        Ok((info, bytes))
+        Ok(stored)
+    }
+}
+
+/// The floats that products are computed with, under ggml's name.
+fn float_type(dtype: ElementType) -> Option<GgmlDType> {
+    match dtype {
+        ElementType::F32 => Some(GgmlDType::F32),
+        ElementType::F16 => Some(GgmlDType::F16),
+        ElementType::BF16 => Some(GgmlDType::BF16),
+        _ => None,
     }
 }
 

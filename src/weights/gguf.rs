@@ -25,8 +25,9 @@ pub use error::{GgufError, Problem, printable};
 use header::Header;
 pub use metadata::{ElementType, Metadata, Value};
 
+use super::tensor_bytes::TensorBytes;
 use crate::device::MappedFile;
-use error::shown;
+pub(crate) use error::shown;
 
 /// More parts than any published model has.
 const MAX_PARTS: u64 = 1024;
@@ -54,19 +55,6 @@ pub struct TensorInfo {
     pub num_bytes: usize,
     part: usize,
     range: Range<usize>,
-}
-
-/// The bytes of a tensor, for whoever keeps using them from the mapping.
-#[derive(Clone, Debug)]
-pub struct TensorBytes {
-    file: Arc<MappedFile>,
-    range: Range<usize>,
-}
-
-impl AsRef<[u8]> for TensorBytes {
-    fn as_ref(&self) -> &[u8] {
-        &self.file[self.range.clone()]
-    }
 }
 
 #[derive(Debug)]
@@ -155,7 +143,7 @@ impl Gguf {
     pub fn shared_tensor(&self, name: &str) -> Result<(&TensorInfo, TensorBytes), GgufError> {
         let (info, _) = self.tensor(name)?;
         let file = Arc::clone(&self.parts[info.part].file);
-        Ok((info, TensorBytes { file, range: info.range.clone() }))
+        Ok((info, TensorBytes::mapped(file, info.range.clone())))
     }
 
     /// Gives back the memory of all pages read so far; reading on is possible, from the disk.

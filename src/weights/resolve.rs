@@ -1,7 +1,8 @@
 //! Turns what a user typed after `--model` into a file on this machine.
 //!
 //! In this order: a file, a directory, a name of the catalogue, a hub id. Names and ids are looked
-//! up in the cache first and fetched otherwise.
+//! up in the cache first and fetched otherwise. A directory that holds no GGUF file may be a
+//! repository with safetensors, and so may a hub id.
 
 #[cfg(test)]
 mod tests;
@@ -13,12 +14,13 @@ use super::catalogue::{
 };
 use super::gguf;
 use super::hub::{Hub, HubError, Progress, Reason, RemoteFile, is_repo_id};
+use super::repository::{Repository, is_repository_file};
 
 /// A model that is on this machine.
 #[derive(Clone, Debug)]
 pub struct ResolvedModel {
-    /// Its GGUF file; of a split model the first one.
-    pub gguf: PathBuf,
+    /// Its GGUF file, of a split model the first one; or a repository's directory.
+    pub path: PathBuf,
     /// The name it is served under, unless another one is given.
     pub name: String,
     /// What the catalogue knows about it, if anything.
@@ -35,8 +37,11 @@ pub enum ResolveError {
     )]
     NoSuchPath(String),
     /// A directory without a model.
-    #[error("the directory {} holds no .gguf file; pass the directory or the file of a GGUF model", .0.display())]
-    NoGguf(PathBuf),
+    #[error(
+        "the directory {} holds no .gguf file, and no repository with config.json and safetensors; \
+         pass the directory or the file of a model", .0.display()
+    )]
+    NoModel(PathBuf),
     /// A directory with several models.
     #[error("the directory {} holds several models, pass the path of one of them: {models}", path.display())]
     SeveralModels {
@@ -44,15 +49,6 @@ pub enum ResolveError {
         path: PathBuf,
         /// Their first files.
         models: String,
-    },
-    /// Weights in a format that is not read.
-    #[error(
-        "{what} holds safetensors weights, but GGUF files are supported; use the GGUF release of \
-         the model, such as `qwen2.5-coder-0.5b-instruct` (`qwen-server models` lists them)"
-    )]
-    Safetensors {
-        /// The directory or repository.
-        what: String,
     },
     /// A repository without the wanted file.
     #[error("`{repo}` has no {wanted}; {hint}")]
@@ -80,28 +76,31 @@ pub fn resolve(
 ) -> Result<ResolvedModel, ResolveError> {
     let catalogue = Catalogue::builtin();
     let path = Path::new(argument);
-    if path.is_file() {
+    if path.is_file() && !is_safetensors(argument) {
         return Ok(local(path, &catalogue));
     }
+    if path.is_file() {
+        return in_directory(directory_of(path), &catalogue);
+    }
     if path.is_dir() {
-        return Ok(local(&find_in_directory(path)?, &catalogue));
+        return in_directory(path, &catalogue);
     }
     if looks_like_path(argument) {
         return Err(ResolveError::NoSuchPath(argument.to_owned()));
     }
     let (base, wanted) = split_name(argument);
-    let names_file = wanted.is_some_and(is_gguf);
+    let names_file = wanted.is_some_and(|wanted| is_gguf(wanted) || is_repository_wish(wanted));
     match catalogue.find(base) {
         Some(_) if !names_file => {
             let selection = catalogue.select(argument)?;
             Ok(named(fetch_selection(selection, hub, progress)?, selection.entry))
         }
         _ if is_repo_id(base) => {
-            let gguf = fetch_from_repo(base, wanted, hub, progress)?;
-            let known = catalogue.find(base).or_else(|| entry_of(&gguf, &catalogue));
+            let path = fetch_from_repo(base, wanted, hub, progress)?;
+            let known = catalogue.find(base).or_else(|| entry_of(&path, &catalogue));
             Ok(match known {
-                Some(entry) => named(gguf, entry),
-                None => ResolvedModel { gguf, name: base.to_owned(), entry: None },
+                Some(entry) => named(path, entry),
+                None => ResolvedModel { path, name: base.to_owned(), entry: None },
             })
         }
         _ => Err(catalogue
@@ -118,15 +117,54 @@ pub fn find_local(selection: Selection<'_>, hub: &Hub) -> Option<PathBuf> {
 }
 
 fn local(path: &Path, catalogue: &Catalogue) -> ResolvedModel {
-    let gguf = gguf::first_part(path);
-    match entry_of(&gguf, catalogue) {
-        Some(entry) => named(gguf, entry),
-        None => ResolvedModel { name: model_name(&gguf), gguf, entry: None },
+    let path = gguf::first_part(path);
+    match entry_of(&path, catalogue) {
+        Some(entry) => named(path, entry),
+        None => ResolvedModel { name: model_name(&path), path, entry: None },
     }
 }
 
-fn named(gguf: PathBuf, entry: &Entry) -> ResolvedModel {
-    ResolvedModel { gguf, name: entry.model.name.clone(), entry: Some(entry.clone()) }
+fn named(path: PathBuf, entry: &Entry) -> ResolvedModel {
+    ResolvedModel { path, name: entry.model.name.clone(), entry: Some(entry.clone()) }
+}
+
+/// The model of a directory: its GGUF file, or the directory as a repository.
+fn in_directory(path: &Path, catalogue: &Catalogue) -> Result<ResolvedModel, ResolveError> {
+    let directory = snapshot_of(path).unwrap_or_else(|| path.to_path_buf());
+    let names = file_names(&directory);
+    let mut models: Vec<&String> = names.iter().filter(|name| is_model_start(name)).collect();
+    models.sort();
+    match models[..] {
+        [name] => Ok(local(&directory.join(name), catalogue)),
+        [] if Repository::is_in(&directory) => {
+            let name = repository_name(&directory);
+            Ok(match catalogue.find(&name) {
+                Some(entry) => named(directory, entry),
+                None => ResolvedModel { path: directory, name, entry: None },
+            })
+        }
+        [] => Err(ResolveError::NoModel(path.to_path_buf())),
+        _ => {
+            let models: Vec<&str> = models.iter().map(|name| name.as_str()).collect();
+            let models = models.join(", ");
+            Err(ResolveError::SeveralModels { path: path.to_path_buf(), models })
+        }
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// The hub's id where the directory is a snapshot in a cache, otherwise the directory's name.
+fn repository_name(directory: &Path) -> String {
+    let whole = directory.canonicalize().unwrap_or_else(|_| directory.to_path_buf());
+    let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let id = whole.ancestors().nth(2).and_then(name).and_then(|folder| {
+        let id = folder.strip_prefix("models--")?.replacen("--", "/", 1);
+        is_repo_id(&id).then_some(id)
+    });
+    id.or_else(|| name(&whole)).unwrap_or_default()
 }
 
 fn entry_of<'a>(path: &Path, catalogue: &'a Catalogue) -> Option<&'a Entry> {
@@ -140,25 +178,6 @@ fn model_name(path: &Path) -> String {
     match gguf::part_of(path) {
         Some(_) => stem[..stem.len() - "-00001-of-00001".len()].to_owned(),
         None => stem.into_owned(),
-    }
-}
-
-fn find_in_directory(path: &Path) -> Result<PathBuf, ResolveError> {
-    let directory = snapshot_of(path).unwrap_or_else(|| path.to_path_buf());
-    let names = file_names(&directory);
-    let mut models: Vec<&String> = names.iter().filter(|name| is_model_start(name)).collect();
-    models.sort();
-    match models[..] {
-        [name] => Ok(directory.join(name)),
-        [] if names.iter().any(|name| is_safetensors(name)) => {
-            Err(ResolveError::Safetensors { what: format!("the directory {}", path.display()) })
-        }
-        [] => Err(ResolveError::NoGguf(path.to_path_buf())),
-        _ => {
-            let models: Vec<&str> = models.iter().map(|name| name.as_str()).collect();
-            let models = models.join(", ");
-            Err(ResolveError::SeveralModels { path: path.to_path_buf(), models })
-        }
     }
 }
 
@@ -198,7 +217,13 @@ fn fetch_selection(
     Ok(first_of(paths).expect("a quantisation has at least one file"))
 }
 
-/// Fetches a file or quantisation of any repository; what was fetched before needs no network.
+/// What a user may write for a repository's safetensors where it has GGUF files too.
+fn is_repository_wish(wanted: &str) -> bool {
+    wanted.eq_ignore_ascii_case("safetensors")
+}
+
+/// Fetches a file or quantisation of any repository, or its safetensors if that is wished for or
+/// all there is; what was fetched before needs no network.
 fn fetch_from_repo(
     repo: &str,
     wanted: Option<&str>,
@@ -212,14 +237,38 @@ fn fetch_from_repo(
         {
             return Ok(snapshot.join(&chosen[0]));
         }
+        if wanted.map_or(!has_gguf(&names), is_repository_wish)
+            && Repository::open(&snapshot).is_ok()
+        {
+            return Ok(snapshot);
+        }
     }
     let names = hub.file_names(repo)?;
+    let is_repository = names.iter().any(|name| is_safetensors(name));
+    if is_repository && wanted.map_or(!has_gguf(&names), is_repository_wish) {
+        return fetch_repository(repo, &names, hub, progress);
+    }
     let chosen = choose(&names, wanted).map_err(|wanted| not_in_repo(repo, wanted, &names))?;
     let fetched = chosen.iter().map(|name| {
         hub.fetch(RemoteFile { repo, name, sha256: None }, progress).map_err(ResolveError::from)
     });
     let paths = fetched.collect::<Result<Vec<_>, _>>()?;
     Ok(first_of(paths).expect("at least one file was chosen"))
+}
+
+/// Fetches what a repository with safetensors needs to be served.
+fn fetch_repository(
+    repo: &str,
+    names: &[String],
+    hub: &Hub,
+    progress: &mut dyn Progress,
+) -> Result<PathBuf, ResolveError> {
+    let mut path = None;
+    for name in names.iter().filter(|name| is_repository_file(name)) {
+        path = Some(hub.fetch(RemoteFile { repo, name, sha256: None }, progress)?);
+    }
+    let directory = path.as_deref().map(directory_of).map(Path::to_path_buf);
+    Ok(directory.unwrap_or_default())
 }
 
 /// The files of a repository that a wish means, or a description of what was looked for.
@@ -259,10 +308,9 @@ fn choose(names: &[String], wanted: Option<&str>) -> Result<Vec<String>, String>
 fn not_in_repo(repo: &str, wanted: String, names: &[String]) -> ResolveError {
     let available: Vec<&str> =
         names.iter().filter(|name| is_model_start(name)).map(String::as_str).take(24).collect();
-    if available.is_empty() && names.iter().any(|name| is_safetensors(name)) {
-        return ResolveError::Safetensors { what: format!("`{repo}`") };
-    }
-    let hint = if available.is_empty() {
+    let hint = if available.is_empty() && names.iter().any(|name| is_safetensors(name)) {
+        format!("it has safetensors, which `{repo}` without anything behind it means")
+    } else if available.is_empty() {
         "look for a repository whose name ends in -GGUF".to_owned()
     } else {
         format!("pass `{repo}:FILE` with one of {}", available.join(", "))
@@ -286,6 +334,10 @@ fn has_quantization(name: &str, quantization: &str) -> bool {
 fn is_model_start(name: &str) -> bool {
     let is_first = gguf::part_of(Path::new(name)).is_none_or(|(number, _)| number == 1);
     is_gguf(name) && is_first && !name.to_lowercase().contains("mmproj")
+}
+
+fn has_gguf(names: &[String]) -> bool {
+    names.iter().any(|name| is_model_start(name))
 }
 
 fn is_gguf(name: &str) -> bool {

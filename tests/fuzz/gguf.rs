@@ -42,7 +42,7 @@ const WORDS: [&str; 22] = [
     "\0\0\x10\0",
 ];
 
-fn options() -> LoadOptions {
+pub(crate) fn options() -> LoadOptions {
     LoadOptions {
         device: Device::Cpu,
         gpu_memory_utilization: 0.9,

@@ -27,7 +27,7 @@ async fn a_card_computes_what_hugging_face_does() {
         ("mixed", BF16_ACTIVATIONS),
         ("k-quants", BF16_ACTIVATIONS),
     ] {
-        compare_with_golden(name, tolerance, ON_GPU).await;
+        compare_with_golden(&format!("{name}.gguf"), tolerance, ON_GPU).await;
     }
 }
 

@@ -22,7 +22,7 @@ pub(super) fn make_up(name: &str, options: LoadOptions) -> Result<(ResolvedModel
         let planned = PlannedModel::open_dummy(path, options)
             .with_context(|| format!("cannot load `{name}`"))?;
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        return Ok((ResolvedModel { gguf: path.to_path_buf(), name: stem, entry: None }, planned));
+        return Ok((ResolvedModel { path: path.to_path_buf(), name: stem, entry: None }, planned));
     }
     let catalogue = Catalogue::builtin();
     let (_, quantization) = split_name(name);
@@ -41,7 +41,7 @@ pub(super) fn make_up(name: &str, options: LoadOptions) -> Result<(ResolvedModel
         .with_context(|| format!("cannot write a dummy model into `{}`", folder.display()))?;
     let planned = PlannedModel::open_dummy(file.path(), options)
         .with_context(|| format!("cannot make up `{name}`"))?;
-    let gguf = file.path().to_path_buf();
+    let path = file.path().to_path_buf();
     let name = entry.model.name.clone();
-    Ok((ResolvedModel { gguf, name, entry: Some(entry.clone()) }, planned))
+    Ok((ResolvedModel { path, name, entry: Some(entry.clone()) }, planned))
 }

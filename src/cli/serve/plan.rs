@@ -34,15 +34,17 @@ pub(super) fn describe(
     if config.model.hosted_names == HostedNames::Answered {
         names.push("the names of DashScope's text models");
     }
-    let weights = planned.checkpoint.gguf();
-    let mut file = resolved.gguf.display().to_string();
+    let mut file = resolved.path.display().to_string();
     let mut weight_bytes = HumanBytes(plan.weight_bytes).to_string();
     if planned.checkpoint.is_dummy() {
         "none".clone_into(&mut file);
         weight_bytes.push_str(" OF RANDOM NUMBERS: every answer is noise");
     }
     let lines = [
-        ("model", format!("{}, {}", planned.config.architecture, weights.quantization())),
+        (
+            "model",
+            format!("{}, {}", planned.config.architecture, planned.checkpoint.quantization()),
+        ),
         ("file", file),
         ("answers to", names.join(", ")),
         ("device", device(config, opened)),

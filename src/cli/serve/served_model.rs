@@ -1,13 +1,14 @@
-//! The text side of a model, out of its file's metadata.
+//! What is served: a model's text side, its names and its habits.
 
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use super::text_side::TextSide;
 use crate::chat::fim::FimTokens;
 use crate::chat::model::{Conventions, NamePattern, Reasoning, ServedModel};
 use crate::chat::reasoning;
-use crate::chat::template::{ChatTemplate, TemplateTokens};
+use crate::chat::template::ChatTemplate;
 use crate::chat::tool_call::{BareToolCalls, ToolCallFormat};
 use crate::cli::Hinted;
 use crate::config::{
@@ -15,41 +16,29 @@ use crate::config::{
 };
 use crate::engine::request::Pooling;
 use crate::grammar::GrammarCompiler;
+use crate::runner::load::PlannedModel;
 use crate::sampling::params::GenerationDefaults;
-use crate::text::{TokenId, Tokenizer, TokenizerSpec};
 use crate::weights::catalogue::ToolCallFormat as CatalogueFormat;
-use crate::weights::gguf::Metadata;
-use crate::weights::gguf::{Gguf, GgufError};
 use crate::weights::resolve::ResolvedModel;
-
-/// Tokens with which Qwen's models end a turn or a document. Files name only one of them as their
-/// end of sequence, the releases' `generation_config.json` names both.
-const END_TOKENS: [&str; 2] = ["<|im_end|>", "<|endoftext|>"];
 
 /// Builds tokenizer and chat template, and settles what the model is called.
 ///
 /// # Errors
-/// If the file's metadata holds no usable tokenizer, or a template that cannot be parsed.
+/// If the files hold no usable tokenizer, or a template that cannot be parsed.
 pub(super) fn build(
     config: &ModelConfig,
     resolved: &ResolvedModel,
-    gguf: &Gguf,
+    planned: &PlannedModel,
 ) -> Result<ServedModel> {
-    let metadata = gguf.metadata();
-    let tokenizer = Tokenizer::from_spec(tokenizer_spec(metadata)?)
-        .with_context(|| format!("the tokenizer in `{}` is unusable", resolved.gguf.display()))?;
-    let eos_token_ids = eos_token_ids(metadata, &tokenizer);
-    let template = metadata.optional("tokenizer.chat_template", Metadata::str)?;
-    let conventions = conventions(config, resolved, template.unwrap_or_default());
-    let tokens = TemplateTokens {
-        bos_token: special_text(metadata, &tokenizer, "tokenizer.ggml.bos_token_id"),
-        eos_token: special_text(metadata, &tokenizer, "tokenizer.ggml.eos_token_id"),
-    };
+    let text = TextSide::read(planned.checkpoint.source(), planned.config.vocab_size)
+        .with_context(|| format!("cannot serve `{}`", resolved.path.display()))?;
+    let fim = FimTokens::find(&text.tokenizer).filter(|_| is_coder(&text.names, resolved));
+    let TextSide { tokenizer, template, template_tokens, eos_token_ids, generation, .. } = text;
+    let conventions = conventions(config, resolved, template.as_deref().unwrap_or_default());
     let template = template
-        .map(|source| ChatTemplate::new(source, tokens))
+        .map(|source| ChatTemplate::new(&source, template_tokens))
         .transpose()
-        .context("the chat template in the model file is unusable")?;
-    let fim = FimTokens::find(&tokenizer).filter(|_| is_coder(metadata, resolved));
+        .context("the chat template of the model is unusable")?;
     let tokenizer = Arc::new(tokenizer);
     let (names, patterns) = names(config, resolved)?;
     let mut names = names.into_iter();
@@ -67,8 +56,8 @@ pub(super) fn build(
             EmbeddingPooling::Mean => Pooling::Mean,
             EmbeddingPooling::Last => Pooling::Last,
         },
-        embedding_size: embedding_size(metadata)?,
-        sampling_defaults: sampling_defaults(resolved),
+        embedding_size: planned.config.hidden_size,
+        sampling_defaults: generation.unwrap_or_else(|| sampling_defaults(resolved)),
         conventions,
     })
 }
@@ -103,17 +92,10 @@ fn names(
 }
 
 /// Every Qwen2.5 has the tokens to fill in the middle in its vocabulary; only Coders learned them.
-fn is_coder(metadata: &Metadata, resolved: &ResolvedModel) -> bool {
-    let stated = ["general.name", "general.basename"];
-    let stated = stated.iter().filter_map(|key| metadata.str(key).ok());
+fn is_coder(stated: &[String], resolved: &ResolvedModel) -> bool {
     let known = resolved.entry.iter().map(|entry| entry.model.name.as_str());
-    let mut names = stated.chain(known).chain([resolved.name.as_str()]);
+    let mut names = stated.iter().map(String::as_str).chain(known).chain([resolved.name.as_str()]);
     names.any(|name| name.to_ascii_lowercase().contains("coder"))
-}
-
-fn embedding_size(metadata: &Metadata) -> Result<usize, GgufError> {
-    let architecture = metadata.str("general.architecture")?;
-    Ok(metadata.u32(&format!("{architecture}.embedding_length"))? as usize)
 }
 
 /// The catalogue says how a model answers; of others, the chat template shows it.
@@ -136,29 +118,6 @@ fn conventions(config: &ModelConfig, resolved: &ResolvedModel, template: &str) -
         },
         reasoning: if reasons { Reasoning::InTags } else { Reasoning::No },
     }
-}
-
-fn tokenizer_spec(metadata: &Metadata) -> Result<TokenizerSpec, GgufError> {
-    Ok(TokenizerSpec {
-        tokens: metadata.strings("tokenizer.ggml.tokens")?,
-        merges: metadata.strings("tokenizer.ggml.merges")?,
-        token_types: metadata.i32s("tokenizer.ggml.token_type")?,
-        pre: metadata.str("tokenizer.ggml.pre")?.to_owned(),
-    })
-}
-
-fn eos_token_ids(metadata: &Metadata, tokenizer: &Tokenizer) -> Vec<TokenId> {
-    let stated = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"];
-    let stated = stated.iter().filter_map(|key| metadata.u32(key).ok());
-    let usual = END_TOKENS.iter().filter_map(|token| tokenizer.id_of(token));
-    let mut ids: Vec<TokenId> = stated.chain(usual).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    ids
-}
-
-fn special_text(metadata: &Metadata, tokenizer: &Tokenizer, key: &str) -> Option<String> {
-    tokenizer.token_text(metadata.u32(key).ok()?)
 }
 
 fn sampling_defaults(resolved: &ResolvedModel) -> GenerationDefaults {

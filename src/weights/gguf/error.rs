@@ -115,7 +115,7 @@ pub enum Problem {
 }
 
 /// Text from a file as it may appear in a message: escaped and short.
-pub(super) fn shown(text: &str) -> String {
+pub(crate) fn shown(text: &str) -> String {
     const MAX_CHARS: usize = 60;
     let start = text.char_indices().nth(MAX_CHARS).map_or(text, |(end, _)| &text[..end]);
     let mut shown = printable(start);

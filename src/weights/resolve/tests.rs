@@ -37,13 +37,13 @@ fn files_are_taken_as_they_are() {
     let directory = tempfile::tempdir().unwrap();
     let path = touch(&directory, "my model.Q8_0.gguf");
     let model = find_path(&path, &directory).unwrap();
-    assert_eq!((model.gguf, model.name.as_str()), (path, "my model.Q8_0"));
+    assert_eq!((model.path, model.name.as_str()), (path, "my model.Q8_0"));
     assert!(model.entry.is_none());
 
     let first = touch(&directory, "m-00001-of-00002.gguf");
     let second = touch(&directory, "m-00002-of-00002.gguf");
     let model = find_path(&second, &directory).unwrap();
-    assert_eq!((model.gguf, model.name.as_str()), (first, "m"));
+    assert_eq!((model.path, model.name.as_str()), (first, "m"));
 
     let known = touch(&directory, "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf");
     let model = find_path(&known, &directory).unwrap();
@@ -58,7 +58,7 @@ fn directories_hold_one_model() {
     touch(&directory, "one/m-00002-of-00002.gguf");
     touch(&directory, "one/mmproj-m.gguf");
     touch(&directory, "one/README.md");
-    assert_eq!(find_path(&directory.path().join("one"), &directory).unwrap().gguf, path);
+    assert_eq!(find_path(&directory.path().join("one"), &directory).unwrap().path, path);
 
     touch(&directory, "two/a-q4_0.gguf");
     touch(&directory, "two/b-q4_0.gguf");
@@ -66,12 +66,47 @@ fn directories_hold_one_model() {
     touch(&directory, "none/config.json");
     for (name, part) in [
         ("two", "a-q4_0.gguf, b-q4_0.gguf"),
-        ("tensors", "safetensors"),
+        ("tensors", "no repository with config.json"),
         ("none", "holds no .gguf file"),
     ] {
         let error = find_path(&directory.path().join(name), &directory).unwrap_err();
         assert!(error.to_string().contains(part), "{error}");
     }
+}
+
+/// A directory with safetensors, its files and its snapshot in a cache are one model.
+#[test]
+fn repositories_are_directories() {
+    let directory = tempfile::tempdir().unwrap();
+    let tensors = touch(&directory, "my-model/model.safetensors");
+    let mine = tensors.parent().unwrap().to_path_buf();
+    std::fs::write(mine.join("config.json"), "{}").unwrap();
+    for path in [&mine, &tensors] {
+        let model = find_path(path, &directory).unwrap();
+        assert_eq!((&model.path, model.name.as_str()), (&mine, "my-model"));
+        assert!(model.entry.is_none());
+    }
+
+    let repo = "models--Qwen--Qwen2.5-0.5B-Instruct";
+    let tensors = touch(&directory, &format!("{repo}/snapshots/abc/model.safetensors"));
+    let snapshot = tensors.parent().unwrap().to_path_buf();
+    std::fs::write(snapshot.join("config.json"), "{}").unwrap();
+    let model = find_path(&snapshot, &directory).unwrap();
+    assert_eq!((&model.path, model.name.as_str()), (&snapshot, "qwen2.5-0.5b-instruct"));
+    // Broken weights are fetched again; these are no weights at all.
+    let error = find("Qwen/Qwen2.5-0.5B-Instruct:safetensors", &directory).unwrap_err();
+    assert!(error.to_string().contains("HF_HUB_OFFLINE"), "{error}");
+    std::fs::write(&tensors, [&2_u64.to_le_bytes()[..], b"{}"].concat()).unwrap();
+    let model = find("Qwen/Qwen2.5-0.5B-Instruct:safetensors", &directory).unwrap();
+    assert_eq!(model.path, snapshot);
+
+    let other = touch(&directory, "models--me--Float/snapshots/abc/model.safetensors");
+    let other = other.parent().unwrap().to_path_buf();
+    std::fs::write(other.join("config.json"), "{}").unwrap();
+    std::fs::write(other.join("model.safetensors"), [&2_u64.to_le_bytes()[..], b"{}"].concat())
+        .unwrap();
+    let model = find("me/Float", &directory).unwrap();
+    assert_eq!((&model.path, model.name.as_str()), (&other, "me/Float"));
 }
 
 #[test]
@@ -88,18 +123,18 @@ fn names_and_ids_are_found_in_the_cache() {
         "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF:qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
     ] {
         let model = find(argument, &directory).unwrap();
-        assert_eq!(model.gguf, path, "{argument}");
+        assert_eq!(model.path, path, "{argument}");
         assert_eq!(model.name, "qwen2.5-coder-0.5b-instruct");
         assert!(model.entry.is_some());
     }
     std::fs::create_dir_all(directory.path().join(repo).join("refs")).unwrap();
     std::fs::write(directory.path().join(repo).join("refs/main"), "abc\n").unwrap();
-    assert_eq!(find_path(&directory.path().join(repo), &directory).unwrap().gguf, path);
+    assert_eq!(find_path(&directory.path().join(repo), &directory).unwrap().path, path);
 
     let other = touch(&directory, "models--me--Mine/snapshots/abc/mine.Q5_K_M.gguf");
     for argument in ["me/Mine", "me/Mine:q5_k_m", "me/Mine:mine.Q5_K_M.gguf"] {
         let model = find(argument, &directory).unwrap();
-        assert_eq!((model.gguf, model.name.as_str()), (other.clone(), "me/Mine"));
+        assert_eq!((model.path, model.name.as_str()), (other.clone(), "me/Mine"));
     }
 }
 

@@ -1,0 +1,73 @@
+//! Hyperparameters out of a repository's `config.json`.
+//!
+//! What the file asks for and the models here do not do is refused by name, so that nothing runs as
+//! another model than it is.
+
+use super::ModelConfig;
+use crate::weights::checkpoint::CheckpointError;
+use crate::weights::gguf::shown;
+use crate::weights::repository::{JsonFile, Repository, RepositoryError};
+
+/// The architecture by its GGUF name: `qwen2_moe` is `qwen2moe` there.
+pub(super) fn architecture(config: &JsonFile) -> Result<String, RepositoryError> {
+    Ok(config.str("model_type")?.replace('_', ""))
+}
+
+/// Reads what transformers' configuration of the model has, with its defaults.
+pub(super) fn read(repository: &Repository) -> Result<ModelConfig, CheckpointError> {
+    let config = repository.config();
+    check_kind(config)?;
+    check_head(repository)?;
+    let hidden_size = config.size("hidden_size")?;
+    let num_attention_heads = config.size("num_attention_heads")?;
+    let head_dim = config.optional_size("head_dim")?;
+    Ok(ModelConfig {
+        architecture: architecture(config)?,
+        hidden_size,
+        intermediate_size: config.size("intermediate_size")?,
+        num_hidden_layers: config.size("num_hidden_layers")?,
+        num_attention_heads,
+        num_key_value_heads: config
+            .optional_size("num_key_value_heads")?
+            .unwrap_or(num_attention_heads),
+        head_dim: head_dim.unwrap_or(hidden_size / num_attention_heads.max(1)),
+        vocab_size: config.size("vocab_size")?,
+        max_position_embeddings: config.size("max_position_embeddings")?,
+        rms_norm_eps: config.f32("rms_norm_eps")?,
+        rope_theta: config.optional_f32("rope_theta")?.unwrap_or(10_000.0),
+    })
+}
+
+fn check_kind(config: &JsonFile) -> Result<(), RepositoryError> {
+    let kinds = config.value()["architectures"].as_array();
+    let is_causal =
+        |kind: &serde_json::Value| kind.as_str().is_some_and(|kind| kind.ends_with("ForCausalLM"));
+    if let Some(other) = kinds.and_then(|kinds| kinds.iter().find(|kind| !is_causal(kind))) {
+        let what =
+            format!("the model class {}, which generates no text,", shown(&other.to_string()));
+        return Err(config.unsupported(what));
+    }
+    if let Some(activation) = config.optional_str("hidden_act")?.filter(|name| *name != "silu") {
+        return Err(config.unsupported(format!("the activation `{}`", shown(activation))));
+    }
+    if config.optional_bool("use_sliding_window")? == Some(true) {
+        return Err(config.unsupported("attention in a sliding window (`use_sliding_window`)"));
+    }
+    if let Some(scaling) = config.object("rope_scaling")? {
+        let kind = scaling.optional_str("rope_type")?.or(scaling.optional_str("type")?);
+        if kind.is_some_and(|kind| kind != "default") {
+            let kind = shown(kind.unwrap_or_default());
+            return Err(config.unsupported(format!("the scaling of positions `{kind}`")));
+        }
+    }
+    Ok(())
+}
+
+/// Without weights of its own a head is the embedding, but only where the file says so.
+fn check_head(repository: &Repository) -> Result<(), RepositoryError> {
+    let is_tied = repository.config().optional_bool("tie_word_embeddings")?.unwrap_or(false);
+    if !is_tied && repository.info("lm_head.qweight").is_none() {
+        repository.tensor("lm_head.weight")?;
+    }
+    Ok(())
+}
