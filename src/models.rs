@@ -1,7 +1,9 @@
 //! The Qwen architectures, each only what makes it different.
 
 pub mod config;
+pub mod decoder;
 pub mod qwen2;
+pub mod qwen3;
 pub mod registry;
 
 use candle_core::Result;

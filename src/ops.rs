@@ -8,6 +8,7 @@ pub mod embedding;
 pub mod gather_rows;
 pub mod gguf_blocks;
 mod grid;
+pub mod head_norm;
 pub mod indices;
 pub mod matmul;
 mod operand;

@@ -187,7 +187,8 @@ fn assert_same(context: &str, index: usize, ours: &Said, expected: &Said) {
     assert_eq!(ours.logprob_bits, expected.logprob_bits, "{context}: bits of prompt {index}");
 }
 
-const EQUALITY_MODELS: [&str; 3] = ["mixed.gguf", "k-quants.gguf", "f32-untied.gguf"];
+const EQUALITY_MODELS: [&str; 4] =
+    ["mixed.gguf", "k-quants.gguf", "f32-untied.gguf", "qwen3-q8_0.gguf"];
 
 #[tokio::test]
 async fn company_chunks_threads_and_preemption_change_no_bit() {
@@ -464,6 +465,8 @@ async fn hugging_face_computes_the_same() {
         ("q5_1", QUANTISED),
         ("mixed", QUANTISED),
         ("k-quants", K_QUANTS),
+        ("qwen3-f16", DENSE),
+        ("qwen3-q8_0", QUANTISED),
     ];
     let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
     for (name, tolerance) in checkpoints {

@@ -176,7 +176,7 @@ fn le_words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
     words.iter().copied()
 }
 
-/// The GGUF name of a parameter, by the table of llama.cpp's converter for Qwen2.
+/// The GGUF name of a parameter, by the table of llama.cpp's converter for Qwen models.
 fn gguf_name(name: &str) -> String {
     const GLOBAL: &[(&str, &str)] = &[
         ("model.embed_tokens.", "token_embd."),
@@ -188,6 +188,8 @@ fn gguf_name(name: &str) -> String {
         ("self_attn.q_proj.", "attn_q."),
         ("self_attn.k_proj.", "attn_k."),
         ("self_attn.v_proj.", "attn_v."),
+        ("self_attn.q_norm.", "attn_q_norm."),
+        ("self_attn.k_norm.", "attn_k_norm."),
         ("self_attn.o_proj.", "attn_output."),
         ("post_attention_layernorm.", "ffn_norm."),
         ("mlp.gate_proj.", "ffn_gate."),
@@ -220,6 +222,7 @@ mod tests {
             gguf_name("model.layers.3.post_attention_layernorm.weight"),
             "blk.3.ffn_norm.weight"
         );
+        assert_eq!(gguf_name("model.layers.0.self_attn.q_norm.weight"), "blk.0.attn_q_norm.weight");
         assert_eq!(gguf_name("lm_head.weight"), "output.weight");
         assert_eq!(gguf_name("unheard.of"), "unheard.of");
     }
