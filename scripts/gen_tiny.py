@@ -281,7 +281,7 @@ def random_tensors(variant):
             matrix(prefix + "ffn_gate_inp.weight", variant.num_experts, hidden, gain=2.0)
             experts(prefix + "ffn_gate_exps.weight", wide, hidden)
             experts(prefix + "ffn_up_exps.weight", wide, hidden)
-            experts(prefix + "ffn_down_exps.weight", hidden, wide, gain=8.0)
+            experts(prefix + "ffn_down_exps.weight", hidden, wide, gain=4.0)
             shared = variant.shared_intermediate_size
             if shared:
                 vector(prefix + "ffn_gate_inp_shexp.weight", rng.normal(0, 0.3, hidden))

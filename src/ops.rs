@@ -5,6 +5,7 @@
 //! cache a block lies. Every float operation of an output element has a fixed order.
 
 pub mod embedding;
+pub mod experts;
 pub mod gather_rows;
 pub mod gguf_blocks;
 mod grid;

@@ -4,7 +4,7 @@ use candle_core::Result;
 
 use super::linear::{Linear, Projection};
 pub use crate::ops::paged_attention::{AttentionMetadata, KvCache};
-pub use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable};
+pub use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable, YarnScaling};
 
 use crate::ops::head_norm::{HeadNorms, norm_heads};
 use crate::ops::paged_attention::paged_attention;

@@ -5,12 +5,13 @@ use candle_core::Result;
 
 use super::{ForwardBatch, Model, ModelConfig};
 use crate::layers::attention::{
-    Attention, AttentionMetadata, AttentionShape, KvCache, RopeConfig, RopeScaling, RopeTable,
+    Attention, AttentionMetadata, AttentionShape, KvCache, RopeConfig, RopeTable,
 };
 use crate::layers::embedding::Embedding;
 use crate::layers::linear::{Linear, Projection};
 use crate::layers::mlp::Mlp;
 use crate::layers::norm::RmsNorm;
+use crate::layers::sparse_mlp::{SparseMlp, SparseMlpShape};
 use crate::layers::{Device, Tensor, gather_rows};
 use crate::weights::checkpoint::Checkpoint;
 
@@ -21,13 +22,79 @@ pub struct Architecture {
     pub name: &'static str,
     /// Whether queries and keys are normalised head by head before they are rotated.
     pub has_head_norms: bool,
+    /// Present where layers may have experts.
+    pub experts: Option<ExpertRules>,
+}
+
+/// How an architecture uses its experts.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertRules {
+    /// Whether the weights of a token's experts sum up to one, where the file does not say.
+    pub norm_topk_prob: bool,
+}
+
+impl Architecture {
+    /// Whether there are kernels for cards.
+    pub fn runs_on_cards(&self) -> bool {
+        self.experts.is_none()
+    }
+}
+
+/// What stands behind the attention of a layer.
+enum FeedForward {
+    Dense(Mlp),
+    Sparse(Box<SparseMlp>),
+}
+
+impl FeedForward {
+    fn load(
+        architecture: &Architecture,
+        checkpoint: &Checkpoint,
+        prefix: &str,
+        config: &ModelConfig,
+        device: &Device,
+    ) -> anyhow::Result<Self> {
+        let hidden_size = config.hidden_size;
+        // Files say by their tensors which layers have experts.
+        if let (Some(rules), Some(experts)) = (architecture.experts, config.experts)
+            && SparseMlp::is_in(checkpoint, prefix)
+        {
+            let shape = SparseMlpShape {
+                hidden_size,
+                num_experts: experts.num_experts,
+                num_experts_per_tok: experts.num_experts_per_tok,
+                moe_intermediate_size: experts.moe_intermediate_size,
+                shared_expert_intermediate_size: experts.shared_expert_intermediate_size,
+                norm_topk_prob: experts.norm_topk_prob.unwrap_or(rules.norm_topk_prob),
+            };
+            let mlp = SparseMlp::load(checkpoint, prefix, shape, device)?;
+            return Ok(Self::Sparse(Box::new(mlp)));
+        }
+        let mlp = Mlp::load(checkpoint, prefix, hidden_size, config.intermediate_size, device)?;
+        Ok(Self::Dense(mlp))
+    }
+
+    /// `[num_tokens, hidden_size]` to the same shape.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(mlp) => mlp.forward(x),
+            Self::Sparse(mlp) => mlp.forward(x),
+        }
+    }
+
+    fn num_bytes(&self) -> usize {
+        match self {
+            Self::Dense(mlp) => mlp.num_bytes(),
+            Self::Sparse(mlp) => mlp.num_bytes(),
+        }
+    }
 }
 
 struct DecoderLayer {
     input_layernorm: RmsNorm,
     self_attn: Attention,
     post_attention_layernorm: RmsNorm,
-    mlp: Mlp,
+    mlp: FeedForward,
 }
 
 impl DecoderLayer {
@@ -54,11 +121,11 @@ impl DecoderLayer {
             input_layernorm: norm("input_layernorm")?,
             self_attn: Attention::load(checkpoint, &format!("{prefix}self_attn."), shape, device)?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: Mlp::load(
+            mlp: FeedForward::load(
+                architecture,
                 checkpoint,
                 &format!("{prefix}mlp."),
-                config.hidden_size,
-                config.intermediate_size,
+                config,
                 device,
             )?,
         })
@@ -127,7 +194,7 @@ impl Decoder {
             head_dim: config.head_dim,
             theta: f64::from(config.rope_theta),
             max_positions: max_model_len,
-            scaling: RopeScaling::None,
+            scaling: config.rope_scaling,
         };
         let head = [Projection { name, out_features: config.vocab_size }];
         Ok(Self {

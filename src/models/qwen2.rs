@@ -5,4 +5,5 @@
 use super::decoder::Architecture;
 
 /// Nothing beside the decoder that all share; biases are read where the file has them.
-pub const QWEN2: Architecture = Architecture { name: "qwen2", has_head_norms: false };
+pub const QWEN2: Architecture =
+    Architecture { name: "qwen2", has_head_norms: false, experts: None };

@@ -6,4 +6,4 @@
 use super::decoder::Architecture;
 
 /// The norm of heads stands in for the biases of Qwen2.
-pub const QWEN3: Architecture = Architecture { name: "qwen3", has_head_norms: true };
+pub const QWEN3: Architecture = Architecture { name: "qwen3", has_head_norms: true, experts: None };

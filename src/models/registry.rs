@@ -4,18 +4,27 @@ use anyhow::bail;
 
 use super::decoder::{Architecture, Decoder};
 use super::qwen2::QWEN2;
+use super::qwen2_moe::QWEN2_MOE;
 use super::qwen3::QWEN3;
+use super::qwen3_moe::QWEN3_MOE;
 use super::{Model, ModelConfig};
 use crate::layers::Device;
 use crate::weights::checkpoint::Checkpoint;
 use crate::weights::gguf::printable;
 
 /// The architectures this build can run.
-const SUPPORTED: [Architecture; 2] = [QWEN2, QWEN3];
+const SUPPORTED: [Architecture; 4] = [QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE];
 
-/// Refuses an architecture that cannot be run.
-pub fn check_architecture(name: &str) -> anyhow::Result<()> {
-    find(name).map(|_| ())
+/// Refuses an architecture that cannot be run on a device.
+pub fn check_architecture(name: &str, device: &Device) -> anyhow::Result<()> {
+    let architecture = find(name)?;
+    if matches!(device, Device::Gpu(_)) && !architecture.runs_on_cards() {
+        bail!(
+            "architecture `{name}` runs on the CPU only, as there are no kernels for experts on a \
+             card yet; use `--device cpu`"
+        );
+    }
+    Ok(())
 }
 
 fn find(name: &str) -> anyhow::Result<Architecture> {

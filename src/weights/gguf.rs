@@ -63,6 +63,16 @@ pub struct TensorBytes {
     range: Range<usize>,
 }
 
+impl TensorBytes {
+    /// Part `index` of as many equal ones.
+    #[must_use]
+    pub fn part(&self, index: usize, count: usize) -> Self {
+        let len = self.range.len() / count;
+        let start = self.range.start + index * len;
+        Self { file: Arc::clone(&self.file), range: start..start + len }
+    }
+}
+
 impl AsRef<[u8]> for TensorBytes {
     fn as_ref(&self) -> &[u8] {
         &self.file[self.range.clone()]
