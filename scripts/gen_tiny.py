@@ -1,4 +1,4 @@
-"""Writes models/tiny: small random Qwen2 checkpoints as GGUF, and what transformers says of them.
+"""Writes models/tiny: small random Qwen checkpoints as GGUF, and what transformers says of them.
 
 usage: python scripts/gen_tiny.py [NAME...]     needs: torch, transformers, tokenizers, gguf, numpy
 
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import Qwen2Config, Qwen2ForCausalLM
+import transformers
 
 OUT = pathlib.Path(__file__).resolve().parent.parent / "models" / "tiny"
 CONTEXT_LENGTH = 512
+YARN_FACTOR = 4
 NUM_GREEDY = 24
 NUM_SPECIAL = 22
 
@@ -64,6 +65,27 @@ class Variant:
     tied: bool = False
     num_padding_tokens: int = 0
     rope_theta: float = 1e6
+    architecture: str = "qwen2"
+    head_dim: int = 0  # 0: hidden_size / num_heads
+    # Of mixtures of experts.
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_intermediate_size: int = 0
+    dense_layers: tuple = ()
+    # Positions before they are stretched fourfold by YaRN; 0: they are not.
+    original_context: int = 0
+
+    @property
+    def head_width(self):
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def context_length(self):
+        return YARN_FACTOR * self.original_context or CONTEXT_LENGTH
+
+    def is_sparse(self, layer):
+        return self.num_experts and layer not in self.dense_layers
 
 
 def all_of(kind):
@@ -88,6 +110,14 @@ MIXED = (
     ("attn_v.weight", Type.Q8_0),
     ("", Type.Q5_0),
 )
+# Experts of other types than the rest, and of two types beside each other.
+MIXED_EXPERTS = (
+    ("ffn_gate_inp.weight", Type.F32),
+    ("ffn_gate_exps.weight", Type.Q5_0),
+    ("ffn_up_exps.weight", Type.Q5_0),
+    ("ffn_down_exps.weight", Type.Q4_1),
+    ("", Type.Q8_0),
+)
 
 VARIANTS = [
     Variant("f32-untied", all_of(Type.F32), hidden_size=64, num_heads=1),
@@ -105,6 +135,20 @@ VARIANTS = [
     Variant("q5_1", all_of(Type.Q5_1)),
     Variant("mixed", MIXED),
     Variant("k-quants", K_QUANTS, hidden_size=256, intermediate_size=256, num_layers=1),
+    Variant("qwen3-f16", all_of(Type.F16), architecture="qwen3", hidden_size=64, num_heads=4,
+            num_kv_heads=2, head_dim=32),
+    Variant("qwen3-q8_0", all_of(Type.Q8_0), architecture="qwen3", num_heads=3, head_dim=64,
+            tied=True),
+    Variant("qwen2moe-f16", all_of(Type.F16), architecture="qwen2moe", hidden_size=64, num_heads=1,
+            num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32,
+            shared_intermediate_size=48, tied=True),
+    Variant("qwen3moe-f16", all_of(Type.F16), architecture="qwen3moe", hidden_size=64, num_heads=2,
+            head_dim=32, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+            dense_layers=(0,)),
+    Variant("qwen3moe-mixed", MIXED_EXPERTS, architecture="qwen3moe", num_experts=5,
+            num_experts_per_tok=2, moe_intermediate_size=32, tied=True),
+    Variant("yarn", all_of(Type.F16), hidden_size=64, num_heads=1, rope_theta=1e4, tied=True,
+            original_context=64),
 ]
 
 
@@ -185,14 +229,23 @@ def random_tensors(variant):
     """GGUF name -> (bytes as stored, type, float32 values), in the order of the file."""
     rng = np.random.default_rng([ord(letter) for letter in variant.name])
     hidden, inner = variant.hidden_size, variant.intermediate_size
-    head_dim = hidden // variant.num_heads
-    kv = variant.num_kv_heads * head_dim
+    head_dim = variant.head_width
+    query, kv = variant.num_heads * head_dim, variant.num_kv_heads * head_dim
     vocab_size = len(vocabulary(variant)[0])
     tensors = {}
 
     def vector(name, values):
         values = values.astype(np.float32)
         tensors[name] = (values, Type.F32, values)
+
+    def experts(name, rows, cols, gain=1.0):
+        """One matrix an expert, in one tensor."""
+        kind = next(kind for ending, kind in variant.types if name.endswith(ending))
+        shape = (variant.num_experts, rows, cols)
+        wanted = rng.normal(0, gain / np.sqrt(cols), shape).astype(np.float32)
+        data = gguf.quants.quantize(wanted, kind)
+        values = gguf.quants.dequantize(data, kind).reshape(shape)
+        tensors[name] = (data, kind, np.ascontiguousarray(values, dtype=np.float32))
 
     def matrix(name, rows, cols, gain=1.0):
         kind = next(kind for ending, kind in variant.types if name.endswith(ending))
@@ -207,15 +260,35 @@ def random_tensors(variant):
     matrix("token_embd.weight", vocab_size, hidden, gain=2.0)
     for layer in range(variant.num_layers):
         prefix = f"blk.{layer}."
+        has_biases = variant.architecture.startswith("qwen2")
         vector(prefix + "attn_norm.weight", rng.normal(1, 0.2, hidden))
-        matrix(prefix + "attn_q.weight", hidden, hidden, gain=2.5)
-        vector(prefix + "attn_q.bias", rng.normal(0, 0.5, hidden))
+        matrix(prefix + "attn_q.weight", query, hidden, gain=2.5)
+        if has_biases:
+            vector(prefix + "attn_q.bias", rng.normal(0, 0.5, query))
         matrix(prefix + "attn_k.weight", kv, hidden, gain=2.5)
-        vector(prefix + "attn_k.bias", rng.normal(0, 0.5, kv))
+        if has_biases:
+            vector(prefix + "attn_k.bias", rng.normal(0, 0.5, kv))
         matrix(prefix + "attn_v.weight", kv, hidden)
-        vector(prefix + "attn_v.bias", rng.normal(0, 0.1, kv))
-        matrix(prefix + "attn_output.weight", hidden, hidden)
+        if has_biases:
+            vector(prefix + "attn_v.bias", rng.normal(0, 0.1, kv))
+        else:
+            vector(prefix + "attn_q_norm.weight", rng.normal(1.5, 0.4, head_dim))
+            vector(prefix + "attn_k_norm.weight", rng.normal(1.5, 0.4, head_dim))
+        matrix(prefix + "attn_output.weight", hidden, query)
         vector(prefix + "ffn_norm.weight", rng.normal(1, 0.2, hidden))
+        if variant.is_sparse(layer):
+            wide = variant.moe_intermediate_size
+            matrix(prefix + "ffn_gate_inp.weight", variant.num_experts, hidden, gain=2.0)
+            experts(prefix + "ffn_gate_exps.weight", wide, hidden)
+            experts(prefix + "ffn_up_exps.weight", wide, hidden)
+            experts(prefix + "ffn_down_exps.weight", hidden, wide, gain=4.0)
+            shared = variant.shared_intermediate_size
+            if shared:
+                vector(prefix + "ffn_gate_inp_shexp.weight", rng.normal(0, 0.3, hidden))
+                matrix(prefix + "ffn_gate_shexp.weight", shared, hidden)
+                matrix(prefix + "ffn_up_shexp.weight", shared, hidden)
+                matrix(prefix + "ffn_down_shexp.weight", hidden, shared, gain=4.0)
+            continue
         matrix(prefix + "ffn_gate.weight", inner, hidden)
         matrix(prefix + "ffn_up.weight", inner, hidden)
         matrix(prefix + "ffn_down.weight", hidden, inner, gain=4.0)
@@ -226,16 +299,29 @@ def random_tensors(variant):
 
 
 def write_gguf(variant, tensors, path):
-    writer = gguf.GGUFWriter(path, "qwen2")
+    writer = gguf.GGUFWriter(path, variant.architecture)
     writer.add_name(f"tiny {variant.name}")
     writer.add_block_count(variant.num_layers)
-    writer.add_context_length(CONTEXT_LENGTH)
+    writer.add_context_length(variant.context_length)
     writer.add_embedding_length(variant.hidden_size)
     writer.add_feed_forward_length(variant.intermediate_size)
     writer.add_head_count(variant.num_heads)
     writer.add_head_count_kv(variant.num_kv_heads)
     writer.add_rope_freq_base(variant.rope_theta)
     writer.add_layer_norm_rms_eps(1e-6)
+    if variant.head_dim:
+        writer.add_key_length(variant.head_dim)
+        writer.add_value_length(variant.head_dim)
+    if variant.num_experts:
+        writer.add_expert_count(variant.num_experts)
+        writer.add_expert_used_count(variant.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(variant.moe_intermediate_size)
+    if variant.shared_intermediate_size:
+        writer.add_expert_shared_feed_forward_length(variant.shared_intermediate_size)
+    if variant.original_context:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(YARN_FACTOR)
+        writer.add_rope_scaling_orig_ctx_len(variant.original_context)
     tokens, types = vocabulary(variant)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -268,35 +354,80 @@ def hugging_face_name(name):
         "attn_q": "self_attn.q_proj",
         "attn_k": "self_attn.k_proj",
         "attn_v": "self_attn.v_proj",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
         "attn_output": "self_attn.o_proj",
         "ffn_norm": "post_attention_layernorm",
         "ffn_gate": "mlp.gate_proj",
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+        "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+        "ffn_up_shexp": "mlp.shared_expert.up_proj",
+        "ffn_down_shexp": "mlp.shared_expert.down_proj",
     }[part]
     return f"model.layers.{layer}.{part}.{kind}"
 
 
-def reference_model(variant, tensors):
-    config = Qwen2Config(
+def reference_state(variant, tensors):
+    """The parameters under transformers' names, which have gates and ups of all experts in one."""
+    state = {}
+    for name, (_, _, values) in tensors.items():
+        values = torch.from_numpy(values.copy())
+        if "_exps." not in name:
+            name = hugging_face_name(name)
+            state[name] = values.reshape(1, -1) if "shared_expert_gate" in name else values
+    for layer in filter(variant.is_sparse, range(variant.num_layers)):
+        gate, up, down = (torch.from_numpy(tensors[f"blk.{layer}.ffn_{part}_exps.weight"][2].copy())
+                          for part in ("gate", "up", "down"))
+        prefix = f"model.layers.{layer}.mlp.experts."
+        state[prefix + "gate_up_proj"] = torch.cat([gate, up], dim=1)
+        state[prefix + "down_proj"] = down
+    if variant.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state
+
+
+def reference_model(variant, tensors, is_stretched):
+    class_name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen2moe": "Qwen2Moe",
+                  "qwen3moe": "Qwen3Moe"}[variant.architecture]
+    rope = {"rope_type": "default", "rope_theta": variant.rope_theta}
+    if is_stretched:
+        rope |= {"rope_type": "yarn", "factor": float(YARN_FACTOR),
+                 "original_max_position_embeddings": variant.original_context}
+    options = {}
+    if variant.num_experts:
+        options = dict(
+            num_experts=variant.num_experts,
+            num_experts_per_tok=variant.num_experts_per_tok,
+            moe_intermediate_size=variant.moe_intermediate_size,
+            norm_topk_prob=variant.architecture == "qwen3moe",
+            decoder_sparse_step=1,
+            mlp_only_layers=list(variant.dense_layers),
+            experts_implementation="eager",
+        )
+    if variant.shared_intermediate_size:
+        options |= dict(shared_expert_intermediate_size=variant.shared_intermediate_size)
+    if variant.head_dim:
+        options |= dict(head_dim=variant.head_dim)
+    config = getattr(transformers, class_name + "Config")(
         vocab_size=len(vocabulary(variant)[0]),
         hidden_size=variant.hidden_size,
         intermediate_size=variant.intermediate_size,
         num_hidden_layers=variant.num_layers,
         num_attention_heads=variant.num_heads,
         num_key_value_heads=variant.num_kv_heads,
-        max_position_embeddings=CONTEXT_LENGTH,
+        max_position_embeddings=variant.context_length,
         rms_norm_eps=1e-6,
-        rope_theta=variant.rope_theta,
+        rope_parameters=rope,
         tie_word_embeddings=variant.tied,
         use_sliding_window=False,
         attn_implementation="eager",
+        **options,
     )
-    model = Qwen2ForCausalLM(config).float().eval()
-    state = {hugging_face_name(name): torch.from_numpy(values.copy())
-             for name, (_, _, values) in tensors.items()}
-    if variant.tied:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model = getattr(transformers, class_name + "ForCausalLM")(config).float().eval()
+    state = reference_state(variant, tensors)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and all("inv_freq" in name for name in missing), (missing, unexpected)
     return model
@@ -352,7 +483,9 @@ def generate(variant):
     tensors = random_tensors(variant)
     path = OUT / f"{variant.name}.gguf"
     write_gguf(variant, tensors, path)
-    model = reference_model(variant, tensors)
+    model = reference_model(variant, tensors, is_stretched=False)
+    # Positions are stretched for texts only that would not do without.
+    stretched = reference_model(variant, tensors, True) if variant.original_context else model
     goldens = {
         "checkpoint": path.name,
         "engine": "transformers, float32, eager, on the dequantised weights",
@@ -360,9 +493,14 @@ def generate(variant):
         "num_attention_heads": variant.num_heads,
         "num_key_value_heads": variant.num_kv_heads,
         "num_hidden_layers": variant.num_layers,
+        "architecture": variant.architecture,
         "tie_word_embeddings": variant.tied,
         "vocab_size": len(vocabulary(variant)[0]),
-        "prompts": [golden(model, ids, every_position) for ids, every_position in prompts()],
+        "prompts": [
+            golden(model if len(ids) + NUM_GREEDY <= variant.original_context else stretched, ids,
+                   every_position)
+            for ids, every_position in prompts()
+        ],
     }
     write_golden(variant.name, goldens)
     margins = [m for prompt in goldens["prompts"] for m in prompt["greedy_margins"]]
@@ -382,7 +520,8 @@ def main():
     OUT.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     wanted = sys.argv[1:]
-    generate_tokenization()
+    if not wanted:
+        generate_tokenization()
     for variant in VARIANTS:
         if not wanted or variant.name in wanted:
             generate(variant)

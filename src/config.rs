@@ -11,6 +11,7 @@ pub mod device;
 pub mod file;
 pub mod hub_env;
 pub mod price;
+pub mod rope_scaling;
 pub mod settings;
 pub mod trace_env;
 
@@ -25,6 +26,7 @@ pub use byte_size::ByteSize;
 pub use device::DeviceChoice;
 pub use file::ConfigFile;
 pub use price::{Micros, Price};
+pub use rope_scaling::{RopeScalingChoice, Yarn};
 pub use settings::{Setting, Settings, Source};
 pub use trace_env::trace_environment;
 
@@ -73,6 +75,8 @@ pub struct ModelConfig {
     pub load_format: LoadFormat,
     /// The longest sequence, if shorter than the model allows.
     pub max_model_len: Option<NonZeroUsize>,
+    /// How positions beyond the trained ones are made usable.
+    pub rope_scaling: RopeScalingChoice,
     /// What embeddings are made of.
     pub embedding_pooling: EmbeddingPooling,
     /// What an answer is that consists of a tool call without its tags.

@@ -6,6 +6,7 @@ pub mod embedding;
 pub mod linear;
 pub mod mlp;
 pub mod norm;
+pub mod sparse_mlp;
 
 pub use crate::ops::gather_rows::gather_rows;
 pub use crate::ops::indices::Indices;

@@ -1,8 +1,13 @@
 //! The Qwen architectures, each only what makes it different.
 
 pub mod config;
+pub mod decoder;
 pub mod qwen2;
+pub mod qwen2_moe;
+pub mod qwen3;
+pub mod qwen3_moe;
 pub mod registry;
+mod stretching;
 
 use candle_core::Result;
 

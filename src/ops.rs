@@ -5,12 +5,14 @@
 //! cache a block lies. Every float operation of an output element has a fixed order.
 
 pub mod embedding;
+pub mod experts;
 pub mod fp8_weights;
 pub mod gather_columns;
 pub mod gather_rows;
 pub mod gguf_blocks;
 mod grid;
 pub mod grouped_weights;
+pub mod head_norm;
 pub mod indices;
 pub mod matmul;
 mod operand;

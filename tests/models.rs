@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use candle_core::DType;
 use futures_util::StreamExt;
-use qwen_server::config::Execution;
+use qwen_server::config::{Execution, RopeScalingChoice};
 use qwen_server::device::Device;
 use qwen_server::device::gpu::Gpu;
 use qwen_server::engine::event::{Event, FinishReason, TokenLogprobs};
@@ -92,6 +92,7 @@ fn load_options(setup: Setup) -> LoadOptions {
         kv_cache_bytes: Some(setup.kv_cache_bytes),
         kv_cache_dtype: setup.kv_cache_dtype,
         max_model_len: None,
+        rope_scaling: RopeScalingChoice::Auto,
         block_size: setup.block_size,
         max_num_seqs: 16,
         max_num_batched_tokens: setup.max_num_batched_tokens,
@@ -106,6 +107,7 @@ fn start_planned(planned: &PlannedModel, setup: Setup) -> EngineHandle {
         block_size: setup.block_size,
         num_blocks: planned.plan.num_blocks,
         max_model_len: planned.plan.max_model_len,
+        stretched_beyond: planned.config.stretched_beyond(),
         vocab_size: planned.config.vocab_size,
         ..EngineConfig::default()
     };
@@ -189,11 +191,18 @@ fn assert_same(context: &str, index: usize, ours: &Said, expected: &Said) {
     assert_eq!(ours.logprob_bits, expected.logprob_bits, "{context}: bits of prompt {index}");
 }
 
-const EQUALITY_MODELS: [&str; 3] = ["mixed.gguf", "k-quants.gguf", "f32-untied.gguf"];
+const EQUALITY_MODELS: [&str; 4] =
+    ["mixed.gguf", "k-quants.gguf", "f32-untied.gguf", "qwen3-q8_0.gguf"];
+/// Those that cards cannot run.
+const CPU_EQUALITY_MODELS: [&str; 2] = ["qwen2moe-f16.gguf", "qwen3moe-mixed.gguf"];
+
+fn all_equality_models() -> impl Iterator<Item = PathBuf> {
+    EQUALITY_MODELS.into_iter().chain(CPU_EQUALITY_MODELS).map(tiny)
+}
 
 #[tokio::test]
 async fn company_chunks_threads_and_preemption_change_no_bit() {
-    for model in EQUALITY_MODELS.map(tiny) {
+    for model in all_equality_models() {
         let mut expected = Vec::new();
         for (index, prompt) in prompts().iter().enumerate() {
             expected.push(alone(&model, index, prompt).await);
@@ -243,7 +252,7 @@ async fn embed_together(engine: &EngineHandle, pooling: Pooling) -> Vec<Vec<u32>
 
 #[tokio::test]
 async fn company_chunks_threads_and_preemption_change_no_bit_of_an_embedding() {
-    for model in EQUALITY_MODELS.map(tiny) {
+    for model in all_equality_models() {
         let bytes_per_block = block_bytes(&model, 4);
         let setups = [
             ROOMY,
@@ -310,6 +319,7 @@ fn block_bytes(model: &Path, block_size: usize) -> u64 {
         kv_cache_bytes: Some(1 << 20),
         kv_cache_dtype: DType::F16,
         max_model_len: None,
+        rope_scaling: RopeScalingChoice::Auto,
         block_size,
         max_num_seqs: 1,
         max_num_batched_tokens: 1,
@@ -320,7 +330,7 @@ fn block_bytes(model: &Path, block_size: usize) -> u64 {
 
 #[tokio::test]
 async fn a_cached_prefix_changes_no_bit() {
-    for model in EQUALITY_MODELS.map(tiny) {
+    for model in all_equality_models() {
         let engine = start(&model, ROOMY);
         let prompt = &prompts()[6];
         let fresh = run(&engine, request(prompt, 24, sampled(6))).await;
@@ -447,6 +457,10 @@ const DENSE: Tolerance = Tolerance { max: 2e-4, mean: 5e-5, margin: 1e-3 };
 const QUANTISED: Tolerance = Tolerance { max: 1.0, mean: 0.12, margin: 0.4 };
 /// Weights were rounded to half precision when they were loaded.
 const ROUNDED: Tolerance = Tolerance { max: 2e-2, mean: 2e-3, margin: 2e-2 };
+/// Where a router's second and third choice are close, quantisation may swap them: of 216 tokens it
+/// does so for five, and transformers with activations of eight bits errs by 1.5 there, by 0.3
+/// elsewhere.
+const QUANTISED_EXPERTS: Tolerance = Tolerance { max: 1.7, mean: 0.1, margin: 1.0 };
 /// The checkpoint with these has logits half as far spread.
 const K_QUANTS: Tolerance = Tolerance { max: 0.15, mean: 0.03, margin: 0.1 };
 /// Of the 96 greedy tokens of a checkpoint, at least as many must be clear enough to compare.
@@ -468,6 +482,12 @@ async fn hugging_face_computes_the_same() {
         ("q5_1", QUANTISED),
         ("mixed", QUANTISED),
         ("k-quants", K_QUANTS),
+        ("qwen3-f16", DENSE),
+        ("qwen3-q8_0", QUANTISED),
+        ("qwen2moe-f16", DENSE),
+        ("qwen3moe-f16", DENSE),
+        ("qwen3moe-mixed", QUANTISED_EXPERTS),
+        ("yarn", DENSE),
     ];
     let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
     for (name, tolerance) in checkpoints {

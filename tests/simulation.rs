@@ -218,7 +218,7 @@ struct Told {
 struct ShadowRunner {
     slots: Vec<u32>,
     /// The salt of the sequence that wrote each slot.
-    owners: Vec<Salt>,
+    owners: Vec<Option<(Salt, usize)>>,
     salts: BTreeMap<SeqId, Salt>,
     broken_after: BTreeMap<SeqId, usize>,
     poison_after: BTreeMap<SeqId, usize>,
@@ -236,7 +236,8 @@ struct ShadowRunner {
 impl ShadowRunner {
     fn read(&self, seq: &ScheduledSeq, position: usize) -> u32 {
         let slot = seq.blocks.slot(position, self.block_size);
-        assert_eq!(self.owners[slot], self.salts[&seq.id], "read across salts");
+        let owner = Some((self.salts[&seq.id], seq.rope_start));
+        assert_eq!(self.owners[slot], owner, "read across salts, or keys rotated in another way");
         self.slots[slot]
     }
 
@@ -315,7 +316,7 @@ impl Runner for ShadowRunner {
                 let before = if i == 0 { 0 } else { self.read(seq, i - 1) };
                 let slot = seq.blocks.slot(i, self.block_size);
                 self.slots[slot] = mix(before, token);
-                self.owners[slot] = self.salts[&seq.id];
+                self.owners[slot] = Some((self.salts[&seq.id], seq.rope_start));
                 self.num_computed_tokens += 1;
             }
         }
@@ -382,6 +383,7 @@ impl Shape {
             target_itl: None,
             target_ttft: None,
             max_model_len: 4096,
+            stretched_beyond: None,
         };
         let failing_steps = BTreeSet::new();
         Self { num_blocks: 2048, block_size: 4, config, failing_steps, runs_ahead: false }
@@ -619,6 +621,8 @@ fn shape() -> impl Strategy<Value = Shape> {
                 target_itl: None,
                 target_ttft: has_target.then_some(Duration::from_secs(6)),
                 max_model_len,
+                // Half of the sequences, more or less.
+                stretched_beyond: Some(max_model_len / 3),
             }
         },
     );

@@ -15,8 +15,8 @@ use access::{AccessFlags, TlsFlags};
 use crate::config::{
     self, Alias, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice,
     EmbeddingPooling, EngineOptions, Execution, HostedNames, HttpConfig, KvCacheDtype, LoadFormat,
-    LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Price, Settings, Source,
-    UsageConfig,
+    LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Price, RopeScalingChoice, Settings,
+    Source, UsageConfig,
 };
 
 const AFTER_HELP: &str = "\
@@ -120,6 +120,14 @@ struct ModelFlags {
     #[arg(long, env = "QWEN_SERVER_MAX_MODEL_LEN", value_name = "TOKENS")]
     #[arg(value_parser = at_least_one(1 << 24))]
     max_model_len: Option<usize>,
+
+    /// Make positions beyond the trained ones usable: auto, none, yarn or yarn:factor=4,original=32768
+    ///
+    /// `auto` does what the model's file says; `yarn` what the catalogue or the file knows of the
+    /// model. The JSON of `rope_scaling` in a config.json works too. Requests that cannot become
+    /// longer than the trained context are computed as without; give them max_tokens.
+    #[arg(long, env = "QWEN_SERVER_ROPE_SCALING", value_name = "SCALING", default_value = "auto")]
+    rope_scaling: RopeScalingChoice,
 
     /// What the vectors of /v1/embeddings are made of: the mean over all tokens, or the last token
     ///
@@ -417,6 +425,7 @@ impl ModelFlags {
             },
             load_format: self.load_format,
             max_model_len: self.max_model_len.and_then(NonZeroUsize::new),
+            rope_scaling: self.rope_scaling,
             embedding_pooling: self.embedding_pooling,
             bare_tool_calls: if self.bare_tool_calls && !self.no_bare_tool_calls {
                 BareCalls::Accepted

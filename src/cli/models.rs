@@ -122,7 +122,7 @@ fn rows(entry: &Entry, hub: &Hub, total_bytes: Option<u64>) -> Vec<Row> {
 
 /// Weights, workspace, and keys and values in half precision for a short context.
 fn memory_bytes(model: &Model, num_file_bytes: u64) -> u64 {
-    let head_dim = u64::from(model.hidden_size / model.num_attention_heads);
+    let head_dim = u64::from(model.values_per_head());
     let kv_values = 2 * u64::from(model.num_hidden_layers * model.num_key_value_heads) * head_dim;
     num_file_bytes + WORKSPACE_BYTES + 2 * kv_values * FITTING_CONTEXT
 }

@@ -27,7 +27,7 @@ use super::{Hinted, hub_from_environment};
 use crate::cli::progress::DownloadProgress;
 use crate::config::{
     ByteSize, Config, EngineOptions, KvCacheDtype, LoadFormat, LogConfig, LogFormat, LogLevel,
-    PrefixCaching, UsageConfig, trace_environment,
+    PrefixCaching, RopeScalingChoice, UsageConfig, Yarn, trace_environment,
 };
 use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
@@ -40,6 +40,7 @@ use crate::ledger::money::PriceList;
 use crate::runner::ModelRunner;
 use crate::runner::load::{LoadOptions, PlannedModel};
 use crate::telemetry::{logging, metrics, traces};
+use crate::weights::catalogue::Entry;
 use crate::weights::resolve::{ResolvedModel, resolve};
 
 /// Connections that wait to be accepted; the system may allow fewer. A burst of more waits a second
@@ -216,15 +217,32 @@ fn price_list(config: &UsageConfig) -> PriceList {
 
 /// Finds the model's files, or makes up a model.
 fn find_model(config: &Config, device: Device) -> Result<(ResolvedModel, PlannedModel)> {
-    let options = load_options(config, device);
+    let mut options = load_options(config, device);
     let name = &config.model.model;
     if config.model.load_format == LoadFormat::Dummy {
         return dummy::make_up(name, options);
     }
     let resolved = resolve(name, &hub_from_environment()?, &mut DownloadProgress::new())?;
+    options.rope_scaling = rope_scaling(options.rope_scaling, resolved.entry.as_ref());
     let planned = PlannedModel::open(&resolved.path, options)
         .with_context(|| format!("cannot load `{}`", resolved.path.display()))?;
     Ok((resolved, planned))
+}
+
+/// What the catalogue knows of a model's YaRN, where the user wants it and left the rest open. It is
+/// what the release's model card says; its GGUF files do not have it.
+fn rope_scaling(choice: RopeScalingChoice, entry: Option<&Entry>) -> RopeScalingChoice {
+    let known = entry.and_then(|entry| Some((entry, entry.model.yarn.as_ref()?)));
+    match (choice, known) {
+        (RopeScalingChoice::Yarn, Some((entry, yarn))) => RopeScalingChoice::YarnWith(Yarn {
+            factor: yarn.factor,
+            original: Some(entry.model.context_length as usize),
+            beta_fast: None,
+            beta_slow: None,
+            attention_factor: None,
+        }),
+        _ => choice,
+    }
 }
 
 /// Takes the addresses first: what is wrong with them should be known before a model is loaded.
@@ -280,6 +298,7 @@ fn load_options(config: &Config, device: Device) -> LoadOptions {
             KvCacheDtype::Fp8 => DType::F8E4M3,
         },
         max_model_len: config.model.max_model_len.map(usize::from),
+        rope_scaling: config.model.rope_scaling,
         block_size: engine.block_size,
         max_num_seqs: engine.max_num_seqs,
         max_num_batched_tokens: engine.max_num_batched_tokens,
@@ -295,6 +314,7 @@ fn engine_config(options: &EngineOptions, planned: &PlannedModel) -> EngineConfi
         block_size: options.block_size,
         num_blocks: planned.plan.num_blocks,
         max_model_len: planned.plan.max_model_len,
+        stretched_beyond: planned.config.stretched_beyond(),
         max_queue: options.max_queue,
         max_queue_tokens: options.max_queue_tokens,
         target_itl: options.target_itl,

@@ -231,6 +231,7 @@ impl<R: Runner> EngineCore<R> {
             start: 0,
             tokens: vec![0],
             blocks: BlockTable::from_iter([BlockId(0)]),
+            rope_start: 0,
             sample: Some(SampleRequest {
                 params: Arc::default(),
                 choice: 0,

@@ -53,6 +53,8 @@ pub struct EngineConfig {
     pub num_blocks: u32,
     /// Prompt and generated tokens of one sequence together, at most.
     pub max_model_len: usize,
+    /// Sequences that may become longer than this many tokens have stretched positions.
+    pub stretched_beyond: Option<usize>,
     /// After so many steps in the queue a sequence may take the place of a client's that has at
     /// least two more running than its own.
     pub fairness_patience_steps: u64,
@@ -88,6 +90,7 @@ impl Default for EngineConfig {
             block_size: 16,
             num_blocks: 2048,
             max_model_len: 32_768,
+            stretched_beyond: None,
             fairness_patience_steps: 64,
             target_itl: None,
             target_ttft: None,
@@ -129,6 +132,7 @@ impl EngineConfig {
             target_itl: self.target_itl,
             target_ttft: self.target_ttft,
             max_model_len: self.limits().max_model_len,
+            stretched_beyond: self.stretched_beyond,
         };
         let kv = KvCacheManager::new(self.num_blocks, self.block_size, self.hash_key);
         let kv = if self.prefix_caching { kv } else { kv.without_sharing() };

@@ -22,6 +22,15 @@ impl fmt::Debug for HashKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockHash([u8; 16]);
 
+/// How the keys of a sequence are rotated: blocks that differ in this have nothing in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Positions {
+    /// As trained.
+    Trained,
+    /// Stretched, so that more of them can be told apart.
+    Stretched,
+}
+
 /// The hashes of a sequence's full blocks, each chained to the one before it. Every block is hashed
 /// once, however often the cache is asked about it.
 #[derive(Debug)]
@@ -34,14 +43,21 @@ pub(super) struct HashChain {
 const ROOT: u8 = 0;
 const SALTED_ROOT: u8 = 1;
 const BLOCK: u8 = 2;
+const STRETCHED_ROOT: u8 = 3;
+const STRETCHED_SALTED_ROOT: u8 = 4;
 
 impl HashChain {
-    /// The empty chain of a salt: sequences with different salts never share a hash.
-    pub(super) fn new(key: &HashKey, salt: Option<&str>) -> Self {
+    /// The empty chain of a salt: sequences with different salts, or with other positions, never
+    /// share a hash.
+    pub(super) fn new(key: &HashKey, salt: Option<&str>, positions: Positions) -> Self {
         let mut hasher = blake3::Hasher::new_keyed(&key.0);
+        let (root, salted_root) = match positions {
+            Positions::Trained => (ROOT, SALTED_ROOT),
+            Positions::Stretched => (STRETCHED_ROOT, STRETCHED_SALTED_ROOT),
+        };
         match salt {
-            None => hasher.update(&[ROOT]),
-            Some(salt) => hasher.update(&[SALTED_ROOT]).update(salt.as_bytes()),
+            None => hasher.update(&[root]),
+            Some(salt) => hasher.update(&[salted_root]).update(salt.as_bytes()),
         };
         Self { root: BlockHash::finish(&hasher), hashes: Vec::new() }
     }
@@ -80,7 +96,7 @@ mod tests {
 
     fn hashes(key: u8, salt: Option<&str>, tokens: &[TokenId]) -> Vec<BlockHash> {
         let key = HashKey([key; 32]);
-        let mut chain = HashChain::new(&key, salt);
+        let mut chain = HashChain::new(&key, salt, Positions::Trained);
         chain.extend(&key, tokens, 2);
         chain.hashes().to_vec()
     }
@@ -100,12 +116,28 @@ mod tests {
         assert!(zeros[0] != zeros[1] && zeros[1] != zeros[2]);
     }
 
+    /// Goal: nothing is shared between keys that are rotated in different ways. Method: the same
+    /// tokens, with every pair of roots.
+    #[test]
+    fn positions_count() {
+        let key = HashKey([1; 32]);
+        let mut roots = Vec::new();
+        for positions in [Positions::Trained, Positions::Stretched] {
+            for salt in [None, Some(""), Some("a")] {
+                let mut chain = HashChain::new(&key, salt, positions);
+                chain.extend(&key, &[1, 2], 2);
+                assert!(!roots.contains(&chain.hashes()[0]), "{salt:?}, {positions:?}");
+                roots.push(chain.hashes()[0]);
+            }
+        }
+    }
+
     /// Goal: growing a chain equals hashing at once. Method: extend token by token.
     #[test]
     fn grows() {
         let tokens: Vec<_> = (0..9).collect();
         let key = HashKey([3; 32]);
-        let mut chain = HashChain::new(&key, Some("salt"));
+        let mut chain = HashChain::new(&key, Some("salt"), Positions::Trained);
         for end in 0..=tokens.len() {
             chain.extend(&key, &tokens[..end], 2);
         }

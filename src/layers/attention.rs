@@ -4,8 +4,9 @@ use candle_core::Result;
 
 use super::linear::{Linear, Projection};
 pub use crate::ops::paged_attention::{AttentionMetadata, KvCache};
-pub use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable};
+pub use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable, YarnScaling};
 
+use crate::ops::head_norm::{HeadNorms, norm_heads};
 use crate::ops::paged_attention::paged_attention;
 use crate::ops::rope::rope_and_cache;
 use crate::ops::tensor::{Device, Tensor};
@@ -22,11 +23,14 @@ pub struct AttentionShape {
     pub num_kv_heads: usize,
     /// Width of one head.
     pub head_dim: usize,
+    /// Where queries and keys are normalised: what is added to the mean square of a head.
+    pub head_norm_eps: Option<f32>,
 }
 
 /// Self-attention of one decoder layer.
 pub struct Attention {
     qkv_proj: Linear,
+    head_norms: Option<HeadNorms>,
     o_proj: Linear,
     scale: f32,
 }
@@ -39,7 +43,18 @@ impl Attention {
         shape: AttentionShape,
         device: &Device,
     ) -> anyhow::Result<Self> {
-        let AttentionShape { hidden_size, num_heads, num_kv_heads, head_dim } = shape;
+        let AttentionShape { hidden_size, num_heads, num_kv_heads, head_dim, .. } = shape;
+        let weight = |name: &str| checkpoint.vector(&format!("{prefix}{name}.weight"), head_dim);
+        let head_norms = match shape.head_norm_eps {
+            None => None,
+            Some(eps) => Some(HeadNorms {
+                q_weight: Tensor::from_vec(weight("q_norm")?, (1, head_dim), device)?,
+                k_weight: Tensor::from_vec(weight("k_norm")?, (1, head_dim), device)?,
+                num_heads,
+                num_kv_heads,
+                eps,
+            }),
+        };
         let qkv = [
             Projection { name: "q_proj", out_features: num_heads * head_dim },
             Projection { name: "k_proj", out_features: num_kv_heads * head_dim },
@@ -48,6 +63,7 @@ impl Attention {
         let o = [Projection { name: "o_proj", out_features: hidden_size }];
         Ok(Self {
             qkv_proj: Linear::load(checkpoint, prefix, &qkv, hidden_size, device)?,
+            head_norms,
             o_proj: Linear::load(checkpoint, prefix, &o, num_heads * head_dim, device)?,
             scale: (head_dim as f32).sqrt().recip(),
         })
@@ -62,6 +78,9 @@ impl Attention {
         metadata: &AttentionMetadata,
     ) -> Result<Tensor> {
         let qkv = self.qkv_proj.forward(x)?; // [num_tokens, (num_heads + 2 num_kv_heads) head_dim]
+        if let Some(norms) = &self.head_norms {
+            norm_heads(&qkv, norms)?;
+        }
         let q = rope_and_cache(&qkv, rope, kv, metadata)?; // [num_tokens, num_heads head_dim]
         let attended = paged_attention(&q, kv, metadata, self.scale)?;
         self.o_proj.forward(&attended)

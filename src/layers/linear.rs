@@ -3,14 +3,13 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use candle_core::Result;
 
 use super::content::rows;
 use crate::ops::gather_columns::gather_columns;
-use crate::ops::matmul::{
-    MatrixSource, RandomSource, Stacking, Weights, gated_matmul, matmul, matmul_f32,
-};
+pub use crate::ops::matmul::Stacking;
+use crate::ops::matmul::{MatrixSource, RandomSource, Weights, gated_matmul, matmul, matmul_f32};
 use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::{Checkpoint, Content, StoredMatrix};
 
@@ -42,63 +41,53 @@ impl Linear {
         in_features: usize,
         device: &Device,
     ) -> anyhow::Result<Self> {
-        Self::load_stacked(
-            (checkpoint, prefix),
-            projections,
-            in_features,
-            (Stacking::Below, device),
-        )
-    }
-
-    /// Loads a gate and an up projection for [`Linear::forward_gated`].
-    pub fn load_gated(
-        checkpoint: &Checkpoint,
-        prefix: &str,
-        projections: &[Projection<'_>; 2],
-        in_features: usize,
-        device: &Device,
-    ) -> anyhow::Result<Self> {
-        Self::load_stacked(
-            (checkpoint, prefix),
-            projections,
-            in_features,
-            (Stacking::Gated, device),
-        )
-    }
-
-    fn load_stacked(
-        (checkpoint, prefix): (&Checkpoint, &str),
-        projections: &[Projection<'_>],
-        in_features: usize,
-        (stacking, device): (Stacking, &Device),
-    ) -> anyhow::Result<Self> {
-        let mut stored = Vec::new();
         let mut bias = Vec::new();
         for projection in projections {
-            let name = format!("{prefix}{}", projection.name);
-            stored.push(checkpoint.matrix(
-                &format!("{name}.weight"),
-                projection.out_features,
-                in_features,
-            )?);
-            let bias_name = format!("{name}.bias");
-            if checkpoint.contains(&bias_name) {
-                bias.extend(checkpoint.vector(&bias_name, projection.out_features)?);
+            let name = format!("{prefix}{}.bias", projection.name);
+            if checkpoint.contains(&name) {
+                bias.extend(checkpoint.vector(&name, projection.out_features)?);
             }
         }
-        let column_order = column_order(&stored, prefix, device)?;
-        let weight = pack(&stored, in_features, stacking, device)?;
-        // The packed weights replace the pages they were read from.
-        stored.iter().for_each(|matrix| matrix.bytes.release());
+        let stacks = [stored(checkpoint, prefix, projections, in_features)?];
+        let column_order = column_order(&stacks[0], prefix, device)?;
+        let weight = pack_each(&stacks, in_features, Stacking::Below, device)?.remove(0);
         let bias = match bias.len() {
             _ if bias.iter().all(|value| *value == 0.0) => None,
             len if len == weight.num_rows() => Some(Tensor::from_vec(bias, (1, len), device)?),
             _ => bail!("only some of the biases of `{prefix}` are in the file"),
         };
-        if stacking == Stacking::Gated && bias.is_some() {
-            bail!("a gated projection with a bias, as `{prefix}` has, is not supported");
-        }
         Ok(Self { weight, bias, column_order })
+    }
+
+    /// Loads the same projections of several modules, each under a prefix of its own, into one piece
+    /// of memory; a gate and an up projection stacked as such are for [`Linear::forward_gated`].
+    ///
+    /// # Errors
+    /// If one has a bias, beside those of reading and packing.
+    pub fn load_each(
+        checkpoint: &Checkpoint,
+        prefixes: &[String],
+        projections: &[Projection<'_>],
+        in_features: usize,
+        (stacking, device): (Stacking, &Device),
+    ) -> anyhow::Result<Vec<Self>> {
+        let mut stacks = Vec::new();
+        let mut column_orders = Vec::new();
+        for prefix in prefixes {
+            for projection in projections {
+                let name = format!("{prefix}{}.bias", projection.name);
+                if checkpoint.contains(&name) {
+                    let bias = checkpoint.vector(&name, projection.out_features)?;
+                    ensure!(bias.iter().all(|value| *value == 0.0), "`{name}` is not supported");
+                }
+            }
+            let stack = stored(checkpoint, prefix, projections, in_features)?;
+            column_orders.push(column_order(&stack, prefix, device)?);
+            stacks.push(stack);
+        }
+        let weights = pack_each(&stacks, in_features, stacking, device)?.into_iter();
+        let linear = |(weight, column_order)| Self { weight, bias: None, column_order };
+        Ok(weights.zip(column_orders).map(linear).collect())
     }
 
     /// `[num_tokens, in_features]` to `[num_tokens, out_features]`.
@@ -154,26 +143,50 @@ fn column_order(
     Ok(first.cloned())
 }
 
-fn pack(
-    stored: &[StoredMatrix],
+fn stored(
+    checkpoint: &Checkpoint,
+    prefix: &str,
+    projections: &[Projection<'_>],
+    in_features: usize,
+) -> anyhow::Result<Vec<StoredMatrix>> {
+    let matrix = |projection: &Projection<'_>| {
+        let name = format!("{prefix}{}.weight", projection.name);
+        Ok(checkpoint.matrix(&name, projection.out_features, in_features)?)
+    };
+    projections.iter().map(matrix).collect()
+}
+
+/// The packed weights replace the pages they were read from.
+fn pack_each(
+    stacks: &[Vec<StoredMatrix>],
     in_features: usize,
     stacking: Stacking,
     device: &Device,
-) -> Result<Weights> {
-    if let Some(random) = random_sources(stored) {
-        return Weights::random(&random, in_features, stacking, device);
+) -> Result<Vec<Weights>> {
+    if let Some(random) =
+        stacks.iter().map(|stored| random_sources(stored)).collect::<Option<Vec<_>>>()
+    {
+        let make_up = |sources: &Vec<_>| Weights::random(sources, in_features, stacking, device);
+        return random.iter().map(make_up).collect();
     }
-    let rows = stored.iter().map(rows).collect::<Result<Vec<_>>>()?;
-    let sources: Vec<_> = stored
+    let rows = stacks
+        .iter()
+        .map(|stored| stored.iter().map(rows).collect::<Result<Vec<_>>>())
+        .collect::<Result<Vec<_>>>()?;
+    let sources: Vec<Vec<_>> = stacks
         .iter()
         .zip(&rows)
-        .map(|(matrix, rows)| MatrixSource {
-            dtype: matrix.dtype,
-            data: rows,
-            num_rows: matrix.num_rows,
+        .map(|(stored, rows)| {
+            stored.iter().zip(rows).map(|(matrix, rows)| source(matrix, rows)).collect()
         })
         .collect();
-    Weights::pack(&sources, in_features, stacking, device)
+    let weights = Weights::pack_each(&sources, in_features, stacking, device)?;
+    stacks.iter().flatten().for_each(|matrix| matrix.bytes.release());
+    Ok(weights)
+}
+
+fn source<'a>(matrix: &StoredMatrix, rows: &'a [u8]) -> MatrixSource<'a> {
+    MatrixSource { dtype: matrix.dtype, data: rows, num_rows: matrix.num_rows }
 }
 
 /// What to make up of matrices that are best made up in place.

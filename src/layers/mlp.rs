@@ -2,7 +2,7 @@
 
 use candle_core::Result;
 
-use super::linear::{Linear, Projection};
+use super::linear::{Linear, Projection, Stacking};
 use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::Checkpoint;
 
@@ -21,15 +21,26 @@ impl Mlp {
         intermediate_size: usize,
         device: &Device,
     ) -> anyhow::Result<Self> {
-        let gate_up = [
-            Projection { name: "gate_proj", out_features: intermediate_size },
-            Projection { name: "up_proj", out_features: intermediate_size },
-        ];
+        let shape = (hidden_size, intermediate_size);
+        Ok(Self::load_each(checkpoint, &[prefix.to_owned()], shape, device)?.remove(0))
+    }
+
+    /// Loads one for each prefix, all of the same shape, side by side in memory.
+    pub fn load_each(
+        checkpoint: &Checkpoint,
+        prefixes: &[String],
+        (hidden_size, intermediate_size): (usize, usize),
+        device: &Device,
+    ) -> anyhow::Result<Vec<Self>> {
+        let gate_up = ["gate_proj", "up_proj"]
+            .map(|name| Projection { name, out_features: intermediate_size });
         let down = [Projection { name: "down_proj", out_features: hidden_size }];
-        Ok(Self {
-            gate_up_proj: Linear::load_gated(checkpoint, prefix, &gate_up, hidden_size, device)?,
-            down_proj: Linear::load(checkpoint, prefix, &down, intermediate_size, device)?,
-        })
+        let gated = (Stacking::Gated, device);
+        let plain = (Stacking::Below, device);
+        let gate_ups = Linear::load_each(checkpoint, prefixes, &gate_up, hidden_size, gated)?;
+        let downs = Linear::load_each(checkpoint, prefixes, &down, intermediate_size, plain)?;
+        let pairs = gate_ups.into_iter().zip(downs);
+        Ok(pairs.map(|(gate_up_proj, down_proj)| Self { gate_up_proj, down_proj }).collect())
     }
 
     /// `[num_tokens, hidden_size]` to the same shape.

@@ -2,8 +2,10 @@
 
 mod config_json;
 
+use crate::config::RopeScalingChoice;
+use crate::layers::attention::RopeScaling;
 use crate::weights::checkpoint::{Checkpoint, CheckpointError, Source};
-use crate::weights::gguf::Gguf;
+use crate::weights::gguf::{Gguf, Metadata};
 
 /// What a decoder of the Qwen2 family needs to know about itself.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,12 +26,82 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Number of rows of the embedding and of the output head.
     pub vocab_size: usize,
-    /// Longest sequence the model was trained for.
+    /// Longest sequence the model can read: what it was trained for, or more with stretched positions.
     pub max_position_embeddings: usize,
     /// Added to the mean square before its root is taken.
     pub rms_norm_eps: f32,
     /// Base of the rotary angles.
     pub rope_theta: f32,
+    /// How positions are stretched in sequences longer than those it was trained for.
+    pub rope_scaling: RopeScaling,
+    /// Present where layers have experts.
+    pub experts: Option<ExpertsConfig>,
+}
+
+/// The experts of a model. Which layers have them is said by the parameters that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertsConfig {
+    /// Experts of a layer to choose from.
+    pub num_experts: usize,
+    /// Experts that a token goes to.
+    pub num_experts_per_tok: usize,
+    /// Width inside an expert.
+    pub moe_intermediate_size: usize,
+    /// Width inside the expert that every token goes to; zero if there is none.
+    pub shared_expert_intermediate_size: usize,
+    /// Whether the weights of a token's experts sum up to one; `None` leaves it to the architecture.
+    pub norm_topk_prob: Option<bool>,
+}
+
+impl ExpertsConfig {
+    /// Reads what GGUF files say of experts, if they have any. Older ones leave out the widths, as
+    /// llama.cpp knows them by those of the dense layers.
+    fn from_gguf(
+        metadata: &Metadata,
+        architecture: &str,
+        intermediate_size: usize,
+    ) -> Result<Option<Self>, CheckpointError> {
+        let size = |key: &str| -> Result<Option<usize>, CheckpointError> {
+            let value = metadata.optional(&format!("{architecture}.{key}"), Metadata::u32)?;
+            Ok(value.map(|value| value as usize))
+        };
+        let Some(num_experts) = size("expert_count")?.filter(|count| 0 < *count) else {
+            return Ok(None);
+        };
+        let bad = |what: &str| Err(CheckpointError::Hyperparameter(what.to_owned()));
+        // Softmax is 1; Qwen's experts are chosen by nothing else.
+        if size("expert_gating_func")?.is_some_and(|function| function != 1) {
+            return bad("experts that are not chosen by softmax are not supported");
+        }
+        let scale = format!("{architecture}.expert_weights_scale");
+        if metadata
+            .optional(&scale, Metadata::f32)?
+            .is_some_and(|scale| ![0.0, 1.0].contains(&scale))
+        {
+            return bad("experts whose weights are scaled are not supported");
+        }
+        let num_experts_per_tok = size("expert_used_count")?.unwrap_or(0);
+        if num_experts_per_tok == 0 || num_experts < num_experts_per_tok {
+            return bad("`expert_used_count` is not between one and `expert_count`");
+        }
+        let wide = size("expert_feed_forward_length")?;
+        let moe_intermediate_size = wide.unwrap_or(intermediate_size / num_experts_per_tok);
+        let shared = match size("expert_shared_feed_forward_length")? {
+            None if architecture == "qwen2moe" => intermediate_size,
+            shared => shared.unwrap_or(0),
+        };
+        if moe_intermediate_size == 0 {
+            return bad("hyperparameter `expert_feed_forward_length` is zero");
+        }
+        let norm = format!("{architecture}.expert_weights_norm");
+        Ok(Some(Self {
+            num_experts,
+            num_experts_per_tok,
+            moe_intermediate_size,
+            shared_expert_intermediate_size: shared,
+            norm_topk_prob: metadata.optional(&norm, Metadata::bool)?,
+        }))
+    }
 }
 
 impl ModelConfig {
@@ -41,13 +113,18 @@ impl ModelConfig {
         }
     }
 
-    /// Reads the hyperparameters from the files and checks that they make sense together.
-    pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
-        let config = match checkpoint.source() {
+    /// Reads the hyperparameters from the files and checks that they make sense together. Positions
+    /// are stretched as `scaling` says.
+    pub fn from_checkpoint(
+        checkpoint: &Checkpoint,
+        scaling: RopeScalingChoice,
+    ) -> Result<Self, CheckpointError> {
+        let mut config = match checkpoint.source() {
             Source::Gguf(gguf) => Self::from_gguf(gguf)?,
             Source::Repository(repository) => config_json::read(repository)?,
         };
         config.check()?;
+        config.stretch(scaling, checkpoint.source())?;
         Ok(config)
     }
 
@@ -64,9 +141,12 @@ impl ModelConfig {
         let head_dim = key_length.unwrap_or(hidden_size / num_attention_heads.max(1));
         let embedding = gguf.tensor("token_embd.weight")?.0;
         let theta = metadata.f32(&format!("{architecture}.rope.freq_base"));
+        let intermediate_size = size("feed_forward_length")?;
         Ok(Self {
+            rope_scaling: RopeScaling::None,
+            experts: ExpertsConfig::from_gguf(metadata, &architecture, intermediate_size)?,
             hidden_size,
-            intermediate_size: size("feed_forward_length")?,
+            intermediate_size,
             num_hidden_layers: size("block_count")?,
             num_attention_heads,
             num_key_value_heads: size("attention.head_count_kv").unwrap_or(num_attention_heads),
@@ -110,6 +190,17 @@ impl ModelConfig {
             return bad("rms_norm_eps or rope_theta is not a usable number".to_owned());
         }
         Ok(())
+    }
+
+    /// Values that the feed-forward part of a layer holds of one token at most: what is inside of it
+    /// and, of experts, what each puts out.
+    pub fn feed_forward_values_per_token(&self) -> usize {
+        let sparse = self.experts.map_or(0, |experts| {
+            let one = 3 * experts.moe_intermediate_size + 2 * self.hidden_size;
+            let shared = 3 * experts.shared_expert_intermediate_size + self.hidden_size;
+            experts.num_experts + experts.num_experts_per_tok * one + shared
+        });
+        sparse.max(3 * self.intermediate_size)
     }
 
     /// Bytes that keys and values of one token take in all layers.

@@ -2,25 +2,37 @@
 
 use anyhow::bail;
 
-use super::qwen2::Qwen2;
+use super::decoder::{Architecture, Decoder};
+use super::qwen2::QWEN2;
+use super::qwen2_moe::QWEN2_MOE;
+use super::qwen3::QWEN3;
+use super::qwen3_moe::QWEN3_MOE;
 use super::{Model, ModelConfig};
 use crate::layers::Device;
 use crate::weights::checkpoint::Checkpoint;
 use crate::weights::gguf::printable;
 
-/// The architectures this build can run, by their GGUF names.
-pub const SUPPORTED_ARCHITECTURES: &[&str] = &["qwen2"];
+/// The architectures this build can run.
+const SUPPORTED: [Architecture; 4] = [QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE];
 
-/// Refuses an architecture that cannot be run.
-pub fn check_architecture(architecture: &str) -> anyhow::Result<()> {
-    if SUPPORTED_ARCHITECTURES.contains(&architecture) {
-        return Ok(());
+/// Refuses an architecture that cannot be run on a device.
+pub fn check_architecture(name: &str, device: &Device) -> anyhow::Result<()> {
+    let architecture = find(name)?;
+    if matches!(device, Device::Gpu(_)) && !architecture.runs_on_cards() {
+        bail!(
+            "architecture `{name}` runs on the CPU only, as there are no kernels for experts on a \
+             card yet; use `--device cpu`"
+        );
     }
-    bail!(
-        "architecture `{}` is not supported; this build runs: {}",
-        printable(architecture),
-        SUPPORTED_ARCHITECTURES.join(", ")
-    )
+    Ok(())
+}
+
+fn find(name: &str) -> anyhow::Result<Architecture> {
+    let Some(found) = SUPPORTED.into_iter().find(|architecture| architecture.name == name) else {
+        let names = SUPPORTED.map(|architecture| architecture.name).join(", ");
+        bail!("architecture `{}` is not supported; this build runs: {names}", printable(name));
+    };
+    Ok(found)
 }
 
 /// Loads a model; `on_layer` hears how many of its layers are done.
@@ -31,6 +43,7 @@ pub fn load(
     device: &Device,
     on_layer: &mut dyn FnMut(usize),
 ) -> anyhow::Result<Box<dyn Model>> {
-    check_architecture(&config.architecture)?;
-    Ok(Box::new(Qwen2::load(checkpoint, config, max_model_len, device, on_layer)?))
+    let architecture = find(&config.architecture)?;
+    let shape = (config, max_model_len);
+    Ok(Box::new(Decoder::load(&architecture, checkpoint, shape, device, on_layer)?))
 }

@@ -99,6 +99,25 @@ impl Weights {
         })
     }
 
+    /// Packs several matrices of as many columns, each of sources of its own, into one piece of
+    /// memory where the device allows it.
+    ///
+    /// # Errors
+    /// As [`Weights::pack`].
+    pub fn pack_each(
+        matrices: &[Vec<MatrixSource<'_>>],
+        num_cols: usize,
+        stacking: Stacking,
+        device: &Device,
+    ) -> Result<Vec<Self>> {
+        if let Device::Gpu(_) = device {
+            let pack = |sources: &Vec<_>| Self::pack(sources, num_cols, stacking, device);
+            return matrices.iter().map(pack).collect();
+        }
+        let packed = PackedMatrix::pack_each(matrices, num_cols)?;
+        Ok(packed.into_iter().map(|matrix| Self::Cpu(Arc::new(matrix))).collect())
+    }
+
     /// Makes up weights on a device: other ones than another device does.
     ///
     /// # Errors
@@ -211,13 +230,29 @@ impl PackedMatrix {
     /// If rows are not whole blocks, or a source has not the bytes that its rows need, or there is
     /// no memory.
     pub fn pack(sources: &[MatrixSource<'_>], num_cols: usize) -> Result<Self> {
-        let mut matrix = Self { segments: Vec::new(), num_rows: 0, num_cols };
-        for source in sources {
-            let segment = pack_segment(source, num_cols, matrix.num_rows)?;
-            matrix.num_rows += segment.num_rows;
-            matrix.segments.push(segment);
+        Ok(Self::pack_each(&[sources.to_vec()], num_cols)?.remove(0))
+    }
+
+    /// The same for several matrices, which lie side by side in memory.
+    ///
+    /// # Errors
+    /// As [`PackedMatrix::pack`].
+    pub fn pack_each(matrices: &[Vec<MatrixSource<'_>>], num_cols: usize) -> Result<Vec<Self>> {
+        let sources = matrices.iter().flatten();
+        let lens =
+            sources.map(|source| packed_len(source, num_cols)).collect::<Result<Vec<_>>>()?;
+        let mut buffers = Buffer::zeroed_parts(&lens)?.into_iter();
+        let mut packed = Vec::with_capacity(matrices.len());
+        for sources in matrices {
+            let mut matrix = Self { segments: Vec::new(), num_rows: 0, num_cols };
+            for (source, buffer) in sources.iter().zip(buffers.by_ref()) {
+                let segment = pack_segment(source, num_cols, matrix.num_rows, buffer);
+                matrix.num_rows += segment.num_rows;
+                matrix.segments.push(segment);
+            }
+            packed.push(matrix);
         }
-        Ok(matrix)
+        Ok(packed)
     }
 
     /// Rows of all sources.
@@ -236,18 +271,34 @@ impl PackedMatrix {
     }
 }
 
-fn pack_segment(source: &MatrixSource<'_>, num_cols: usize, first_row: usize) -> Result<Segment> {
-    let MatrixSource { dtype, data, num_rows } = *source;
-    let row_bytes = row_bytes(dtype, num_cols)?;
-    if Some(data.len()) != row_bytes.checked_mul(num_rows) {
-        bail!("{num_rows} rows of {num_cols} {dtype:?} weights are not {} bytes", data.len());
-    }
-    let panel_bytes = match packed_layout(dtype) {
+/// Bytes of a panel of sixteen rows.
+fn packed_panel_bytes(dtype: GgmlDType, num_cols: usize) -> usize {
+    match packed_layout(dtype) {
         Some((bits, kind)) => panel_bytes(bits, kind, num_cols / BLOCK),
         None => num_cols * LANES * dtype.type_size(),
-    };
+    }
+}
+
+/// Bytes that a source takes when it is packed.
+fn packed_len(source: &MatrixSource<'_>, num_cols: usize) -> Result<usize> {
+    let MatrixSource { dtype, data, num_rows } = *source;
+    if Some(data.len()) != row_bytes(dtype, num_cols)?.checked_mul(num_rows) {
+        bail!("{num_rows} rows of {num_cols} {dtype:?} weights are not {} bytes", data.len());
+    }
+    Ok(num_rows.div_ceil(LANES) * packed_panel_bytes(dtype, num_cols))
+}
+
+/// Packs into a zeroed buffer of [`packed_len`] bytes.
+fn pack_segment(
+    source: &MatrixSource<'_>,
+    num_cols: usize,
+    first_row: usize,
+    mut buffer: Buffer,
+) -> Segment {
+    let MatrixSource { dtype, data, num_rows } = *source;
+    let panel_bytes = packed_panel_bytes(dtype, num_cols);
+    let row_bytes = data.len().checked_div(num_rows).unwrap_or(0);
     let num_panels = num_rows.div_ceil(LANES);
-    let mut buffer = Buffer::zeroed(num_panels * panel_bytes)?;
     let start = SharedMut(buffer.as_mut_ptr());
     parallel_for(num_panels, |panel| {
         // SAFETY: tasks have panels of their own, inside of the buffer.
@@ -264,7 +315,7 @@ fn pack_segment(source: &MatrixSource<'_>, num_cols: usize, first_row: usize) ->
             pack::pack_dense(dtype.type_size(), &rows, to);
         }
     });
-    Ok(Segment { dtype, first_row, num_rows, panel_bytes, data: buffer })
+    Segment { dtype, first_row, num_rows, panel_bytes, data: buffer }
 }
 
 /// A pointer that tasks share and write disjoint parts of.

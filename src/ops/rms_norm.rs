@@ -136,11 +136,12 @@ fn hidden_size(x: &Layout, weight: &Layout) -> Result<usize> {
     Ok(hidden_size)
 }
 
-struct NormRow<'a> {
-    x: &'a [f32],
-    weight: &'a [f32],
-    eps: f32,
-    out: &'a mut [f32],
+/// One row; all three of one length.
+pub(super) struct NormRow<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) weight: &'a [f32],
+    pub(super) eps: f32,
+    pub(super) out: &'a mut [f32],
 }
 
 impl Kernel for NormRow<'_> {

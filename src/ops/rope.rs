@@ -42,12 +42,20 @@ pub struct YarnScaling {
     pub beta_fast: f64,
     /// Frequencies that turn at most this often are divided by `factor`.
     pub beta_slow: f64,
+    /// What queries and keys are multiplied by; `None` derives it from `factor`.
+    pub attention_factor: Option<f64>,
 }
 
 impl YarnScaling {
     /// YaRN with the usual bounds of 32 and 1 turns.
     pub fn new(factor: f64, original_max_position_embeddings: usize) -> Self {
-        Self { factor, original_max_position_embeddings, beta_fast: 32.0, beta_slow: 1.0 }
+        Self {
+            factor,
+            original_max_position_embeddings,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: None,
+        }
     }
 
     /// The pair index whose frequency turns `num_turns` times over the trained positions.
@@ -66,9 +74,10 @@ impl YarnScaling {
         (0..head_dim / 2).map(|i| 1.0 - ((i as f64 - low) / width).clamp(0.0, 1.0)).collect()
     }
 
-    /// The factor on queries and keys that makes up for flatter attention over longer contexts.
+    /// The factor on queries and keys each, which makes up for flatter attention over longer contexts.
     fn attention_factor(&self) -> f64 {
-        if self.factor <= 1.0 { 1.0 } else { 0.1 * self.factor.ln() + 1.0 }
+        let derived = if self.factor <= 1.0 { 1.0 } else { 0.1 * self.factor.ln() + 1.0 };
+        self.attention_factor.unwrap_or(derived)
     }
 }
 
@@ -79,65 +88,79 @@ pub struct RopeConfig {
     pub head_dim: usize,
     /// Base of the frequencies.
     pub theta: f64,
-    /// Positions that the table covers.
+    /// The longest sequence.
     pub max_positions: usize,
     /// Change of the frequencies.
     pub scaling: RopeScaling,
 }
 
 impl RopeConfig {
-    /// Angle per position of each pair of values.
+    /// Angle per position of each pair of values, as trained.
     fn frequencies(&self) -> Vec<f64> {
-        let num_pairs = self.head_dim / 2;
         let trained = |i: usize| self.theta.powf(-2.0 * i as f64 / self.head_dim as f64);
-        match self.scaling {
-            RopeScaling::None => (0..num_pairs).map(trained).collect(),
-            RopeScaling::Yarn(yarn) => yarn
-                .kept_shares(self.head_dim, self.theta)
-                .into_iter()
-                .enumerate()
-                .map(|(i, kept)| trained(i) * (kept + (1.0 - kept) / yarn.factor))
-                .collect(),
-        }
+        (0..self.head_dim / 2).map(trained).collect()
+    }
+
+    /// The same, stretched.
+    fn stretched_frequencies(&self, yarn: &YarnScaling) -> Vec<f64> {
+        let kept = yarn.kept_shares(self.head_dim, self.theta);
+        let pairs = self.frequencies().into_iter().zip(kept);
+        pairs.map(|(trained, kept)| trained * (kept + (1.0 - kept) / yarn.factor)).collect()
+    }
+
+    fn is_supported(&self) -> bool {
+        let is_positive = |value: f64| 0.0 < value && value.is_finite();
+        let yarn = match self.scaling {
+            RopeScaling::None => true,
+            RopeScaling::Yarn(yarn) => {
+                let values = [yarn.factor, yarn.beta_fast, yarn.beta_slow, yarn.attention_factor()];
+                values.into_iter().all(is_positive) && 0 < yarn.original_max_position_embeddings
+            }
+        };
+        yarn && 0 < self.head_dim && self.head_dim.is_multiple_of(2) && 1.0 < self.theta
     }
 }
 
 /// Cosines and sines of all angles. Angles are computed in `f64`: in `f32` they would be wrong by a
 /// thousandth of a turn at position 30,000.
+///
+/// With stretched positions the table has two parts: one for sequences that keep within the trained
+/// positions, which are rotated as trained, and behind it one for those that may become longer.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
-    /// `[max_positions, head_dim]`: the cosines of all pairs, then the sines
+    /// `[num_rows, head_dim]`: the cosines of all pairs, then the sines
     cos_sin: Tensor,
     head_dim: usize,
-    max_positions: usize,
+    num_rows: usize,
 }
 
 impl RopeTable {
     /// Computes the table.
     pub fn new(config: &RopeConfig, device: &Device) -> Result<Self> {
-        let RopeConfig { head_dim, theta, max_positions, scaling } = *config;
-        if head_dim == 0 || head_dim % 2 != 0 || theta.is_nan() || theta <= 1.0 {
+        let RopeConfig { head_dim, max_positions, scaling, .. } = *config;
+        if !config.is_supported() {
             bail!("rotary embedding with {config:?} is not supported");
         }
-        let magnitude = match scaling {
-            RopeScaling::None => 1.0,
-            RopeScaling::Yarn(yarn) if 0.0 < yarn.factor && yarn.factor.is_finite() => {
-                yarn.attention_factor()
+        let plain = |num_rows| (num_rows, config.frequencies(), 1.0);
+        let parts = match scaling {
+            RopeScaling::Yarn(yarn) if yarn.original_max_position_embeddings < max_positions => {
+                let stretched = config.stretched_frequencies(&yarn);
+                vec![
+                    plain(yarn.original_max_position_embeddings),
+                    (max_positions, stretched, yarn.attention_factor()),
+                ]
             }
-            RopeScaling::Yarn(_) => bail!("rotary embedding with {config:?} is not supported"),
+            _ => vec![plain(max_positions)],
         };
-        let frequencies = config.frequencies();
-        let mut cos_sin = vec![0.0_f32; max_positions * head_dim];
-        for_each_row_mut(&mut cos_sin, head_dim, |position, row| {
-            let (cos, sin) = row.split_at_mut(head_dim / 2);
-            for (pair, frequency) in frequencies.iter().enumerate() {
-                let angle = position as f64 * frequency;
-                cos[pair] = (angle.cos() * magnitude) as f32;
-                sin[pair] = (angle.sin() * magnitude) as f32;
-            }
-        });
-        let cos_sin = Tensor::from_vec(cos_sin, (max_positions, head_dim), device)?;
-        Ok(Self { cos_sin, head_dim, max_positions })
+        let num_rows = parts.iter().map(|(num_rows, ..)| num_rows).sum();
+        let mut cos_sin = vec![0.0_f32; num_rows * head_dim];
+        let mut rest = cos_sin.as_mut_slice();
+        for (num_rows, frequencies, magnitude) in parts {
+            let rows = rest.split_off_mut(..num_rows * head_dim).expect("all parts were counted");
+            fill_rows(rows, &frequencies, magnitude);
+        }
+        let cos_sin = Tensor::from_vec(cos_sin, (num_rows, head_dim), device)?;
+        Ok(Self { cos_sin, head_dim, num_rows })
     }
 
     /// Values per head.
@@ -145,10 +168,22 @@ impl RopeTable {
         self.head_dim
     }
 
-    /// Positions that the table covers.
-    pub fn max_positions(&self) -> usize {
-        self.max_positions
+    /// Rows of all parts.
+    pub fn num_rows(&self) -> usize {
+        self.num_rows
     }
+}
+
+fn fill_rows(rows: &mut [f32], frequencies: &[f64], magnitude: f64) {
+    let half = frequencies.len();
+    for_each_row_mut(rows, 2 * half, |position, row| {
+        let (cos, sin) = row.split_at_mut(half);
+        for (pair, frequency) in frequencies.iter().enumerate() {
+            let angle = position as f64 * frequency;
+            cos[pair] = (angle.cos() * magnitude) as f32;
+            sin[pair] = (angle.sin() * magnitude) as f32;
+        }
+    });
 }
 
 /// Rotates queries and keys and writes keys and values into the step's cache slots.
@@ -176,7 +211,7 @@ fn rope_and_cache_on_cpu(
     let (num_tokens, width) = qkv.dims2()?;
     let shape = kv.shape()?;
     let q_width = num_query_heads(width, table, shape)? * shape.head_dim;
-    check_tokens(meta, num_tokens, table.max_positions(), shape)?;
+    check_tokens(meta, num_tokens, table.num_rows(), shape)?;
     if let Some(slot) = meta.slot_mapping.iter().find(|slot| **slot == PADDING_SLOT) {
         bail!("cache slot {slot} is beyond those of the cache");
     }
@@ -204,7 +239,7 @@ fn num_query_heads(width: usize, table: &RopeTable, shape: KvCacheShape) -> Resu
 fn check_tokens(
     meta: &AttentionMetadata,
     num_tokens: usize,
-    max_positions: usize,
+    num_rows: usize,
     shape: KvCacheShape,
 ) -> Result<()> {
     let (num_positions, num_slots) = (meta.positions.len(), meta.slot_mapping.len());
@@ -212,8 +247,8 @@ fn check_tokens(
         bail!("{num_tokens} tokens have {num_positions} positions and {num_slots} cache slots");
     }
     let is_outside = |limit: usize| move |index: &&u32| limit <= **index as usize;
-    if let Some(position) = meta.positions.iter().find(is_outside(max_positions)) {
-        bail!("position {position} is beyond the {max_positions} of the rotary table");
+    if let Some(position) = meta.positions.iter().find(is_outside(num_rows)) {
+        bail!("position {position} is beyond the {num_rows} of the rotary table");
     }
     let num_slots = shape.num_blocks * shape.block_size;
     let slots = meta.slot_mapping.iter().filter(|slot| **slot != PADDING_SLOT);
@@ -490,14 +525,13 @@ mod tests {
         let config = RopeConfig {
             head_dim: 128,
             theta: THETA,
-            max_positions: 1,
+            max_positions: 40_000,
             scaling: RopeScaling::Yarn(yarn),
         };
-        let plain = RopeConfig { scaling: RopeScaling::None, ..config }.frequencies();
-        let scaled = config.frequencies();
+        let scaled = config.stretched_frequencies(&yarn);
         // 32768 positions are 32 turns at pair 64 ln(32768 / (32 tau)) / ln(theta) = 23.6 and one
         // turn at pair 39.65.
-        for (i, (plain, scaled)) in plain.iter().zip(&scaled).enumerate() {
+        for (i, (plain, scaled)) in config.frequencies().iter().zip(&scaled).enumerate() {
             let expected = match i {
                 0..=23 => 1.0,
                 40.. => 0.25,
@@ -506,8 +540,39 @@ mod tests {
             assert!((scaled / plain - expected).abs() < 1e-12, "pair {i}");
         }
         let table = RopeTable::new(&config, &Device::Cpu).unwrap();
-        let cos = table.cos_sin.to_vec().unwrap()[0];
-        assert!((f64::from(cos) - 1.138_629_436).abs() < 1e-6, "{cos}");
+        assert_eq!(table.num_rows(), 32_768 + 40_000);
+        let values = table.cos_sin.to_vec().unwrap();
+        let close = |found: f32, expected: f64| {
+            assert!((f64::from(found) - expected).abs() < 1e-6, "{found}, not {expected}");
+        };
+        let row = |index: usize| &values[index * 128..][..128];
+        // The last pair, whose frequency is divided by four.
+        let angle = 9.0 * scaled[63];
+        close(row(9)[63], (9.0 * config.frequencies()[63]).cos());
+        close(row(32_768)[0], 1.138_629_436);
+        close(row(32_768 + 9)[63], angle.cos() * 1.138_629_436);
+        close(row(32_768 + 9)[127], angle.sin() * 1.138_629_436);
+    }
+
+    #[test]
+    fn nothing_is_stretched_that_is_short_enough() {
+        let yarn = RopeScaling::Yarn(YarnScaling::new(4.0, 64));
+        let short = table(64, yarn);
+        assert_eq!(short.num_rows(), 64);
+        let plain = table(64, RopeScaling::None).cos_sin.to_vec().unwrap();
+        assert!(short.cos_sin.to_vec().unwrap() == plain);
+        assert!(table(65, yarn).cos_sin.to_vec().unwrap()[..plain.len()] == plain);
+        for scaling in
+            [YarnScaling::new(0.0, 64), YarnScaling::new(f64::NAN, 64), YarnScaling::new(4.0, 0)]
+        {
+            let config = RopeConfig {
+                head_dim: 16,
+                theta: THETA,
+                max_positions: 65,
+                scaling: RopeScaling::Yarn(scaling),
+            };
+            assert!(RopeTable::new(&config, &Device::Cpu).is_err(), "{scaling:?}");
+        }
     }
 
     #[test]

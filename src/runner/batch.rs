@@ -50,7 +50,7 @@ fn push_attention(attention: &mut AttentionMetadata, seq: &ScheduledSeq, block_s
     attention.block_table.extend(blocks.iter().map(|block| block.0));
     attention.block_table.resize(table_end, 0);
     for position in seq.start..seq.end() {
-        attention.positions.push(position as u32);
+        attention.positions.push((seq.rope_start + position) as u32);
         attention.slot_mapping.push(seq.blocks.slot(position, block_size) as u32);
     }
     attention.query_start_loc.push(attention.positions.len() as u32);

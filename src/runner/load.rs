@@ -8,7 +8,7 @@ use candle_core::DType;
 use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, StepLimits};
 use super::memory::{CacheShare, MemoryPlan, MemoryRequest, plan};
 use super::model_runner::{LOGITS_ROWS_MAX, LayerCaches, ModelRunner};
-use crate::config::Execution;
+use crate::config::{Execution, RopeScalingChoice};
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
 use crate::models::{ModelConfig, registry};
@@ -33,6 +33,8 @@ pub struct LoadOptions {
     pub kv_cache_dtype: DType,
     /// Longest sequence; `None` lets the plan decide.
     pub max_model_len: Option<usize>,
+    /// How positions beyond the trained ones are made usable.
+    pub rope_scaling: RopeScalingChoice,
     /// Tokens a block of the cache holds.
     pub block_size: usize,
     /// Sequences that may run at once.
@@ -67,8 +69,8 @@ impl PlannedModel {
     }
 
     fn plan(checkpoint: Checkpoint, options: LoadOptions) -> anyhow::Result<Self> {
-        registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?)?;
-        let config = ModelConfig::from_checkpoint(&checkpoint)?;
+        registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?, &options.device)?;
+        let config = ModelConfig::from_checkpoint(&checkpoint, options.rope_scaling)?;
         let weight_bytes = checkpoint.num_weight_bytes();
         let (available_bytes, cache_share) = memory(&options)?;
         let request = MemoryRequest {

@@ -77,7 +77,8 @@ pub enum MemoryError {
     },
     /// The length the user fixed is longer than the model's.
     #[error(
-        "`--max-model-len {asked}` is longer than the {context} tokens the model was trained for"
+        "`--max-model-len {asked}` is longer than the {context} tokens the model can read; where its \
+         positions can be stretched, `--rope-scaling yarn` does so"
     )]
     BeyondContext {
         /// Length asked for.
@@ -150,7 +151,7 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
 /// What is alive at once: the residual stream twice, an MLP's input and output, logits, and what
 /// attention adds up.
 fn workspace_bytes(config: &ModelConfig, request: &MemoryRequest) -> u64 {
-    let per_token = 4 * config.hidden_size + 3 * config.intermediate_size;
+    let per_token = 4 * config.hidden_size + config.feed_forward_values_per_token();
     let activations = 4 * request.max_num_batched_tokens as u64 * per_token as u64;
     activations + request.logits_bytes + request.attention_bytes
 }
@@ -158,6 +159,7 @@ fn workspace_bytes(config: &ModelConfig, request: &MemoryRequest) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::rope::RopeScaling;
 
     fn config() -> ModelConfig {
         ModelConfig {
@@ -172,6 +174,8 @@ mod tests {
             max_position_embeddings: 32_768,
             rms_norm_eps: 1e-6,
             rope_theta: 1e6,
+            rope_scaling: RopeScaling::None,
+            experts: None,
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::kv::manager::OutOfBlocks;
-use crate::kv::{BlockId, KvCacheManager};
+use crate::kv::{BlockId, KvCacheManager, Positions};
 use crate::scheduler::SeqId;
 use crate::scheduler::fairness::Shares;
 use crate::scheduler::prefill_budget::PrefillBudget;
@@ -42,6 +42,8 @@ pub struct SchedulerConfig {
     pub target_ttft: Option<Duration>,
     /// No sequence grows beyond this many tokens.
     pub max_model_len: usize,
+    /// Sequences that may become longer than this many tokens have stretched positions, for life.
+    pub stretched_beyond: Option<usize>,
 }
 
 /// What happened to a sequence.
@@ -187,12 +189,18 @@ impl Scheduler {
 
     /// Puts a sequence at the end of the queue.
     pub fn add(&mut self, spec: SequenceSpec) -> Result<(), DoesNotFit> {
-        let blocks = self.kv.new_sequence(spec.cache_salt.as_deref());
+        let max_len = spec.max_len(self.config.max_model_len);
+        let rope_start = self.config.stretched_beyond.filter(|trained| *trained < max_len);
+        let positions = match rope_start {
+            None => Positions::Trained,
+            Some(_) => Positions::Stretched,
+        };
+        let blocks = self.kv.new_sequence(spec.cache_salt.as_deref(), positions);
         let needs_room_for_output = usize::from(0 < spec.max_tokens);
         if self.config.max_model_len < spec.prompt.len() + needs_room_for_output {
             return Err(DoesNotFit);
         }
-        let mut seq = Sequence::new(spec, blocks, self.config.max_model_len);
+        let mut seq = Sequence::new(spec, blocks, (max_len, rope_start.unwrap_or(0)));
         if self.kv.num_blocks() < self.kv.blocks_for(seq.max_computed_tokens()) {
             return Err(DoesNotFit);
         }

@@ -43,12 +43,20 @@ pub struct SequenceSpec {
     pub pooling: Option<Pooling>,
 }
 
+impl SequenceSpec {
+    /// How many tokens it has at the end, at most.
+    pub(super) fn max_len(&self, max_model_len: usize) -> usize {
+        self.prompt.len().saturating_add(self.max_tokens).min(max_model_len)
+    }
+}
+
 /// A sequence the scheduler knows.
 #[derive(Debug)]
 pub(super) struct Sequence {
     spec: SequenceSpec,
     pub(super) tokens: Vec<TokenId>,
     max_len: usize,
+    rope_start: usize,
     /// Decides who is admitted, who is served first and who is preempted; long prompts age from
     /// its step. Kept for life.
     pub(super) rank: Rank,
@@ -76,14 +84,18 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(spec: SequenceSpec, blocks: SequenceBlocks, max_model_len: usize) -> Self {
+    pub(super) fn new(
+        spec: SequenceSpec,
+        blocks: SequenceBlocks,
+        (max_len, rope_start): (usize, usize),
+    ) -> Self {
         assert!(!spec.prompt.is_empty(), "a prompt has a token");
         let tokens = spec.prompt.to_vec();
-        let max_len = tokens.len().saturating_add(spec.max_tokens).min(max_model_len);
         Self {
             spec,
             tokens,
             max_len,
+            rope_start,
             rank: Rank::default(),
             arrived_at: Duration::ZERO,
             queued_at_step: 0,
@@ -210,6 +222,7 @@ impl Sequence {
             start,
             tokens: self.tokens[start..end].to_vec(),
             blocks: self.blocks.table().clone(),
+            rope_start: self.rope_start,
             sample: is_sampled.then(|| self.sample_request()),
             prompt_logprobs: self.prompt_logprobs_request(start, end),
             pool: self.pool_request(start, end),
@@ -225,6 +238,7 @@ impl Sequence {
             start: self.tokens.len(),
             tokens: vec![UNDRAWN],
             blocks: self.blocks.table().clone(),
+            rope_start: self.rope_start,
             sample: None,
             prompt_logprobs: None,
             pool: None,

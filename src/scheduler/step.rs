@@ -46,6 +46,9 @@ pub struct ScheduledSeq {
     pub tokens: Vec<TokenId>,
     /// Where keys and values of positions `0..end()` live.
     pub blocks: BlockTable,
+    /// Where the rotary table has the sequence's position zero: behind the trained positions if the
+    /// sequence may become longer than those.
+    pub rope_start: usize,
     /// Present when the step reaches the sequence's last token, whose logits are then sampled.
     pub sample: Option<SampleRequest>,
     /// Present when log-probabilities of prompt tokens are wanted.

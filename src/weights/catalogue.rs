@@ -1,4 +1,4 @@
-//! The published Qwen2.5 models: where their files are and how they want to be used.
+//! The published Qwen2.5 and Qwen3 models: where their files are and how they want to be used.
 //!
 //! The data are the TOML files under `models/`, compiled in; `models/README.md` explains the
 //! fields. Nothing here touches the network or the disk.
@@ -14,11 +14,13 @@ pub const DEFAULT_MODEL: &str = "qwen2.5-coder-0.5b-instruct:q4_k_m";
 /// The quantisation that is taken when none is named.
 pub const DEFAULT_QUANTIZATION: &str = "q4_k_m";
 
-const FILES: [(&str, &str); 4] = [
+const FILES: [(&str, &str); 6] = [
     ("qwen2.5/instruct.toml", include_str!("../../models/qwen2.5/instruct.toml")),
     ("qwen2.5/coder-instruct.toml", include_str!("../../models/qwen2.5/coder-instruct.toml")),
     ("qwen2.5/math-instruct.toml", include_str!("../../models/qwen2.5/math-instruct.toml")),
     ("qwq/qwq-32b.toml", include_str!("../../models/qwq/qwq-32b.toml")),
+    ("qwen3/dense.toml", include_str!("../../models/qwen3/dense.toml")),
+    ("qwen3/experts.toml", include_str!("../../models/qwen3/experts.toml")),
 ];
 
 /// All models known by name.
@@ -110,6 +112,10 @@ pub struct Model {
     pub num_attention_heads: u32,
     /// Key and value heads.
     pub num_key_value_heads: u32,
+    /// Width of a head, where it is not the width divided by the query heads.
+    pub head_dim: Option<u32>,
+    /// Present where the MLP is made of experts.
+    pub experts: Option<Experts>,
     /// Rows of the embedding.
     pub vocab_size: u32,
     /// Whether the embedding is also the output layer.
@@ -129,6 +135,18 @@ pub struct Model {
     pub releases: Vec<Release>,
     /// The official GGUF release, if there is one.
     pub gguf: Option<GgufRelease>,
+}
+
+/// The experts of every layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experts {
+    /// Experts to choose from.
+    pub num_experts: u32,
+    /// Experts of a token.
+    pub num_experts_per_tok: u32,
+    /// Width inside an expert.
+    pub moe_intermediate_size: u32,
 }
 
 /// YaRN scaling for longer contexts.
@@ -189,6 +207,9 @@ pub struct GgufRelease {
     pub repo: String,
     /// The commit that the digests belong to, where known.
     pub revision: Option<String>,
+    /// What the names of its files begin with, where that is not the model's name; the quantisation
+    /// follows in capitals.
+    pub stem: Option<String>,
     /// Its quantisations.
     pub files: Vec<GgufFile>,
 }
@@ -361,9 +382,17 @@ impl Entry {
 }
 
 impl Model {
+    /// Width of a head.
+    pub fn values_per_head(&self) -> u32 {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
+    }
+
     /// The names of a quantisation's files.
     pub fn file_names(&self, file: &GgufFile) -> Vec<String> {
-        let stem = format!("{}-{}", self.name, file.quantization);
+        let stem = match self.gguf.as_ref().and_then(|gguf| gguf.stem.as_ref()) {
+            Some(stem) => format!("{stem}-{}", file.quantization.to_uppercase()),
+            None => format!("{}-{}", self.name, file.quantization),
+        };
         match file.parts {
             1 => vec![format!("{stem}.gguf")],
             parts => {

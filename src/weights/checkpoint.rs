@@ -196,7 +196,15 @@ impl Checkpoint {
     /// Whether the parameter is in the files. `name` is its Hugging Face name.
     pub fn contains(&self, name: &str) -> bool {
         match &self.source {
-            Source::Gguf(gguf) => gguf.has_tensor(&gguf_name(name)),
+            Source::Gguf(gguf) => {
+                let GgufName { tensor, expert } = GgufName::of(name);
+                match (gguf.tensor(&tensor), expert) {
+                    (Ok((info, _)), Some(index)) => {
+                        info.shape.first().is_some_and(|&count| index < count)
+                    }
+                    (found, _) => found.is_ok(),
+                }
+            }
             Source::Repository(repository) => {
                 repository.has_parameter(name)
                     || self.quantized_module(name).is_some_and(|(_, module)| {
@@ -206,7 +214,7 @@ impl Checkpoint {
         }
     }
 
-    /// A matrix of the given shape.
+    /// A matrix of the given shape. One of a single row may be stored as a vector.
     pub fn matrix(
         &self,
         name: &str,
@@ -265,12 +273,10 @@ impl Checkpoint {
         Ok(values)
     }
 
+    /// A parameter of the expected shape. One row may be stored as a vector.
     fn shaped(&self, name: &str, expected: &[usize]) -> Result<Stored, CheckpointError> {
-        let stored = match &self.source {
-            Source::Gguf(gguf) => {
-                let (info, bytes) = gguf.shared_tensor(&gguf_name(name))?;
-                Stored { dtype: info.dtype, shape: info.shape.clone(), bytes }
-            }
+        let mut stored = match &self.source {
+            Source::Gguf(gguf) => stored_in_gguf(gguf, name)?,
             Source::Repository(repository) => {
                 let (info, bytes) = repository.tensor(name)?;
                 let dtype = float_type(info.dtype).ok_or_else(|| {
@@ -280,6 +286,9 @@ impl Checkpoint {
                 Stored { dtype, shape: info.shape.clone(), bytes }
             }
         };
+        if expected.strip_prefix(&[1]) == Some(&stored.shape) {
+            stored.shape.insert(0, 1);
+        }
         if stored.shape != expected {
             return Err(CheckpointError::Shape {
                 name: name.to_owned(),
@@ -289,6 +298,19 @@ impl Checkpoint {
         }
         Ok(stored)
     }
+}
+
+/// A tensor of the file, or the part of it that is one expert's.
+fn stored_in_gguf(gguf: &Gguf, name: &str) -> Result<Stored, CheckpointError> {
+    let GgufName { tensor, expert } = GgufName::of(name);
+    let (info, bytes) = gguf.shared_tensor(&tensor)?;
+    let whole = Stored { dtype: info.dtype, shape: info.shape.clone(), bytes };
+    Ok(match (expert, info.shape.as_slice()) {
+        (Some(index), [count, shape @ ..]) if index < *count => {
+            Stored { shape: shape.to_vec(), bytes: whole.bytes.part(index, *count), ..whole }
+        }
+        _ => whole,
+    })
 }
 
 /// The floats that products are computed with, under ggml's name.
@@ -306,51 +328,94 @@ fn le_words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
     words.iter().copied()
 }
 
-/// The GGUF name of a parameter, by the table of llama.cpp's converter for Qwen2.
-fn gguf_name(name: &str) -> String {
-    const GLOBAL: &[(&str, &str)] = &[
-        ("model.embed_tokens.", "token_embd."),
-        ("model.norm.", "output_norm."),
-        ("lm_head.", "output."),
-    ];
-    const LAYER: &[(&str, &str)] = &[
-        ("input_layernorm.", "attn_norm."),
-        ("self_attn.q_proj.", "attn_q."),
-        ("self_attn.k_proj.", "attn_k."),
-        ("self_attn.v_proj.", "attn_v."),
-        ("self_attn.o_proj.", "attn_output."),
-        ("post_attention_layernorm.", "ffn_norm."),
-        ("mlp.gate_proj.", "ffn_gate."),
-        ("mlp.up_proj.", "ffn_up."),
-        ("mlp.down_proj.", "ffn_down."),
-    ];
-    let mut gguf = String::new();
-    let (table, rest) = match name.strip_prefix("model.layers.").and_then(|r| r.split_once('.')) {
-        Some((index, rest)) => {
-            let _ = write!(gguf, "blk.{index}.");
-            (LAYER, rest)
+/// Where a GGUF file has a parameter, by the table of llama.cpp's converter for Qwen models.
+#[derive(Debug, PartialEq, Eq)]
+struct GgufName {
+    tensor: String,
+    /// Which matrix of the tensor, where it holds those of all experts.
+    expert: Option<usize>,
+}
+
+impl GgufName {
+    fn of(name: &str) -> Self {
+        const GLOBAL: &[(&str, &str)] = &[
+            ("model.embed_tokens.", "token_embd."),
+            ("model.norm.", "output_norm."),
+            ("lm_head.", "output."),
+        ];
+        const LAYER: &[(&str, &str)] = &[
+            ("input_layernorm.", "attn_norm."),
+            ("self_attn.q_proj.", "attn_q."),
+            ("self_attn.k_proj.", "attn_k."),
+            ("self_attn.v_proj.", "attn_v."),
+            ("self_attn.q_norm.", "attn_q_norm."),
+            ("self_attn.k_norm.", "attn_k_norm."),
+            ("self_attn.o_proj.", "attn_output."),
+            ("post_attention_layernorm.", "ffn_norm."),
+            ("mlp.gate_proj.", "ffn_gate."),
+            ("mlp.up_proj.", "ffn_up."),
+            ("mlp.down_proj.", "ffn_down."),
+            ("mlp.gate.", "ffn_gate_inp."),
+            ("mlp.shared_expert_gate.", "ffn_gate_inp_shexp."),
+            ("mlp.shared_expert.gate_proj.", "ffn_gate_shexp."),
+            ("mlp.shared_expert.up_proj.", "ffn_up_shexp."),
+            ("mlp.shared_expert.down_proj.", "ffn_down_shexp."),
+        ];
+        const EXPERT: &[(&str, &str)] = &[
+            ("gate_proj.", "ffn_gate_exps."),
+            ("up_proj.", "ffn_up_exps."),
+            ("down_proj.", "ffn_down_exps."),
+        ];
+        let mut tensor = String::new();
+        let (mut table, mut rest, mut expert) = (GLOBAL, name, None);
+        if let Some((index, part)) = numbered(name, "model.layers.") {
+            let _ = write!(tensor, "blk.{index}.");
+            (table, rest) = (LAYER, part);
         }
-        None => (GLOBAL, name),
-    };
-    match table.iter().find_map(|(hf, gg)| rest.strip_prefix(hf).map(|kind| (gg, kind))) {
-        Some((prefix, kind)) => gguf + prefix + kind,
-        None => name.to_owned(),
+        if let Some((index, part)) = numbered(rest, "mlp.experts.") {
+            (table, rest, expert) = (EXPERT, part, Some(index));
+        }
+        match table.iter().find_map(|(hf, gg)| rest.strip_prefix(hf).map(|kind| (gg, kind))) {
+            Some((prefix, kind)) => Self { tensor: tensor + prefix + kind, expert },
+            None => Self { tensor: name.to_owned(), expert: None },
+        }
     }
+}
+
+/// The number after a prefix, and what follows it.
+fn numbered<'a>(name: &'a str, prefix: &str) -> Option<(usize, &'a str)> {
+    let (index, rest) = name.strip_prefix(prefix)?.split_once('.')?;
+    Some((index.parse().ok()?, rest))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::gguf_name;
+    use super::GgufName;
 
     #[test]
     fn hugging_face_names_map_to_the_names_in_gguf_files() {
-        assert_eq!(gguf_name("model.embed_tokens.weight"), "token_embd.weight");
-        assert_eq!(gguf_name("model.layers.17.self_attn.k_proj.bias"), "blk.17.attn_k.bias");
-        assert_eq!(
-            gguf_name("model.layers.3.post_attention_layernorm.weight"),
-            "blk.3.ffn_norm.weight"
-        );
-        assert_eq!(gguf_name("lm_head.weight"), "output.weight");
-        assert_eq!(gguf_name("unheard.of"), "unheard.of");
+        for (name, tensor, expert) in [
+            ("model.embed_tokens.weight", "token_embd.weight", None),
+            ("model.layers.17.self_attn.k_proj.bias", "blk.17.attn_k.bias", None),
+            ("model.layers.3.post_attention_layernorm.weight", "blk.3.ffn_norm.weight", None),
+            ("model.layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight", None),
+            ("model.layers.2.mlp.gate.weight", "blk.2.ffn_gate_inp.weight", None),
+            ("model.layers.2.mlp.gate_proj.weight", "blk.2.ffn_gate.weight", None),
+            (
+                "model.layers.9.mlp.shared_expert_gate.weight",
+                "blk.9.ffn_gate_inp_shexp.weight",
+                None,
+            ),
+            ("model.layers.9.mlp.shared_expert.up_proj.weight", "blk.9.ffn_up_shexp.weight", None),
+            (
+                "model.layers.4.mlp.experts.127.down_proj.weight",
+                "blk.4.ffn_down_exps.weight",
+                Some(127),
+            ),
+            ("lm_head.weight", "output.weight", None),
+            ("unheard.of", "unheard.of", None),
+        ] {
+            assert_eq!(GgufName::of(name), GgufName { tensor: tensor.to_owned(), expert });
+        }
     }
 }

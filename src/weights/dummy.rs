@@ -16,7 +16,7 @@ use std::str::FromStr;
 use candle_core::quantized::GgmlDType;
 
 use self::vocabulary::Vocabulary;
-use super::catalogue::Model;
+use super::catalogue::{Entry, Model};
 use super::gguf::writer::Writer;
 
 /// Rows of an MLP are filled up to a multiple of this, as the published files of the 72B model are:
@@ -164,9 +164,9 @@ impl Drop for DummyFile {
 ///
 /// # Errors
 /// If the folder is not writable, or its file system has no files that large.
-pub fn write(model: &Model, quantization: Quantization, folder: &Path) -> io::Result<DummyFile> {
-    let (header, len) = describe(model, quantization).header();
-    let (file, dummy) = create(&format!("{}-{quantization}", model.name), folder)?;
+pub fn write(entry: &Entry, quantization: Quantization, folder: &Path) -> io::Result<DummyFile> {
+    let (header, len) = describe(entry, quantization).header();
+    let (file, dummy) = create(&format!("{}-{quantization}", entry.model.name), folder)?;
     (&file).write_all(&header)?;
     file.set_len(len)?;
     Ok(dummy)
@@ -187,47 +187,99 @@ fn create(stem: &str, folder: &Path) -> io::Result<(File, DummyFile)> {
     }
 }
 
-fn describe(model: &Model, quantization: Quantization) -> Writer {
-    let writer = add_metadata(Writer::new(), model, quantization);
-    let sizes = Sizes::of(model);
-    let matrix = |writer: Writer, name: &str, (rows, cols): (u64, u64), dtype: GgmlDType| {
-        let dtype = fitting(dtype, cols);
-        let blocks = cols.div_ceil(dtype.block_size() as u64);
-        writer.hole(name, &[cols, rows], dtype, rows * blocks * dtype.type_size() as u64)
-    };
-    let vector =
-        |writer: Writer, name: &str, len: u64| writer.hole(name, &[len], GgmlDType::F32, 4 * len);
-    let (hidden, base) = (sizes.hidden, quantization.base());
-    let embedding = (sizes.vocabulary, hidden);
-    let mut writer = matrix(writer, "token_embd.weight", embedding, base);
-    // Published files have a head of their own also where the model ties it.
-    writer = matrix(writer, "output.weight", embedding, quantization.head());
-    writer = vector(writer, "output_norm.weight", hidden);
+fn describe(entry: &Entry, quantization: Quantization) -> Writer {
+    let (model, sizes) = (&entry.model, Sizes::of(&entry.model));
+    let mut file = Description { writer: add_metadata(entry, quantization), quantization };
+    let embedding = [sizes.hidden, sizes.vocabulary];
+    let has_biases = entry.architecture.starts_with("qwen2");
+    // Published files of Qwen2.5 have a head of their own also where the model ties it.
+    if has_biases || !model.tie_word_embeddings {
+        file.matrix("token_embd.weight", &embedding, quantization.base());
+        file.matrix("output.weight", &embedding, quantization.head());
+    } else {
+        file.matrix("token_embd.weight", &embedding, quantization.head());
+    }
+    file.vector("output_norm.weight", sizes.hidden);
     for layer in 0..sizes.num_layers {
-        let name = |part: &str| format!("blk.{layer}.{part}");
-        let sensitive = quantization.sensitive(layer, sizes.num_layers);
+        file.add_attention(layer, &sizes, has_biases);
+        file.add_feed_forward(layer, &sizes, model);
+    }
+    file.writer
+}
+
+/// A file in the making.
+struct Description {
+    writer: Writer,
+    quantization: Quantization,
+}
+
+impl Description {
+    fn add_attention(&mut self, layer: u64, sizes: &Sizes, has_biases: bool) {
+        let Sizes { hidden, query, key, num_layers, .. } = *sizes;
+        let base = self.quantization.base();
+        let value = value_dtype(self.quantization.sensitive(layer, num_layers), num_layers);
         for (part, shape, dtype) in [
-            ("attn_q.weight", (sizes.query, hidden), base),
-            ("attn_k.weight", (sizes.key, hidden), base),
-            ("attn_v.weight", (sizes.key, hidden), value_dtype(sensitive, sizes.num_layers)),
-            ("attn_output.weight", (hidden, sizes.query), base),
-            ("ffn_gate.weight", (sizes.intermediate, hidden), base),
-            ("ffn_up.weight", (sizes.intermediate, hidden), base),
-            ("ffn_down.weight", (hidden, sizes.intermediate), sensitive),
+            ("q", [hidden, query], base),
+            ("k", [hidden, key], base),
+            ("v", [hidden, key], value),
+            ("output", [query, hidden], base),
         ] {
-            writer = matrix(writer, &name(part), shape, dtype);
+            self.matrix(&format!("blk.{layer}.attn_{part}.weight"), &shape, dtype);
         }
-        for (part, len) in [
-            ("attn_norm.weight", hidden),
-            ("ffn_norm.weight", hidden),
-            ("attn_q.bias", sizes.query),
-            ("attn_k.bias", sizes.key),
-            ("attn_v.bias", sizes.key),
-        ] {
-            writer = vector(writer, &name(part), len);
+        self.vector(&format!("blk.{layer}.attn_norm.weight"), hidden);
+        if has_biases {
+            for (part, len) in [("q", query), ("k", key), ("v", key)] {
+                self.vector(&format!("blk.{layer}.attn_{part}.bias"), len);
+            }
+        } else {
+            for part in ["q", "k"] {
+                self.vector(&format!("blk.{layer}.attn_{part}_norm.weight"), sizes.head_dim);
+            }
         }
     }
-    writer
+
+    fn add_feed_forward(&mut self, layer: u64, sizes: &Sizes, model: &Model) {
+        let Sizes { hidden, intermediate, num_layers, .. } = *sizes;
+        let base = self.quantization.base();
+        let sensitive = self.quantization.sensitive(layer, num_layers);
+        self.vector(&format!("blk.{layer}.ffn_norm.weight"), hidden);
+        let Some(experts) = &model.experts else {
+            let shapes = [("gate", base), ("up", base)];
+            for (part, dtype) in shapes {
+                let name = format!("blk.{layer}.ffn_{part}.weight");
+                self.matrix(&name, &[hidden, intermediate], dtype);
+            }
+            let name = format!("blk.{layer}.ffn_down.weight");
+            return self.matrix(&name, &[intermediate, hidden], sensitive);
+        };
+        let count = u64::from(experts.num_experts);
+        let width = u64::from(experts.moe_intermediate_size);
+        self.matrix(&format!("blk.{layer}.ffn_gate_inp.weight"), &[hidden, count], GgmlDType::F32);
+        for (part, shape, dtype) in [
+            ("gate", [hidden, width, count], base),
+            ("up", [hidden, width, count], base),
+            ("down", [width, hidden, count], sensitive),
+        ] {
+            self.matrix(&format!("blk.{layer}.ffn_{part}_exps.weight"), &shape, dtype);
+        }
+    }
+
+    /// One matrix, or as many as the last dimension says; columns first.
+    fn matrix(&mut self, name: &str, dimensions: &[u64], dtype: GgmlDType) {
+        let (num_cols, num_rows) = (dimensions[0], dimensions[1..].iter().product::<u64>());
+        let dtype = fitting(dtype, num_cols);
+        let num_blocks = num_rows * num_cols.div_ceil(dtype.block_size() as u64);
+        self.hole(name, dimensions, dtype, num_blocks * dtype.type_size() as u64);
+    }
+
+    fn vector(&mut self, name: &str, len: u64) {
+        self.hole(name, &[len], GgmlDType::F32, 4 * len);
+    }
+
+    fn hole(&mut self, name: &str, dimensions: &[u64], dtype: GgmlDType, num_bytes: u64) {
+        let writer = std::mem::take(&mut self.writer);
+        self.writer = writer.hole(name, dimensions, dtype, num_bytes);
+    }
 }
 
 /// The 72B model's value projections are small beside the rest, so llama.cpp spends a bit more.
@@ -256,14 +308,16 @@ struct Sizes {
     hidden: u64,
     query: u64,
     key: u64,
+    head_dim: u64,
     intermediate: u64,
     num_layers: u64,
 }
 
 impl Sizes {
     fn of(model: &Model) -> Self {
-        let head_dim = u64::from(model.hidden_size / model.num_attention_heads);
+        let head_dim = u64::from(model.values_per_head());
         Self {
+            head_dim,
             vocabulary: model.vocab_size.into(),
             hidden: model.hidden_size.into(),
             query: head_dim * u64::from(model.num_attention_heads),
@@ -275,24 +329,41 @@ impl Sizes {
     }
 }
 
-fn add_metadata(writer: Writer, model: &Model, quantization: Quantization) -> Writer {
+fn add_metadata(entry: &Entry, quantization: Quantization) -> Writer {
+    let Entry { architecture, model, .. } = entry;
+    let key = |name: &str| format!("{architecture}.{name}");
     let vocabulary = Vocabulary::new(model.vocab_size);
     let tokens: Vec<&str> = vocabulary.tokens.iter().map(String::as_str).collect();
-    let intermediate = Sizes::of(model).intermediate as u32;
-    writer
-        .string("general.architecture", "qwen2")
+    let mut writer = Writer::new()
+        .string("general.architecture", architecture)
         .string("general.type", "model")
         .string("general.name", &format!("{} with random weights", model.title))
         .u32("general.file_type", quantization.file_type())
-        .u32("general.quantization_version", 2)
-        .u32("qwen2.block_count", model.num_hidden_layers)
-        .u32("qwen2.context_length", model.context_length)
-        .u32("qwen2.embedding_length", model.hidden_size)
-        .u32("qwen2.feed_forward_length", intermediate)
-        .u32("qwen2.attention.head_count", model.num_attention_heads)
-        .u32("qwen2.attention.head_count_kv", model.num_key_value_heads)
-        .f32("qwen2.rope.freq_base", model.rope_theta as f32)
-        .f32("qwen2.attention.layer_norm_rms_epsilon", 1e-6)
+        .u32("general.quantization_version", 2);
+    let intermediate = Sizes::of(model).intermediate as u32;
+    for (name, value) in [
+        ("block_count", Some(model.num_hidden_layers)),
+        ("context_length", Some(model.context_length)),
+        ("embedding_length", Some(model.hidden_size)),
+        ("feed_forward_length", Some(intermediate)),
+        ("attention.head_count", Some(model.num_attention_heads)),
+        ("attention.head_count_kv", Some(model.num_key_value_heads)),
+        ("attention.key_length", model.head_dim),
+        ("attention.value_length", model.head_dim),
+        ("expert_count", model.experts.as_ref().map(|experts| experts.num_experts)),
+        ("expert_used_count", model.experts.as_ref().map(|experts| experts.num_experts_per_tok)),
+        (
+            "expert_feed_forward_length",
+            model.experts.as_ref().map(|experts| experts.moe_intermediate_size),
+        ),
+    ] {
+        if let Some(value) = value {
+            writer = writer.u32(&key(name), value);
+        }
+    }
+    writer
+        .f32(&key("rope.freq_base"), model.rope_theta as f32)
+        .f32(&key("attention.layer_norm_rms_epsilon"), 1e-6)
         .string("tokenizer.ggml.model", "gpt2")
         .string("tokenizer.ggml.pre", "qwen2")
         .strings("tokenizer.ggml.tokens", &tokens)
@@ -314,8 +385,8 @@ mod tests {
     fn num_tensor_bytes(name: &str, quantization: &str) -> u64 {
         let folder = tempfile::tempdir().unwrap();
         let catalogue = Catalogue::builtin();
-        let model = &catalogue.find(name).unwrap().model;
-        let file = write(model, quantization.parse().unwrap(), folder.path()).unwrap();
+        let entry = catalogue.find(name).unwrap();
+        let file = write(entry, quantization.parse().unwrap(), folder.path()).unwrap();
         let gguf = Gguf::open(file.path()).unwrap();
         assert_eq!(gguf.quantization().to_lowercase(), quantization);
         // Tensors start at multiples of 32 bytes.
@@ -350,9 +421,9 @@ mod tests {
         use std::os::unix::fs::MetadataExt as _;
         let folder = tempfile::tempdir().unwrap();
         let catalogue = Catalogue::builtin();
-        let model = &catalogue.find("qwen2.5-72b-instruct").unwrap().model;
-        let first = write(model, Quantization::Bf16, folder.path()).unwrap();
-        let second = write(model, Quantization::Bf16, folder.path()).unwrap();
+        let entry = catalogue.find("qwen2.5-72b-instruct").unwrap();
+        let first = write(entry, Quantization::Bf16, folder.path()).unwrap();
+        let second = write(entry, Quantization::Bf16, folder.path()).unwrap();
         assert_ne!(first.path(), second.path());
         let metadata = std::fs::metadata(first.path()).unwrap();
         assert!(140_000_000_000 < metadata.len());

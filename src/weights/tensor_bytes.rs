@@ -18,6 +18,14 @@ impl TensorBytes {
         Self { file, range }
     }
 
+    /// Part `index` of as many equal ones.
+    #[must_use]
+    pub fn part(&self, index: usize, count: usize) -> Self {
+        let len = self.range.len() / count;
+        let start = self.range.start + index * len;
+        Self { file: Arc::clone(&self.file), range: start..start + len }
+    }
+
     /// Gives back the memory of their pages, as soon as they have been copied elsewhere; reading on
     /// is possible, from the disk.
     pub fn release(&self) {

@@ -84,6 +84,7 @@ fn load_ours(path: &Path) -> anyhow::Result<ModelRunner> {
         kv_cache_bytes: Some(64 << 20),
         kv_cache_dtype: DType::F16,
         max_model_len: None,
+        rope_scaling: qwen_server::config::RopeScalingChoice::Auto,
         block_size: BLOCK_SIZE,
         max_num_seqs: 1,
         max_num_batched_tokens: 512,
@@ -111,6 +112,7 @@ fn step_ours(runner: &mut ModelRunner, start: usize, tokens: Vec<u32>) -> anyhow
             prompt_logprobs: None,
             pool: None,
             drawn_by: None,
+            rope_start: 0,
         }],
         preempted: Vec::new(),
     };

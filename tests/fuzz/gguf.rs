@@ -50,6 +50,7 @@ pub(crate) fn options() -> LoadOptions {
         kv_cache_bytes: Some(1 << 20),
         kv_cache_dtype: DType::F16,
         max_model_len: None,
+        rope_scaling: qwen_server::config::RopeScalingChoice::Auto,
         block_size: 16,
         max_num_seqs: 4,
         max_num_batched_tokens: 64,

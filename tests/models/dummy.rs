@@ -1,13 +1,17 @@
 //! Models of random weights: they are used like others, on every device.
 
-use qwen_server::weights::catalogue::{Catalogue, Model};
+use qwen_server::weights::catalogue::{Catalogue, Entry, Experts, Model};
 use qwen_server::weights::dummy::{Quantization, write};
 
 use super::*;
 
 /// As small as every quantisation allows.
-fn small_model() -> Model {
-    Model {
+fn small_entry(architecture: &str) -> Entry {
+    let catalogue = Catalogue::builtin();
+    let is_wanted = |entry: &&Entry| entry.architecture == architecture;
+    let entry = catalogue.entries().iter().find(is_wanted).unwrap().clone();
+    let experts = Experts { num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 256 };
+    let model = Model {
         num_hidden_layers: 3,
         hidden_size: 256,
         intermediate_size: 200,
@@ -15,14 +19,20 @@ fn small_model() -> Model {
         num_key_value_heads: 2,
         vocab_size: 300,
         context_length: 512,
-        ..Catalogue::builtin().entries()[0].model.clone()
-    }
+        experts: entry.model.experts.as_ref().map(|_| experts),
+        ..entry.model
+    };
+    Entry { model, ..entry }
 }
 
 async fn greedy(quantization: &str, place: Place, prompt: &[u32]) -> Said {
+    greedy_of("qwen2", quantization, place, prompt).await
+}
+
+async fn greedy_of(architecture: &str, quantization: &str, place: Place, prompt: &[u32]) -> Said {
     let folder = tempfile::tempdir().unwrap();
     let quantization: Quantization = quantization.parse().unwrap();
-    let file = write(&small_model(), quantization, folder.path()).unwrap();
+    let file = write(&small_entry(architecture), quantization, folder.path()).unwrap();
     let setup = Setup { place, ..ROOMY };
     let planned = PlannedModel::open_dummy(file.path(), load_options(setup)).unwrap();
     drop(file);
@@ -47,6 +57,22 @@ async fn dummies_of_every_quantisation_run() {
         assert!((0.01..10.0).contains(&spread), "{quantization}: {spread}");
         let other = greedy(quantization, Place::Cpu, &prompts()[5]).await;
         assert_ne!(said.logprob_bits, other.logprob_bits, "{quantization}");
+    }
+}
+
+/// Goal: every architecture of the catalogue can be made up. Method: greedy tokens, twice.
+#[tokio::test]
+async fn dummies_of_every_architecture_run() {
+    let catalogue = Catalogue::builtin();
+    let mut architectures: Vec<_> = catalogue.entries().iter().map(|e| &e.architecture).collect();
+    architectures.dedup();
+    assert_eq!(architectures, ["qwen2", "qwen3", "qwen3moe"]);
+    for architecture in architectures {
+        let said = greedy_of(architecture, "q4_k_m", Place::Cpu, &prompts()[4]).await;
+        let again = greedy_of(architecture, "q4_k_m", Place::Cpu, &prompts()[4]).await;
+        assert_eq!(said, again, "{architecture}");
+        let logprobs = logprobs(&said);
+        assert!(logprobs.iter().all(|logprob| logprob.is_finite()), "{architecture}");
     }
 }
 

@@ -26,6 +26,7 @@ async fn a_card_computes_what_hugging_face_does() {
         ("q4_0-gqa7", BF16_ACTIVATIONS),
         ("mixed", BF16_ACTIVATIONS),
         ("k-quants", BF16_ACTIVATIONS),
+        ("qwen3-q8_0", BF16_ACTIVATIONS),
     ] {
         compare_with_golden(&format!("{name}.gguf"), tolerance, ON_GPU).await;
     }

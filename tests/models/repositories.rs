@@ -53,7 +53,7 @@ fn a_configuration_that_is_not_followed_is_refused_by_name() {
         (json!({"architectures": ["Qwen2ForRewardModel"]}), "Qwen2ForRewardModel"),
         (json!({"hidden_act": "gelu"}), "the activation `gelu`"),
         (json!({"use_sliding_window": true}), "use_sliding_window"),
-        (json!({"rope_scaling": {"type": "linear", "factor": 2.0}}), "positions `linear`"),
+        (json!({"rope_scaling": {"type": "linear", "factor": 2.0}}), "type `linear`"),
         (json!({"rope_scaling": 3}), "`rope_scaling` is 3"),
         (json!({"hidden_size": -1}), "`hidden_size` is -1"),
         (json!({"hidden_size": 64}), "has shape [288, 128]"),

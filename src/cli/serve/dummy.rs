@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use super::rope_scaling;
 use crate::cli::Hinted;
 use crate::config::temporary_folder;
 use crate::runner::load::{LoadOptions, PlannedModel};
@@ -37,8 +38,10 @@ pub(super) fn make_up(name: &str, options: LoadOptions) -> Result<(ResolvedModel
         .into());
     };
     let folder = temporary_folder();
-    let file = write(&entry.model, quantization, &folder)
+    let file = write(entry, quantization, &folder)
         .with_context(|| format!("cannot write a dummy model into `{}`", folder.display()))?;
+    let rope_scaling = rope_scaling(options.rope_scaling, Some(entry));
+    let options = LoadOptions { rope_scaling, ..options };
     let planned = PlannedModel::open_dummy(file.path(), options)
         .with_context(|| format!("cannot make up `{name}`"))?;
     let path = file.path().to_path_buf();

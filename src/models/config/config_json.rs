@@ -3,7 +3,8 @@
 //! What the file asks for and the models here do not do is refused by name, so that nothing runs as
 //! another model than it is.
 
-use super::ModelConfig;
+use super::{ExpertsConfig, ModelConfig};
+use crate::layers::attention::RopeScaling;
 use crate::weights::checkpoint::CheckpointError;
 use crate::weights::gguf::shown;
 use crate::weights::repository::{JsonFile, Repository, RepositoryError};
@@ -34,8 +35,42 @@ pub(super) fn read(repository: &Repository) -> Result<ModelConfig, CheckpointErr
         vocab_size: config.size("vocab_size")?,
         max_position_embeddings: config.size("max_position_embeddings")?,
         rms_norm_eps: config.f32("rms_norm_eps")?,
-        rope_theta: config.optional_f32("rope_theta")?.unwrap_or(10_000.0),
+        rope_theta: rope_theta(config)?.unwrap_or(10_000.0),
+        rope_scaling: RopeScaling::None,
+        experts: experts(config)?,
     })
+}
+
+/// Since transformers 5 the base stands among `rope_parameters`.
+fn rope_theta(config: &JsonFile) -> Result<Option<f32>, RepositoryError> {
+    let parameters = config.object("rope_parameters")?;
+    let newer = parameters.map(|parameters| parameters.optional_f32("rope_theta")).transpose()?;
+    Ok(config.optional_f32("rope_theta")?.or(newer.flatten()))
+}
+
+/// Which layers have experts is said by the parameters that there are.
+fn experts(config: &JsonFile) -> Result<Option<ExpertsConfig>, RepositoryError> {
+    let Some(num_experts) = config.optional_size("num_experts")?.filter(|count| 0 < *count) else {
+        return Ok(None);
+    };
+    let num_experts_per_tok = config.size("num_experts_per_tok")?;
+    if num_experts_per_tok == 0 || num_experts < num_experts_per_tok {
+        return Err(config
+            .complaint("has a `num_experts_per_tok` that is not between one and `num_experts`"));
+    }
+    let moe_intermediate_size = config.size("moe_intermediate_size")?;
+    if moe_intermediate_size == 0 {
+        return Err(config.complaint("has a `moe_intermediate_size` of zero"));
+    }
+    Ok(Some(ExpertsConfig {
+        num_experts,
+        num_experts_per_tok,
+        moe_intermediate_size,
+        shared_expert_intermediate_size: config
+            .optional_size("shared_expert_intermediate_size")?
+            .unwrap_or(0),
+        norm_topk_prob: config.optional_bool("norm_topk_prob")?,
+    }))
 }
 
 fn check_kind(config: &JsonFile) -> Result<(), RepositoryError> {
@@ -52,13 +87,6 @@ fn check_kind(config: &JsonFile) -> Result<(), RepositoryError> {
     }
     if config.optional_bool("use_sliding_window")? == Some(true) {
         return Err(config.unsupported("attention in a sliding window (`use_sliding_window`)"));
-    }
-    if let Some(scaling) = config.object("rope_scaling")? {
-        let kind = scaling.optional_str("rope_type")?.or(scaling.optional_str("type")?);
-        if kind.is_some_and(|kind| kind != "default") {
-            let kind = shown(kind.unwrap_or_default());
-            return Err(config.unsupported(format!("the scaling of positions `{kind}`")));
-        }
     }
     Ok(())
 }

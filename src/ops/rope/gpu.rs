@@ -23,7 +23,7 @@ pub(super) fn rope_and_cache(
         bail!("queries, keys and values are {:?}, not BF16", qkv.dtype);
     }
     let num_heads = super::num_query_heads(qkv.num_cols, table, shape)?;
-    check_tokens(meta, num_tokens, table.max_positions(), shape)?;
+    check_tokens(meta, num_tokens, table.num_rows(), shape)?;
     let q_shape = (num_tokens, num_heads * shape.head_dim);
     let q = GpuTensor::scratch(&qkv.gpu, DType::BF16, q_shape)?;
     let is_packed = shape.head_dim.is_multiple_of(2 * PACK);

@@ -7,7 +7,7 @@ use super::*;
 #[test]
 fn entries_are_consistent() {
     let catalogue = Catalogue::builtin();
-    assert_eq!(catalogue.entries().len(), 7 + 6 + 3 + 1);
+    assert_eq!(catalogue.entries().len(), 7 + 6 + 3 + 1 + 6 + 2);
     let mut names = HashSet::new();
     let mut digests = HashSet::new();
     for entry in catalogue.entries() {
@@ -15,10 +15,11 @@ fn entries_are_consistent() {
         assert_eq!(model.name, model.name.to_lowercase());
         assert!(names.insert(model.name.clone()), "{} appears twice", model.name);
         assert_eq!(model.eos_token_ids, [151_645, 151_643]);
-        assert!(model.hidden_size.is_multiple_of(model.num_attention_heads));
         assert!(model.num_attention_heads.is_multiple_of(model.num_key_value_heads));
-        assert!(matches!(model.hidden_size / model.num_attention_heads, 64 | 128));
-        assert_eq!(model.num_parameters, num_parameters(model), "{}", model.name);
+        assert!(matches!(model.values_per_head(), 64 | 128));
+        let is_derived = model.head_dim.is_none();
+        assert!(!is_derived || model.hidden_size.is_multiple_of(model.num_attention_heads));
+        assert_eq!(model.num_parameters, num_parameters(entry), "{}", model.name);
         if let Some(yarn) = &model.yarn {
             assert_eq!(
                 yarn.factor * f64::from(model.context_length),
@@ -65,13 +66,23 @@ fn check_file(model: &Model, file: &GgufFile) {
     }
 }
 
-/// Counted from the shapes: embedding, attention with biases, MLP, norms, output layer.
-fn num_parameters(model: &Model) -> u64 {
+/// Counted from the shapes: embedding, attention with biases or norms of heads, MLP or experts with
+/// their router, norms, output layer.
+fn num_parameters(entry: &Entry) -> u64 {
+    let model = &entry.model;
     let hidden = u64::from(model.hidden_size);
-    let head_dim = hidden / u64::from(model.num_attention_heads);
+    let head_dim = u64::from(model.values_per_head());
+    let query = head_dim * u64::from(model.num_attention_heads);
     let kv = head_dim * u64::from(model.num_key_value_heads);
-    let attention = 2 * hidden * hidden + hidden + 2 * (hidden * kv + kv);
-    let mlp = 3 * hidden * u64::from(model.intermediate_size);
+    let extras = if entry.architecture == "qwen2" { query + 2 * kv } else { 2 * head_dim };
+    let attention = 2 * hidden * query + 2 * hidden * kv + extras;
+    let mlp = match &model.experts {
+        None => 3 * hidden * u64::from(model.intermediate_size),
+        Some(experts) => {
+            let one = 3 * hidden * u64::from(experts.moe_intermediate_size) + hidden;
+            u64::from(experts.num_experts) * one
+        }
+    };
     let embeddings = if model.tie_word_embeddings { 1 } else { 2 };
     embeddings * u64::from(model.vocab_size) * hidden
         + hidden
@@ -103,6 +114,8 @@ fn names_are_found() {
             "qwen2.5-7b-instruct-q4_k_m-00002-of-00002.gguf"
         ]
     );
+    let qwen3 = catalogue.select("Qwen/Qwen3-8B").unwrap();
+    assert_eq!(qwen3.file_names(), ["Qwen3-8B-Q4_K_M.gguf"]);
     let by_file = catalogue.find_by_file("Qwen2.5-7B-Instruct-Q4_K_M-00002-of-00002.gguf").unwrap();
     assert_eq!(by_file.entry.model.name, "qwen2.5-7b-instruct");
     assert!(catalogue.find_by_file("model.gguf").is_none());
