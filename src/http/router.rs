@@ -92,6 +92,24 @@ fn guarded(routes: Router<AppState>, state: AppState) -> Router {
     layered(routes, max_body_bytes, max_input_tokens)
 }
 
+/// The paths that make the model compute.
+const COMPUTING: [&str; 9] = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/fim/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/api/v1/services/aigc/text-generation/generation",
+    "/api/v1/services/aigc/multimodal-generation/generation",
+    "/api/v1/services/embeddings/text-embedding/text-embedding",
+];
+
+/// Whether a request for `path` is to be computed, for those who see it before it is routed.
+pub(super) fn is_computing(path: &str) -> bool {
+    COMPUTING.contains(&path)
+}
+
 /// Every route that makes the model compute.
 fn computing_routes(state: &AppState) -> Router<AppState> {
     Router::new()
