@@ -108,6 +108,7 @@ impl Server {
         let served = served_model::build(&config.model, &resolved, planned.checkpoint.gguf())?;
         let mut state = AppState::new(engine.clone(), served, http_limits(config));
         state.keys = keys;
+        state.allowed_hosts = access::allowed_hosts(config);
         state.cors_origins = config.access.cors_origins.clone().into();
         if config.access.isolate_prefix_cache {
             state.prefix_sharing = PrefixSharing::WithinKey;

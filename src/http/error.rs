@@ -52,6 +52,11 @@ pub(super) enum ApiError {
     ResponseNotFound(String),
     #[error("there is no response `{0}`: it never was, was not stored, or its time is over")]
     PreviousNotFound(String),
+    #[error(
+        "this server answers only to localhost, to addresses and to what `--allowed-host` names: a page \
+         of another name may not be what it seems"
+    )]
+    UnknownHost,
     #[error("no such path: {0}")]
     NotFound(String),
     #[error("this path does not accept {0}")]
@@ -114,6 +119,7 @@ impl ApiError {
                 StatusCode::NOT_FOUND
             }
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::UnknownHost => StatusCode::MISDIRECTED_REQUEST,
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -148,6 +154,7 @@ impl ApiError {
             Self::PreviousNotFound(_) => {
                 ("invalid_request_error", Some("previous_response_not_found"))
             }
+            Self::UnknownHost => ("invalid_request_error", Some("host_not_allowed")),
             Self::NotFound(_) => ("invalid_request_error", Some("not_found")),
             Self::MethodNotAllowed(_) => ("invalid_request_error", Some("method_not_allowed")),
             Self::BodyTooLarge(_) => ("invalid_request_error", Some("body_too_large")),

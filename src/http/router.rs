@@ -18,6 +18,7 @@ use super::auth::{with_admin_key, with_key};
 use super::cors::cors;
 use super::dashscope_errors::with_dashscope_errors;
 use super::error::ApiError;
+use super::hosts::with_known_host;
 use super::meter::metered;
 use super::request_id::with_request_id;
 use super::state::{AdminRoutes, AppState};
@@ -88,6 +89,7 @@ fn guarded(routes: Router<AppState>, state: AppState) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(state.clone(), with_key))
+        .layer(middleware::from_fn_with_state(state.clone(), with_known_host))
         .with_state(state);
     layered(routes, max_body_bytes, max_input_tokens)
 }

@@ -112,6 +112,11 @@ pub struct AppState {
     pub created: u64,
     /// Who may come in; nobody is asked if absent.
     pub keys: Option<Arc<KeyRing>>,
+    /// Names by which this machine alone may be asked for, in lower case, beside its own: `localhost`
+    /// and addresses.
+    pub allowed_hosts: Arc<[String]>,
+    /// Whether other names are refused.
+    pub(super) checks_hosts: bool,
     /// Origins whose pages may call from a browser.
     pub cors_origins: Arc<[HeaderValue]>,
     /// Between whom the prefix cache is shared.
@@ -147,6 +152,8 @@ impl AppState {
             ledger: None,
             prices: Arc::default(),
             keys: None,
+            allowed_hosts: Arc::default(),
+            checks_hosts: false,
             cors_origins: Arc::default(),
             prefix_sharing: PrefixSharing::default(),
             admin_routes: AdminRoutes::default(),
