@@ -30,6 +30,7 @@ use crate::config::{
 };
 use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
+use crate::device::reserve::{RESERVE_BYTES, hold_reserve, is_memory_short};
 use crate::engine::{EngineConfig, EngineHandle, Health, spawn};
 use crate::http::{
     AppState, HttpLimits, Listeners, PrefixSharing, Reload, reload_when_changed, serve,
@@ -113,6 +114,7 @@ impl Server {
         if config.access.isolate_prefix_cache {
             state.prefix_sharing = PrefixSharing::WithinKey;
         }
+        state.is_memory_short = is_memory_short;
         state.ledger.clone_from(&ledger);
         state.prices = Arc::new(price_list(&config.usage));
         state.next_seed.store(config.engine.seed, Ordering::Relaxed);
@@ -337,6 +339,9 @@ async fn serve_until_stopped(
     let scheme = if listeners.tls.is_some() { "https" } else { "http" };
     let server = tokio::spawn(serve(listeners, state, stop));
     engine.ready().await.map_err(anyhow::Error::msg).context("cannot load the model")?;
+    if !hold_reserve(RESERVE_BYTES) {
+        tracing::warn!("there is no memory to set aside: requests are refused until there is");
+    }
     tracing::info!("ready on {scheme}://{address}");
     server.await.context("the HTTP server panicked")??;
     match engine.health() {

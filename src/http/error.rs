@@ -79,6 +79,8 @@ pub(super) enum ApiError {
     ShuttingDown,
     #[error("the model is still loading")]
     Loading,
+    #[error("the server is short of memory")]
+    MemoryShort,
     #[error("the engine is not running")]
     EngineDead,
     #[error("the engine could not compute this request; the server's log says why")]
@@ -126,7 +128,7 @@ impl ApiError {
             Self::Overloaded { .. } | Self::Compiling | Self::RateLimited { .. } => {
                 StatusCode::TOO_MANY_REQUESTS
             }
-            Self::ShuttingDown | Self::Loading | Self::EngineDead => {
+            Self::ShuttingDown | Self::Loading | Self::MemoryShort | Self::EngineDead => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
@@ -166,6 +168,7 @@ impl ApiError {
             Self::DeadlineExceeded => ("server_error", Some("deadline_exceeded")),
             Self::ShuttingDown => ("server_error", Some("shutting_down")),
             Self::Loading => ("server_error", Some("loading")),
+            Self::MemoryShort => ("server_error", Some("memory_short")),
             Self::EngineDead => ("server_error", Some("engine_dead")),
             Self::EngineFailed => ("server_error", Some("engine_failed")),
             Self::Internal => ("server_error", Some("internal_error")),
@@ -178,9 +181,11 @@ impl ApiError {
                 let seconds = retry_after.as_secs_f64().ceil() as usize;
                 Some(seconds.clamp(1, MAX_RETRY_AFTER_SECONDS))
             }
-            Self::ShuttingDown | Self::Loading | Self::EngineDead | Self::Compiling => {
-                Some(RESTART_SECONDS)
-            }
+            Self::ShuttingDown
+            | Self::Loading
+            | Self::MemoryShort
+            | Self::EngineDead
+            | Self::Compiling => Some(RESTART_SECONDS),
             // Rounded up: who comes a moment too early is refused again.
             Self::RateLimited { wait, .. } => Some(wait.as_millis().div_ceil(1000).max(1) as usize),
             _ => None,

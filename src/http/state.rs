@@ -123,6 +123,8 @@ pub struct AppState {
     pub prefix_sharing: PrefixSharing,
     /// Where operators ask.
     pub admin_routes: AdminRoutes,
+    /// Whether this machine gives the process no more memory, so that nothing should be begun.
+    pub is_memory_short: fn() -> bool,
     /// The next seed for a request that has none.
     pub next_seed: Arc<AtomicU64>,
     /// Where usage is counted, if it is.
@@ -158,6 +160,7 @@ impl AppState {
             prefix_sharing: PrefixSharing::default(),
             admin_routes: AdminRoutes::default(),
             created: unix_seconds(),
+            is_memory_short: || false,
             next_seed: Arc::default(),
         }
     }
