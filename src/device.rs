@@ -4,6 +4,7 @@ pub mod gpu;
 pub mod host_memory;
 pub mod mapped_file;
 pub mod memory;
+pub mod reserve;
 pub mod thread_clock;
 pub mod threads;
 

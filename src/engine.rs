@@ -11,11 +11,12 @@
 
 mod active;
 pub mod core;
+mod door;
 pub mod event;
 mod grammars;
 pub mod handle;
 mod heartbeat;
-mod queue_rate;
+mod pace;
 pub mod request;
 mod seats;
 pub mod snapshot;

@@ -22,6 +22,7 @@ mod extract;
 mod fim;
 mod generation;
 mod health;
+mod hosts;
 mod key_ring;
 mod messages;
 mod meter;

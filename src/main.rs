@@ -3,6 +3,10 @@
 use std::process::ExitCode;
 
 use qwen_server::cli;
+use qwen_server::device::reserve::ReservingAllocator;
+
+#[global_allocator]
+static ALLOCATOR: ReservingAllocator = ReservingAllocator;
 
 fn main() -> ExitCode {
     match cli::run() {

@@ -15,14 +15,14 @@ mod queue;
 mod scheduler;
 pub mod sequence;
 pub mod snapshot;
+mod stats;
 pub mod step;
 
 pub use fairness::FairnessId;
 pub use priority::Priority;
-pub use scheduler::{
-    DoesNotFit, Scheduler, SchedulerConfig, SchedulerStats, SeqEvent, SeqFinish, SeqPhase,
-};
+pub use scheduler::{DoesNotFit, Scheduler, SchedulerConfig, SeqEvent, SeqFinish, SeqPhase};
 pub use sequence::SequenceSpec;
+pub use stats::SchedulerStats;
 
 /// Identifies a sequence for the lifetime of the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

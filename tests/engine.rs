@@ -473,7 +473,7 @@ async fn who_would_wait_too_long_is_refused_at_once() {
     // Ten sequences a second leave the queue.
     let streams: Vec<_> =
         (0..20).map(|_| handle.generate(request(&[1], 10)).expect("accepted")).collect();
-    until(&handle, |stats| 50 < stats.num_steps && !stats.wait_per_sequence.is_zero()).await;
+    until(&handle, |stats| 50 < stats.num_steps && !stats.wait_per_token.is_zero()).await;
     let soon = |after| Request { deadline: Some(Instant::now() + after), ..request(&[1], 1) };
     let refused = handle.generate(soon(Duration::from_millis(300))).expect_err("too late");
     assert!(matches!(refused, SubmitError::TooLate { wait, .. } if Duration::from_secs(1) < wait));

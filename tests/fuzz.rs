@@ -1,5 +1,6 @@
 //! Fuzzing of what reads untrusted bytes: heads and bodies of requests, constraints, conversations
-//! and templates, answers of models; model files, vocabularies, config files.
+//! and templates, answers of models; model files, vocabularies, config files and
+//! key files.
 //!
 //! Method: a loop that mutates the inputs of `tests/fuzz/corpus`, and keeps those whose outcome was
 //! not seen before. Each target runs for `QWEN_SERVER_FUZZ_SECONDS`, three if that is not set, from
@@ -25,6 +26,8 @@ mod gguf;
 mod grammars;
 #[path = "fuzz/heads.rs"]
 mod heads;
+#[path = "fuzz/keys.rs"]
+mod keys;
 #[path = "fuzz/native.rs"]
 mod native;
 #[path = "fuzz/safetensors.rs"]

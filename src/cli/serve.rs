@@ -31,6 +31,7 @@ use crate::config::{
 };
 use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
+use crate::device::reserve::{RESERVE_BYTES, hold_reserve, is_memory_short};
 use crate::engine::{EngineConfig, EngineHandle, Health, spawn};
 use crate::http::{
     AppState, HttpLimits, Listeners, PrefixSharing, Reload, reload_when_changed, serve,
@@ -110,10 +111,12 @@ impl Server {
         let served = served_model::build(&config.model, &resolved, &planned)?;
         let mut state = AppState::new(engine.clone(), served, http_limits(config));
         state.keys = keys;
+        state.allowed_hosts = access::allowed_hosts(config);
         state.cors_origins = config.access.cors_origins.clone().into();
         if config.access.isolate_prefix_cache {
             state.prefix_sharing = PrefixSharing::WithinKey;
         }
+        state.is_memory_short = is_memory_short;
         state.ledger.clone_from(&ledger);
         state.prices = Arc::new(price_list(&config.usage));
         state.next_seed.store(config.engine.seed, Ordering::Relaxed);
@@ -357,6 +360,9 @@ async fn serve_until_stopped(
     let scheme = if listeners.tls.is_some() { "https" } else { "http" };
     let server = tokio::spawn(serve(listeners, state, stop));
     engine.ready().await.map_err(anyhow::Error::msg).context("cannot load the model")?;
+    if !hold_reserve(RESERVE_BYTES) {
+        tracing::warn!("there is no memory to set aside: requests are refused until there is");
+    }
     tracing::info!("ready on {scheme}://{address}");
     server.await.context("the HTTP server panicked")??;
     match engine.health() {

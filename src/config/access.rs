@@ -14,6 +14,8 @@ pub struct AccessConfig {
     pub admission: Admission,
     /// Whether the requests of different keys share the prefix cache.
     pub isolate_prefix_cache: bool,
+    /// Names by which requests may ask for a server that this machine alone reaches.
+    pub allowed_hosts: Vec<String>,
     /// Origins whose pages may call the server from a browser.
     pub cors_origins: Vec<HeaderValue>,
     /// Where operators ask, if not where clients do.
@@ -57,6 +59,19 @@ pub fn origin(text: &str) -> Result<HeaderValue, &'static str> {
         return Err(flaw);
     }
     text.to_ascii_lowercase().parse().map_err(|_| flaw)
+}
+
+/// Reads the name of a host, without a port.
+///
+/// # Errors
+/// If no host has it.
+pub fn host_name(text: &str) -> Result<String, &'static str> {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    let name = text.strip_suffix('.').unwrap_or(text);
+    if name.is_empty() || !name.bytes().all(is_plain) {
+        return Err("expected the name of a host, such as model.lan, without a port");
+    }
+    Ok(name.to_ascii_lowercase())
 }
 
 /// Who is let in.
@@ -134,6 +149,14 @@ mod tests {
             ["", "a.example.com", "https://", "https://a/", "https://a/b", "null", "ftp://a"]
         {
             assert!(origin(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn names_of_hosts_have_no_port() {
+        assert_eq!(host_name("Model.LAN.").unwrap(), "model.lan");
+        for text in ["", ".", "a:80", "http://a", "a/b", "*", "a b"] {
+            assert!(host_name(text).is_err(), "{text}");
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::engine::grammars::Grammars;
 pub use crate::engine::grammars::Guidance;
-use crate::kv::{BlockId, BlockTable};
+use crate::kv::BlockId;
 use crate::scheduler::step::{
     Runner, SampleRequest, ScheduledSeq, SchedulerOutput, SeqOutput, TokenMasks,
 };
@@ -225,12 +225,29 @@ impl<R: Runner> EngineCore<R> {
     /// # Errors
     /// If it cannot.
     pub fn probe(&mut self) -> Result<(), StepError> {
-        assert_eq!(self.scheduler.kv().num_held_blocks(), 0, "the probe writes into a block");
+        self.compute_alone(1)
+    }
+
+    /// Computes a prompt of nobody, as long as a step may be, to be timed. Returns its length. Nobody
+    /// may hold a block.
+    ///
+    /// # Errors
+    /// If the runner cannot.
+    pub fn rehearse(&mut self) -> Result<usize, StepError> {
+        let num_tokens = self.scheduler.max_step_tokens();
+        self.compute_alone(num_tokens)?;
+        Ok(num_tokens)
+    }
+
+    fn compute_alone(&mut self, num_tokens: usize) -> Result<(), StepError> {
+        let kv = self.scheduler.kv();
+        assert_eq!(kv.num_held_blocks(), 0, "a probe writes into blocks");
+        let num_blocks = kv.blocks_for(num_tokens) as u32;
         let probe = ScheduledSeq {
             id: PROBE,
             start: 0,
-            tokens: vec![0],
-            blocks: BlockTable::from_iter([BlockId(0)]),
+            tokens: vec![0; num_tokens],
+            blocks: (0..num_blocks).map(BlockId).collect(),
             rope_start: 0,
             sample: Some(SampleRequest {
                 params: Arc::default(),

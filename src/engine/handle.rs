@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use futures_util::Stream;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::engine::door::Forecast;
 use crate::engine::event::Event;
 use crate::engine::grammars::Guidance;
 use crate::engine::heartbeat::Heartbeat;
@@ -147,11 +148,11 @@ impl EngineHandle {
         if let Some(refusal) = self.refusal() {
             return Err(refusal);
         }
-        self.refuse_if_late(&request)?;
         let claim = Claim::of(&request);
+        self.refuse_if_late(&request, &claim)?;
         if !self.seats.take(&claim, &self.limits) {
             let num_waiting = self.num_pending();
-            let retry_after = self.stats().wait_per_sequence * request.n;
+            let retry_after = self.stats().wait_per_token * request.prompt.len() as u32;
             return Err(SubmitError::Busy { num_waiting, retry_after });
         }
         if let Some(refusal) = self.refusal() {
@@ -178,14 +179,12 @@ impl EngineHandle {
     }
 
     /// Better refused at once than served too late.
-    fn refuse_if_late(&self, request: &Request) -> Result<(), SubmitError> {
-        // Clients take turns, so not all who wait come before. Who has left the queue may still have
-        // a prompt to be read.
-        let num_waiting = self.num_pending().min(self.seats.num_before(&request.fairness_id));
-        let wait = self.stats().wait_per_sequence * num_waiting as u32;
+    fn refuse_if_late(&self, request: &Request, claim: &Claim) -> Result<(), SubmitError> {
+        let forecast = Forecast::of(claim, &self.seats, &self.stats(), &self.limits);
+        let is_late = |target| forecast.is_later_than(target);
         let patience = request.deadline.map(|deadline| deadline - thread::now());
-        let is_late = |limit: Option<Duration>| limit.is_some_and(|limit| limit <= wait);
-        if 0 < num_waiting && (is_late(patience) || is_late(self.limits.target_ttft)) {
+        if patience.is_some_and(is_late) || self.limits.target_ttft.is_some_and(is_late) {
+            let (num_waiting, wait) = (self.num_pending(), forecast.wait);
             return Err(SubmitError::TooLate { num_waiting, wait });
         }
         Ok(())

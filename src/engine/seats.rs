@@ -54,6 +54,11 @@ struct Amount {
 }
 
 impl Taken {
+    /// Other clients.
+    fn num_others(&self, claim: &Claim) -> usize {
+        self.clients.keys().filter(|other| **other != claim.client).count()
+    }
+
     /// Takes a claim back, or what is left of it.
     fn give_back(&mut self, claim: &Claim) {
         self.all.num_seqs -= claim.num_seqs;
@@ -107,13 +112,26 @@ impl Seats {
         self.taken().give_back(claim);
     }
 
-    /// How many sequences are served before another one of this client at most, as clients take
-    /// turns.
-    pub(super) fn num_before(&self, client: &FairnessId) -> usize {
+    /// Prompt tokens that wait.
+    pub(super) fn num_waiting_tokens(&self) -> usize {
+        self.taken().all.num_waiting_tokens
+    }
+
+    /// How many sequences begin before another request of this client at most, as clients take
+    /// turns, if so many wait.
+    pub(super) fn num_seqs_before(&self, claim: &Claim, num_waiting: usize) -> usize {
         let taken = self.taken();
-        let own = taken.clients.get(client).copied().unwrap_or_default().num_seqs;
-        let num_others = taken.clients.keys().filter(|other| *other != client).count();
-        taken.all.num_seqs.min((own + 1) * (num_others + 1) - 1)
+        let own = taken.clients.get(&claim.client).copied().unwrap_or_default().num_seqs;
+        num_waiting.min(own + (own + claim.num_seqs) * taken.num_others(claim))
+    }
+
+    /// How many waiting tokens are computed before those of another request of this client at most,
+    /// as clients take turns.
+    pub(super) fn num_tokens_before(&self, claim: &Claim) -> usize {
+        let taken = self.taken();
+        let own = taken.clients.get(&claim.client).copied().unwrap_or_default().num_waiting_tokens;
+        let in_turns = own + (own + claim.num_tokens) * taken.num_others(claim);
+        taken.all.num_waiting_tokens.min(in_turns)
     }
 
     pub(super) fn close(&self) {
@@ -205,12 +223,17 @@ mod tests {
     #[test]
     fn who_has_little_inside_is_served_before_who_has_much() {
         let seats = Seats::default();
-        flood(&seats, Some("a"));
-        let (a, b): (FairnessId, FairnessId) = (Some("a".into()), Some("b".into()));
-        assert_eq!((seats.num_before(&a), seats.num_before(&b)), (20, 1));
-        let all = Seats::default();
-        flood(&all, None);
-        assert_eq!(all.num_before(&None), 30);
+        assert!(seats.take(&claim(Some("a"), 1, 500), &limits()));
+        let before = |client, num_tokens| seats.num_tokens_before(&claim(client, 1, num_tokens));
+        assert_eq!((before(Some("a"), 10), before(Some("b"), 10)), (500, 10));
+        assert_eq!(before(Some("b"), 800), 500, "no more than there is");
+        assert_eq!(before(None, 20), 20);
+        assert!(seats.take(&claim(Some("b"), 1, 100), &limits()));
+        assert_eq!(before(Some("c"), 10), 20, "each of the others as much");
+        assert_eq!(before(Some("b"), 10), 100 + 110);
+        let begin_before = |client| seats.num_seqs_before(&claim(client, 3, 0), 1000);
+        assert_eq!((begin_before(Some("a")), begin_before(Some("c"))), (1 + 4, 6));
+        assert_eq!(seats.num_seqs_before(&claim(Some("c"), 3, 0), 5), 5);
     }
 
     #[test]

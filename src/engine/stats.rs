@@ -44,8 +44,16 @@ pub struct EngineStats {
     pub num_preemptions: u64,
     /// Steps that failed.
     pub num_failed_steps: u64,
-    /// How long it takes until one more has its first token; zero as long as nobody knows.
-    pub wait_per_sequence: Duration,
+    /// Whether somebody waits because all places are taken, or the blocks.
+    pub is_full: bool,
+    /// Tokens of prompts that are computed before a short one that comes now.
+    pub num_tokens_ahead: usize,
+    /// Tokens of prompts that the engine has seen and not begun.
+    pub num_unstarted_tokens: usize,
+    /// How long each of them takes; zero as long as nobody knows.
+    pub wait_per_token: Duration,
+    /// How long it takes until one of the running sequences ends; zero as long as nobody knows.
+    pub wait_per_place: Duration,
 }
 
 /// Whether the engine does its work.

@@ -16,7 +16,7 @@ use crate::engine::core::{EngineCore, FailedStep, panic_message};
 use crate::engine::event::Event;
 use crate::engine::handle::{Command, EngineHandle, RequestKey, Submission};
 use crate::engine::heartbeat::Heartbeat;
-use crate::engine::queue_rate::QueueRate;
+use crate::engine::pace::Pace;
 use crate::engine::seats::Seats;
 use crate::engine::stats::{EngineLimits, EngineStats, Lifecycle};
 use crate::engine::timed::Timed;
@@ -121,7 +121,7 @@ impl EngineConfig {
         }
     }
 
-    fn scheduler(&self) -> Scheduler {
+    pub(super) fn scheduler(&self) -> Scheduler {
         let config = SchedulerConfig {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
@@ -195,6 +195,7 @@ where
             heartbeat,
             stats: stats_sender,
             recorded: SchedulerStats::default(),
+            pace: Pace::default(),
         };
         let run = || live(&config, make_runner, &mut outbox, &lifecycle_sender);
         let ended = catch_unwind(AssertUnwindSafe(run))
@@ -230,6 +231,7 @@ where
     let mut config = EngineConfig { num_blocks, ..config.clone() };
     let mut core = EngineCore::new(config.scheduler(), Timed::new(runner));
     outbox.heartbeat.watch(core.phase());
+    outbox.pace = expected_pace(&mut core, &config)?;
     loop {
         lifecycle.send_replace(Lifecycle::Running);
         let thread = EngineThread::new(&mut core, outbox, &config);
@@ -265,6 +267,24 @@ where
     }
 }
 
+/// Who promises first tokens within a time must know at the first request how long they take.
+fn expected_pace<R: Runner>(
+    core: &mut EngineCore<Timed<R>>,
+    config: &EngineConfig,
+) -> Result<Pace, String> {
+    if config.target_ttft.is_none() {
+        return Ok(Pace::default());
+    }
+    let mut timed = || {
+        let began_at = now();
+        let num_tokens = core.rehearse().map_err(|error| error.to_string())?;
+        Ok::<_, String>(began_at.elapsed() / num_tokens as u32)
+    };
+    // The first time is that of memory never touched before.
+    timed()?;
+    timed().map(Pace::expecting)
+}
+
 /// The thread's side of the channels. It outlives the scheduler and the runner, so that a bug in
 /// them leaves nobody without an answer.
 struct Outbox {
@@ -275,6 +295,7 @@ struct Outbox {
     stats: watch::Sender<EngineStats>,
     /// What metrics know already.
     recorded: SchedulerStats,
+    pace: Pace,
 }
 
 impl Outbox {
@@ -314,7 +335,6 @@ struct EngineThread<'a, R> {
     num_steps: u64,
     /// Failed steps in a row.
     failures: u32,
-    queue_rate: QueueRate,
 }
 
 impl<'a, R: Runner> EngineThread<'a, R> {
@@ -331,7 +351,6 @@ impl<'a, R: Runner> EngineThread<'a, R> {
             max_failed_steps: config.max_failed_steps,
             num_steps,
             failures: 0,
-            queue_rate: QueueRate::default(),
         }
     }
 
@@ -427,7 +446,7 @@ impl<'a, R: Runner> EngineThread<'a, R> {
         self.core.advance_to(self.outbox.heartbeat.origin.elapsed());
         let scheduling_at = now();
         self.outbox.heartbeat.begin((0, 0), self.stall_timeout);
-        let num_pending = self.core.scheduler().stats().num_pending;
+        let before = self.core.scheduler().stats();
         let step = self.core.schedule();
         let num_tokens = num_tokens(&step);
         let began_at = now();
@@ -438,10 +457,7 @@ impl<'a, R: Runner> EngineThread<'a, R> {
         let ended_at = now();
         let duration = ended_at - began_at;
         self.num_steps += 1;
-        if 0 < num_pending {
-            let num_left = num_pending.saturating_sub(self.core.scheduler().stats().num_pending);
-            self.queue_rate.observe(num_left, duration);
-        }
+        self.outbox.pace.observe(&before, &self.core.scheduler().stats(), duration);
         metrics::step_ended(&metrics::Step {
             duration,
             num_tokens,
@@ -497,7 +513,11 @@ impl<'a, R: Runner> EngineThread<'a, R> {
                 num_steps,
                 num_preemptions: stats.num_preemptions,
                 num_failed_steps: published.num_failed_steps,
-                wait_per_sequence: self.queue_rate.wait_of(1),
+                is_full: stats.is_full,
+                num_tokens_ahead: stats.num_tokens_ahead,
+                num_unstarted_tokens: stats.num_unstarted_tokens,
+                wait_per_token: self.outbox.pace.wait_per_token(),
+                wait_per_place: self.outbox.pace.wait_per_place(stats.num_running),
             };
         });
         // An engine that started anew counts from zero again.

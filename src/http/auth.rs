@@ -14,6 +14,7 @@ use super::error::ApiError;
 use super::key_ring::{Admission, Holder};
 use super::rate_limit::{Names, rate_limit_headers};
 use super::request_log::RequestLog;
+use super::router::is_computing;
 use super::state::AppState;
 use crate::access::Role;
 
@@ -52,7 +53,9 @@ pub(super) async fn with_key(
         }
         Err(error) => {
             // Refused here it reaches no handler, but is told of and counted like those that do.
-            if let Ok(caller) = Caller::of(&holder, &request, &state) {
+            if is_computing(request.uri().path())
+                && let Ok(caller) = Caller::of(&holder, &request, &state)
+            {
                 drop(RequestLog::new(&caller, &state));
             }
             error.into_response()

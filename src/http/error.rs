@@ -52,6 +52,11 @@ pub(super) enum ApiError {
     ResponseNotFound(String),
     #[error("there is no response `{0}`: it never was, was not stored, or its time is over")]
     PreviousNotFound(String),
+    #[error(
+        "this server answers only to localhost, to addresses and to what `--allowed-host` names: a page \
+         of another name may not be what it seems"
+    )]
+    UnknownHost,
     #[error("no such path: {0}")]
     NotFound(String),
     #[error("this path does not accept {0}")]
@@ -74,6 +79,8 @@ pub(super) enum ApiError {
     ShuttingDown,
     #[error("the model is still loading")]
     Loading,
+    #[error("the server is short of memory")]
+    MemoryShort,
     #[error("the engine is not running")]
     EngineDead,
     #[error("the engine could not compute this request; the server's log says why")]
@@ -114,13 +121,14 @@ impl ApiError {
                 StatusCode::NOT_FOUND
             }
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::UnknownHost => StatusCode::MISDIRECTED_REQUEST,
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Overloaded { .. } | Self::Compiling | Self::RateLimited { .. } => {
                 StatusCode::TOO_MANY_REQUESTS
             }
-            Self::ShuttingDown | Self::Loading | Self::EngineDead => {
+            Self::ShuttingDown | Self::Loading | Self::MemoryShort | Self::EngineDead => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
@@ -148,6 +156,7 @@ impl ApiError {
             Self::PreviousNotFound(_) => {
                 ("invalid_request_error", Some("previous_response_not_found"))
             }
+            Self::UnknownHost => ("invalid_request_error", Some("host_not_allowed")),
             Self::NotFound(_) => ("invalid_request_error", Some("not_found")),
             Self::MethodNotAllowed(_) => ("invalid_request_error", Some("method_not_allowed")),
             Self::BodyTooLarge(_) => ("invalid_request_error", Some("body_too_large")),
@@ -159,6 +168,7 @@ impl ApiError {
             Self::DeadlineExceeded => ("server_error", Some("deadline_exceeded")),
             Self::ShuttingDown => ("server_error", Some("shutting_down")),
             Self::Loading => ("server_error", Some("loading")),
+            Self::MemoryShort => ("server_error", Some("memory_short")),
             Self::EngineDead => ("server_error", Some("engine_dead")),
             Self::EngineFailed => ("server_error", Some("engine_failed")),
             Self::Internal => ("server_error", Some("internal_error")),
@@ -171,9 +181,11 @@ impl ApiError {
                 let seconds = retry_after.as_secs_f64().ceil() as usize;
                 Some(seconds.clamp(1, MAX_RETRY_AFTER_SECONDS))
             }
-            Self::ShuttingDown | Self::Loading | Self::EngineDead | Self::Compiling => {
-                Some(RESTART_SECONDS)
-            }
+            Self::ShuttingDown
+            | Self::Loading
+            | Self::MemoryShort
+            | Self::EngineDead
+            | Self::Compiling => Some(RESTART_SECONDS),
             // Rounded up: who comes a moment too early is refused again.
             Self::RateLimited { wait, .. } => Some(wait.as_millis().div_ceil(1000).max(1) as usize),
             _ => None,

@@ -147,6 +147,9 @@ pub(super) async fn read(request: Request, state: &AppState) -> Result<Bytes, Ap
     if !is_json(request.headers()) {
         return Err(ApiError::UnsupportedMediaType);
     }
+    if (state.is_memory_short)() {
+        return Err(ApiError::MemoryShort);
+    }
     let body = timeout(state.limits.body_timeout, Bytes::from_request(request, state));
     body.await.map_err(|_| ApiError::BodyTimeout)?.map_err(|rejection| {
         match rejection.into_response().status() {

@@ -1,9 +1,10 @@
 //! Responses that later requests may refer to, in memory only.
 //!
-//! **Invariant:** what is kept is bounded in number, bytes and time. A conversation's turns are
-//! shared by the responses that continue it and counted once.
+//! **Invariant:** what is kept is bounded in number, bytes and time, and nobody pushes out the
+//! responses of others who keep less. A conversation's turns are shared by the responses that
+//! continue it and counted once.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -31,8 +32,16 @@ pub(super) struct ResponseStore {
 #[derive(Default)]
 struct Entries {
     by_id: HashMap<String, Arc<StoredResponse>>,
-    /// The oldest first.
+    /// Whoever has stored something.
+    shares: BTreeMap<Arc<str>, Share>,
+}
+
+/// What one owner keeps.
+#[derive(Default)]
+struct Share {
+    /// Ids, the oldest first.
     order: VecDeque<(Instant, String)>,
+    num_bytes: Arc<AtomicUsize>,
 }
 
 /// A response and the conversation that led to it.
@@ -53,15 +62,26 @@ struct Turn {
     _space: Space,
 }
 
-/// Bytes that count until this is dropped.
+/// Bytes that count until this is dropped: in all, and as their owner's.
 struct Space {
     num_bytes: usize,
-    total: Arc<AtomicUsize>,
+    sums: [Arc<AtomicUsize>; 2],
+}
+
+impl Space {
+    fn new(num_bytes: usize, sums: [&Arc<AtomicUsize>; 2]) -> Self {
+        for sum in sums {
+            sum.fetch_add(num_bytes, Ordering::Relaxed);
+        }
+        Self { num_bytes, sums: sums.map(Arc::clone) }
+    }
 }
 
 impl Drop for Space {
     fn drop(&mut self) {
-        self.total.fetch_sub(self.num_bytes, Ordering::Relaxed);
+        for sum in &self.sums {
+            sum.fetch_sub(self.num_bytes, Ordering::Relaxed);
+        }
     }
 }
 
@@ -88,17 +108,19 @@ impl ResponseStore {
             tracing::warn!(num_bytes, "a response is too large to be stored");
             return;
         }
-        let turn_space = self.space(new.input.len() + new.output.len());
+        let now = Instant::now();
+        let mut entries = self.entries();
+        let Entries { by_id, shares } = &mut *entries;
+        let share = shares.entry(Arc::clone(&new.owner)).or_default();
+        let space = |num_bytes| Space::new(num_bytes, [&self.num_bytes, &share.num_bytes]);
+        let turn_space = space(new.input.len() + new.output.len());
         let turn = Turn { input: new.input, output: new.output, _space: turn_space };
         let mut turns = new.previous.map_or_else(Vec::new, |previous| previous.turns.clone());
         turns.push(Arc::new(turn));
-        let own_bytes = BYTES_PER_RESPONSE + new.body.len() + size_of_val(turns.as_slice());
-        let space = self.space(own_bytes);
+        let space = space(BYTES_PER_RESPONSE + new.body.len() + size_of_val(turns.as_slice()));
         let stored = StoredResponse { owner: new.owner, body: new.body, turns, _space: space };
-        let now = Instant::now();
-        let mut entries = self.entries();
-        entries.by_id.insert(new.id.to_owned(), Arc::new(stored));
-        entries.order.push_back((now, new.id.to_owned()));
+        by_id.insert(new.id.to_owned(), Arc::new(stored));
+        share.order.push_back((now, new.id.to_owned()));
         self.drop_old(&mut entries, now);
     }
 
@@ -116,31 +138,56 @@ impl ResponseStore {
         if entries.by_id.get(id).is_none_or(|stored| *stored.owner != *owner) {
             return false;
         }
-        entries.order.retain(|(_, other)| other != id);
+        if let Some(share) = entries.shares.get_mut(owner) {
+            share.order.retain(|(_, other)| other != id);
+        }
         entries.by_id.remove(id).is_some()
     }
 
+    /// Drops what is too old, and while there is too much, the oldest of whoever keeps most.
     fn drop_old(&self, entries: &mut Entries, now: Instant) {
-        while let Some((since, id)) = entries.order.front() {
-            let is_over = self.limits.lifetime <= now.duration_since(*since);
-            let is_full = self.limits.max_responses < entries.by_id.len()
-                || self.limits.max_bytes < self.num_bytes.load(Ordering::Relaxed);
-            if !is_over && !is_full {
+        let Entries { by_id, shares } = entries;
+        for share in shares.values_mut() {
+            while let Some((since, _)) = share.order.front()
+                && self.limits.lifetime <= now.duration_since(*since)
+            {
+                share.drop_oldest(by_id);
+            }
+        }
+        loop {
+            let are_too_many = self.limits.max_responses < by_id.len();
+            let are_too_large = self.limits.max_bytes < self.num_bytes.load(Ordering::Relaxed);
+            if !are_too_many && !are_too_large {
                 break;
             }
-            entries.by_id.remove(id);
-            entries.order.pop_front();
+            let amount = |share: &&mut Share| {
+                if are_too_large {
+                    share.num_bytes.load(Ordering::Relaxed)
+                } else {
+                    share.order.len()
+                }
+            };
+            let with_any = shares.values_mut().filter(|share| !share.order.is_empty());
+            let Some(largest) = with_any.max_by_key(amount) else { break };
+            largest.drop_oldest(by_id);
         }
-    }
-
-    fn space(&self, num_bytes: usize) -> Space {
-        self.num_bytes.fetch_add(num_bytes, Ordering::Relaxed);
-        Space { num_bytes, total: Arc::clone(&self.num_bytes) }
+        // What is in use elsewhere still counts as its owner's.
+        shares.retain(|_, share| {
+            !share.order.is_empty() || 0 < share.num_bytes.load(Ordering::Relaxed)
+        });
     }
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
         // Nothing panics halfway through a change.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Share {
+    fn drop_oldest(&mut self, by_id: &mut HashMap<String, Arc<StoredResponse>>) {
+        if let Some((_, id)) = self.order.pop_front() {
+            by_id.remove(&id);
+        }
     }
 }
 
@@ -180,11 +227,20 @@ mod tests {
     }
 
     fn insert(store: &ResponseStore, id: &str, num_bytes: usize, previous: Option<&str>) {
-        let previous = previous.map(|id| store.get(id, OWNER).unwrap());
+        insert_for(OWNER, store, (id, num_bytes), previous);
+    }
+
+    fn insert_for(
+        owner: &str,
+        store: &ResponseStore,
+        (id, num_bytes): (&str, usize),
+        previous: Option<&str>,
+    ) {
+        let previous = previous.map(|id| store.get(id, owner).unwrap());
         let input = format!("[\"{}\"]", "x".repeat(num_bytes));
         store.insert(NewResponse {
             id,
-            owner: OWNER.into(),
+            owner: owner.into(),
             body: String::new(),
             input,
             output: "[\"answer\"]".into(),
@@ -242,5 +298,35 @@ mod tests {
         insert(&store, "a", 10, None);
         assert!(store.get("a", "bob").is_none() && !store.remove("a", "bob"));
         assert!(store.get("a", OWNER).is_some() && store.remove("a", OWNER));
+    }
+
+    /// Goal: who stores much pushes out what is his own, by number and by size, and everybody's room
+    /// comes back. Method: one stores a little, another more than there is room for.
+    #[test]
+    fn who_keeps_most_loses_first() {
+        for (max_responses, max_bytes, size) in [(4, 1 << 20, 10), (100, 20_000, 3000)] {
+            let store = store(max_responses, max_bytes, LONG);
+            insert_for("ann", &store, ("a1", 10), None);
+            insert_for("ann", &store, ("a2", 10), Some("a1"));
+            for id in ["b1", "b2", "b3", "b4", "b5", "b6", "b7"] {
+                insert_for("bob", &store, (id, size), None);
+            }
+            assert!(["a1", "a2"].iter().all(|id| store.get(id, "ann").is_some()));
+            assert!(store.get("b1", "bob").is_none() && store.get("b7", "bob").is_some());
+            // Ann may come to keep as much as Bob.
+            for id in ["a3", "a4", "a5", "a6", "a7"] {
+                insert_for("ann", &store, (id, size), None);
+            }
+            assert!(store.get("a1", "ann").is_none() && store.get("a7", "ann").is_some());
+            assert!(store.get("b7", "bob").is_some());
+            for (owner, ids) in [("ann", "a1 a2 a3 a4 a5 a6 a7"), ("bob", "b2 b3 b4 b5 b6 b7")] {
+                for id in ids.split(' ') {
+                    store.remove(id, owner);
+                }
+            }
+            store.get("none", "ann");
+            assert_eq!(store.num_bytes.load(Ordering::Relaxed), 0);
+            assert!(store.entries().shares.is_empty(), "nobody is remembered");
+        }
     }
 }

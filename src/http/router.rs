@@ -18,6 +18,7 @@ use super::auth::{with_admin_key, with_key};
 use super::cors::cors;
 use super::dashscope_errors::with_dashscope_errors;
 use super::error::ApiError;
+use super::hosts::with_known_host;
 use super::meter::metered;
 use super::request_id::with_request_id;
 use super::state::{AdminRoutes, AppState};
@@ -88,8 +89,27 @@ fn guarded(routes: Router<AppState>, state: AppState) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(state.clone(), with_key))
+        .layer(middleware::from_fn_with_state(state.clone(), with_known_host))
         .with_state(state);
     layered(routes, max_body_bytes, max_input_tokens)
+}
+
+/// The paths that make the model compute.
+const COMPUTING: [&str; 9] = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/fim/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/api/v1/services/aigc/text-generation/generation",
+    "/api/v1/services/aigc/multimodal-generation/generation",
+    "/api/v1/services/embeddings/text-embedding/text-embedding",
+];
+
+/// Whether a request for `path` is to be computed, for those who see it before it is routed.
+pub(super) fn is_computing(path: &str) -> bool {
+    COMPUTING.contains(&path)
 }
 
 /// Every route that makes the model compute.

@@ -80,6 +80,7 @@ pub async fn serve(
     if operators.is_some() {
         state.admin_routes = AdminRoutes::Apart;
     }
+    state.checks_hosts = state.keys.is_none() && is_private(&clients)?;
     let seats = Arc::new(Semaphore::new(state.limits.max_connections));
     let clients = Door { listener: clients, seats, routes: router(state.clone()) };
     let closing = CancellationToken::new();
@@ -118,11 +119,17 @@ pub async fn serve(
 
 fn operators_door(listener: TcpListener, state: &AppState) -> io::Result<Door> {
     let mut state = state.clone();
-    if listener.local_addr()?.ip().to_canonical().is_loopback() {
+    if is_private(&listener)? {
         state.keys = None;
+        state.checks_hosts = true;
     }
     let seats = Arc::new(Semaphore::new(MAX_ADMIN_CONNECTIONS));
     Ok(Door { listener, seats, routes: admin_router(state) })
+}
+
+/// Whether this machine alone reaches it.
+fn is_private(listener: &TcpListener) -> io::Result<bool> {
+    Ok(listener.local_addr()?.ip().to_canonical().is_loopback())
 }
 
 type Accepted = (TcpStream, OwnedSemaphorePermit);

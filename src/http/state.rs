@@ -112,12 +112,19 @@ pub struct AppState {
     pub created: u64,
     /// Who may come in; nobody is asked if absent.
     pub keys: Option<Arc<KeyRing>>,
+    /// Names by which this machine alone may be asked for, in lower case, beside its own: `localhost`
+    /// and addresses.
+    pub allowed_hosts: Arc<[String]>,
+    /// Whether other names are refused.
+    pub(super) checks_hosts: bool,
     /// Origins whose pages may call from a browser.
     pub cors_origins: Arc<[HeaderValue]>,
     /// Between whom the prefix cache is shared.
     pub prefix_sharing: PrefixSharing,
     /// Where operators ask.
     pub admin_routes: AdminRoutes,
+    /// Whether this machine gives the process no more memory, so that nothing should be begun.
+    pub is_memory_short: fn() -> bool,
     /// The next seed for a request that has none.
     pub next_seed: Arc<AtomicU64>,
     /// Where usage is counted, if it is.
@@ -147,10 +154,13 @@ impl AppState {
             ledger: None,
             prices: Arc::default(),
             keys: None,
+            allowed_hosts: Arc::default(),
+            checks_hosts: false,
             cors_origins: Arc::default(),
             prefix_sharing: PrefixSharing::default(),
             admin_routes: AdminRoutes::default(),
             created: unix_seconds(),
+            is_memory_short: || false,
             next_seed: Arc::default(),
         }
     }

@@ -55,6 +55,13 @@ impl Rank {
     ) -> Self {
         Self { step: step + priority.delay(steps_per_priority), arrival }
     }
+
+    /// The order of prefills: fewer tokens first, but everyone who arrives a step later starts
+    /// `ageing_tokens_per_step` tokens behind. So only finitely many can overtake a long prompt.
+    pub(super) fn prefill_deadline(self, num_tokens: usize, ageing_tokens_per_step: usize) -> u64 {
+        let waited = self.step.saturating_mul(ageing_tokens_per_step as u64);
+        waited.saturating_add(num_tokens as u64)
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use crate::kv::manager::OutOfBlocks;
 use crate::kv::{BlockId, KvCacheManager, Positions};
-use crate::scheduler::SeqId;
 use crate::scheduler::fairness::Shares;
 use crate::scheduler::prefill_budget::PrefillBudget;
 use crate::scheduler::priority::Rank;
@@ -15,6 +14,7 @@ use crate::scheduler::step::{
     Continuation, NonFiniteLogits, SampleError, SampledToken, ScheduledSeq, SchedulerOutput,
     SeqOutput, TokenLogprobs,
 };
+use crate::scheduler::{SchedulerStats, SeqId};
 
 /// The bounds of a step.
 #[derive(Clone, Copy, Debug)]
@@ -95,25 +95,6 @@ pub enum SeqPhase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DoesNotFit;
 
-/// A snapshot. The counters only grow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SchedulerStats {
-    /// Sequences that hold blocks.
-    pub num_running: usize,
-    /// Sequences in the queue.
-    pub num_waiting: usize,
-    /// Sequences of both kinds that have no token yet.
-    pub num_pending: usize,
-    /// Blocks that sequences hold.
-    pub num_held_blocks: usize,
-    /// How often a sequence gave its blocks back to be recomputed later.
-    pub num_preemptions: u64,
-    /// Tokens looked up in the prefix cache by sequences that started.
-    pub num_prefix_queries: u64,
-    /// How many of them were found.
-    pub num_prefix_hits: u64,
-}
-
 /// Everything that is waiting or running.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -173,18 +154,6 @@ impl Scheduler {
     /// Whether nothing waits or runs.
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
-    }
-
-    /// A snapshot for people and metrics.
-    pub fn stats(&self) -> SchedulerStats {
-        SchedulerStats {
-            num_running: self.running.len(),
-            num_waiting: self.waiting.len(),
-            num_pending: self.running.iter().filter(|seq| seq.num_output_tokens() == 0).count()
-                + self.waiting.iter().filter(|seq| seq.num_output_tokens() == 0).count(),
-            num_held_blocks: self.kv.num_held_blocks(),
-            ..self.stats
-        }
     }
 
     /// Puts a sequence at the end of the queue.
@@ -274,6 +243,7 @@ impl Scheduler {
         let seq = self.running.remove(index);
         self.suspects.remove(&seq.id());
         self.shares.leave(seq.client());
+        self.stats.num_left += 1;
         seq
     }
 
@@ -332,7 +302,7 @@ impl Scheduler {
         let is_decoding = !decodes.is_empty();
         decodes.retain(|&i| i != 0);
         decodes.sort_by_key(|&i| (self.running[i].last_scheduled_step, i));
-        let ageing = self.config.prefill_ageing_tokens_per_step;
+        let ageing = self.prefill_ageing();
         prefills.sort_by_key(|&i| (self.running[i].prefill_deadline(ageing), i));
 
         let budget = self.config.max_num_batched_tokens - 1;
@@ -352,6 +322,16 @@ impl Scheduler {
             prefill_budget -= num_new;
         }
         planned
+    }
+
+    /// By how many tokens longer a prompt counts for each step that it comes later. With a target
+    /// for first tokens a long prompt is overtaken only by those that come while it could have been
+    /// read: it has the same time as the short ones.
+    pub(super) fn prefill_ageing(&self) -> usize {
+        match self.config.target_ttft {
+            Some(_) => self.config.max_num_batched_tokens,
+            None => self.config.prefill_ageing_tokens_per_step,
+        }
     }
 
     /// Most prompt tokens beside generating sequences.

@@ -123,6 +123,10 @@ impl Sequence {
         &self.spec.fairness_id
     }
 
+    pub(super) fn choice(&self) -> u32 {
+        self.spec.choice
+    }
+
     pub(super) fn max_tokens(&self) -> usize {
         self.max_len - self.num_prompt_tokens()
     }
@@ -204,11 +208,9 @@ impl Sequence {
         self.max_len <= self.tokens.len()
     }
 
-    /// The order of prefills: fewer tokens first, but everyone who arrives a step later starts
-    /// `ageing_tokens_per_step` tokens behind. So only finitely many can overtake a long prompt.
+    /// The order of prefills, see [`Rank::prefill_deadline`].
     pub(super) fn prefill_deadline(&self, ageing_tokens_per_step: usize) -> u64 {
-        let waited = self.rank.step.saturating_mul(ageing_tokens_per_step as u64);
-        waited.saturating_add(self.num_uncomputed_tokens() as u64)
+        self.rank.prefill_deadline(self.num_uncomputed_tokens(), ageing_tokens_per_step)
     }
 
     /// The next `num_new_tokens` tokens as an order to the runner.

@@ -44,7 +44,7 @@ impl Listening {
 
 fn post(path: &str, body: &str, num_bytes: usize) -> String {
     format!(
-        "POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n\
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
          content-length: {num_bytes}\r\n\r\n{body}"
     )
 }
@@ -154,7 +154,7 @@ async fn connections_beyond_the_bound_wait() {
     let limits = HttpLimits { max_connections: 1, ..HttpLimits::default() };
     let fake = FakeServer::with(&config(), limits);
     let server = listen(&fake.state).await;
-    let get = "GET /version HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
+    let get = "GET /version HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
     let first = server.write("GET");
     let mut second = server.write(get);
     second.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
@@ -170,7 +170,7 @@ async fn a_client_that_leaves_is_noticed_behind_bytes_after_the_body() {
     let server = listen(&fake.state).await;
     let body: Value = json!({"model": MODEL, "prompt": "go", "max_tokens": 16_000});
     let body = body.to_string();
-    for trailing in ["\r\n", "GET /version HTTP/1.1\r\nhost: test\r\n\r\n"] {
+    for trailing in ["\r\n", "GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n"] {
         let request = post("/v1/completions", &body, body.len()) + trailing;
         let stream = server.write(&request);
         fake.wait_until_running(1).await;
@@ -189,7 +189,7 @@ async fn pipelined_requests_are_answered_in_order() {
     let body = chat("hello").to_string();
     let mut stream = server.write(
         &(post("/v1/chat/completions", &body, body.len())
-            + "GET /version HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n"),
+            + "GET /version HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"),
     );
     stream.flush().unwrap();
     let text = read_to_end(stream);

@@ -237,6 +237,19 @@ async fn size_and_type_of_the_body_are_checked() {
 }
 
 #[tokio::test]
+async fn nothing_is_begun_while_memory_is_short() {
+    let mut server = FakeServer::start();
+    server.state.is_memory_short = || true;
+    for path in [PATH, "/tokenize", "/v1/embeddings"] {
+        let answer = server.post(path, chat("x")).await;
+        assert_eq!(answer.error(503)["code"], "memory_short");
+        assert_eq!(answer.header("retry-after"), Some("5"));
+    }
+    assert_eq!(server.get("/health").await.status, 200);
+    assert_eq!(server.state.engine.stats().num_steps, 0);
+}
+
+#[tokio::test]
 async fn what_exceeds_the_context_is_refused_with_the_numbers() {
     let server = FakeServer::start();
     let error = server.post(PATH, chat(&"x".repeat(600))).await.error(400);

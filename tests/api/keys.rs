@@ -26,7 +26,7 @@ impl FakeServer {
 }
 
 /// Every path and method of the description, and some that nobody serves.
-fn all_routes() -> Vec<(Method, String)> {
+pub(crate) fn all_routes() -> Vec<(Method, String)> {
     let description: Value =
         serde_json::from_str(include_str!("../../src/http/openapi.json")).unwrap();
     let mut routes: Vec<(Method, String)> = description["paths"]

@@ -35,7 +35,7 @@ impl Listening {
         let stream = TcpStream::connect(self.address).await.unwrap();
         let body = body.to_string();
         let head = format!(
-            "POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n\
+            "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
              content-length: {}\r\n\r\n",
             body.len()
         );
@@ -45,7 +45,7 @@ impl Listening {
 
     async fn get(&self, path: &str) -> String {
         let stream = TcpStream::connect(self.address).await.unwrap();
-        let head = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+        let head = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
         write(&stream, &head).await;
         let mut text = String::new();
         while let Some(piece) = read(&stream).await {

@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::{Request, Response};
+use axum::http::{Method, Request, Response};
 use qwen_server::chat::model::Conventions;
 use qwen_server::engine::{EngineConfig, spawn};
 use qwen_server::http::{AppState, HttpLimits};
@@ -25,9 +25,19 @@ impl Drop for Begun {
 
 /// Asks for an answer to `prompt`, and waits until the engine knows of it.
 async fn begin(server: &FakeServer, id: &'static str, prompt: &str, more: &Value) -> Begun {
+    begin_with_key("", server, (id, prompt), more).await
+}
+
+async fn begin_with_key(
+    key: &str,
+    server: &FakeServer,
+    (id, prompt): (&'static str, &str),
+    more: &Value,
+) -> Begun {
     let mut body = json!({"model": MODEL, "prompt": prompt, "stream": true});
     body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     let request = Request::post("/v1/completions").header("content-type", "application/json");
+    let request = request.header("x-api-key", key);
     let request = request.header("x-request-id", id).body(Body::from(body.to_string())).unwrap();
     let state = server.state.clone();
     let begun = Begun(tokio::spawn(async move { FakeServer { state }.send(request).await }));
@@ -39,7 +49,7 @@ async fn begin(server: &FakeServer, id: &'static str, prompt: &str, more: &Value
 async fn state_with(server: &FakeServer, is_wanted: impl Fn(&[Value]) -> bool) -> Value {
     let mut seen = Vec::new();
     for _ in 0..1000 {
-        let state = server.get("/admin/state").await.ok();
+        let state = server.look("ops", Method::GET, "/admin/state").await.ok();
         if is_wanted(state["sequences"].as_array().unwrap()) {
             return state;
         }
@@ -156,4 +166,32 @@ async fn an_engine_that_does_not_answer_is_explained() {
     assert_eq!(body["sequences"], Value::Null);
     assert_eq!(body["queue"]["max_running"], 64, "the rest is told");
     drop((release, stuck));
+}
+
+/// Goal: a request is at most as urgent as its key allows, however it says so, and less if it asks.
+#[tokio::test]
+async fn nobody_is_more_urgent_than_the_key_allows() {
+    let keys = [("slow", "priority = 5"), ("fast", "priority = -7"), ("ops", "role = 'admin'")];
+    let config = EngineConfig { max_model_len: 4096, ..config() };
+    let mut server = FakeServer::with(&config, HttpLimits::default());
+    server.state.keys = FakeServer::with_keys(&keys).state.keys;
+    let cases = [
+        ("slow", json!({"priority": -100}), 5),
+        ("slow", json!({"service_tier": "priority"}), 5),
+        ("slow", json!({}), 5),
+        ("slow", json!({"priority": 20}), 20),
+        ("fast", json!({"priority": -100}), -7),
+        ("fast", json!({"priority": -3}), -3),
+        ("fast", json!({}), 0),
+    ];
+    for (key, asked, expected) in cases {
+        let mut more = asked.clone();
+        more["max_tokens"] = json!(4000);
+        let begun = begin_with_key(key, &server, ("urgent", "x"), &more).await;
+        let state = server.look("ops", Method::GET, "/admin/state").await.ok();
+        let [sequence] = state["sequences"].as_array().unwrap().as_slice() else { panic!() };
+        assert_eq!((&sequence["client"], &sequence["priority"]), (&json!(key), &json!(expected)));
+        drop(begun);
+        server.wait_until_idle().await;
+    }
 }

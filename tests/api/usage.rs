@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::http::Request;
+use axum::http::{Method, Request};
 use http_body_util::BodyExt;
 use qwen_server::ledger::calendar::Hour;
 use qwen_server::ledger::money::PriceList;
@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::api_fake::{FakeServer, MODEL, chat, with};
+use crate::keys::all_routes;
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -33,11 +34,15 @@ impl CountingServer {
 
     /// Everything that was counted, once all is written.
     fn counts(&self) -> Counts {
+        self.counts_of("anonymous")
+    }
+
+    fn counts_of(&self, client: &str) -> Counts {
         self.server.state.ledger.as_ref().unwrap().close();
         let mut sum = Counts::default();
         let store = Store::open_existing(&self.path).unwrap();
         let add = |account: qwen_server::ledger::Account, counts| {
-            assert_eq!((&*account.key, &*account.model), ("anonymous", MODEL));
+            assert_eq!((&*account.key, &*account.model), (client, MODEL));
             sum += counts;
         };
         store.read(Hour(0)..Hour::MAX, add).unwrap();
@@ -240,4 +245,34 @@ async fn operators_ask_over_http() {
     }
     let error = FakeServer::start().get("/admin/usage").await.error(400);
     assert!(error["message"].as_str().unwrap().contains("--usage-ledger"), "{error}");
+}
+
+/// Goal: a request that its key's quota refuses counts as an error exactly if it was to be computed.
+/// Method: on every path, what is counted of a refused request is compared with what is counted of
+/// one that is let in and malformed.
+#[tokio::test]
+async fn what_computes_nothing_is_no_error_when_a_quota_refuses_it() {
+    let paths: Vec<String> = all_routes()
+        .into_iter()
+        .filter(|(method, path)| method == Method::POST && !path.contains('?'))
+        .map(|(_, path)| path)
+        .collect();
+    let mut computing = Vec::new();
+    for path in &paths {
+        let counted = async |limits: &str, status: Option<u16>| {
+            let mut server = CountingServer::start();
+            server.server.state.keys = FakeServer::with_keys(&[("ann", limits)]).state.keys;
+            if status.is_some() {
+                server.server.ask("ann", "/tokenize", json!({})).await.error(400);
+            }
+            let answer = server.server.ask("ann", path, json!(5)).await;
+            assert!(status.is_none_or(|status| answer.status == status), "{path}: {answer:?}");
+            server.counts_of("ann")
+        };
+        let refused = counted("requests_per_minute = 1", Some(429)).await;
+        assert_eq!(refused, counted("", None).await, "{path}");
+        assert!(refused == Counts::default() || refused == REFUSED, "{refused:?}");
+        computing.extend((refused == REFUSED).then_some(path));
+    }
+    assert!(computing.len() < paths.len() && 9 <= computing.len(), "{computing:?}");
 }

@@ -65,7 +65,8 @@ fn bytes_on_a_socket_are_answered_or_refused() {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let limits = HttpLimits { header_timeout: Duration::from_secs(5), ..HttpLimits::default() };
-    let server = FakeServer::with(&config(), limits);
+    let mut server = FakeServer::with(&config(), limits);
+    server.state.allowed_hosts = ["a".to_owned()].into();
     let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
     let address = listener.local_addr().unwrap();
     runtime.spawn(serve(listener, server.state.clone(), std::future::pending()));

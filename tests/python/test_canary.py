@@ -9,10 +9,14 @@ import base64
 import http.client
 import itertools
 import json
+import pathlib
+import signal
+import subprocess
+import time
 
 import pytest
 
-from conftest import MODEL, Server, TINY_MODEL
+from conftest import binary_path, MODEL, Server, TINY_MODEL
 
 CHAT = "/v1/chat/completions"
 # Paths for operators; those that a server does not have tell nothing either.
@@ -150,3 +154,57 @@ def test_nobody_else_sees_what_a_client_sends(tmp_path, log_format):
     assert b"anonymous" in seen["usage.db"]
     leaks = {name: canaries.leaks(content) for name, content in seen.items()}
     assert not any(leaks.values()), {name: leak for name, leak in leaks.items() if leak}
+
+
+def make_key(file, name, *flags):
+    """Makes a key as operators do; the secret is the last word on standard output."""
+    command = [binary_path(), "key", "add", name, "--file", file, *flags]
+    return subprocess.run(map(str, command), capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_key_that_works_appears_nowhere(tmp_path, log_format):
+    """Also not where it is spelt in part, sent in other places, used up, revoked or of the wrong role."""
+    file, ledger = tmp_path / "keys.toml", tmp_path / "usage.db"
+    keys = {"ann": make_key(file, "ann"), "few": make_key(file, "few", "--requests-per-minute", "1"),
+            "ops": make_key(file, "ops", "--role", "admin"), "gone": make_key(file, "gone")}
+    assert all(len(secret) > 40 for secret in keys.values())
+    flags = ["--log-level", "trace", "--log-format", log_format, "--usage-ledger", ledger, "--api-keys", file]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+    seen, statuses = {}, []
+    with Server(*flags, model=TINY_MODEL) as server:
+        for round_number in range(2):
+            for name, secret in keys.items():
+                ways = [{"authorization": f"Bearer {secret}"}, {"x-api-key": secret}, {"api-key": secret},
+                        {"authorization": f"Basic {secret}"}, {"authorization": f"Bearer {secret}x"},
+                        {"x-api-key": secret, "x-request-id": "of a client"}]
+                for number, headers in enumerate(ways):
+                    for path in (CHAT, "/tokenize", "/v1/messages", "/nothing"):
+                        status, answer = send(server, path, body | {"prompt": "x"}, headers)
+                        statuses.append(status)
+                        seen[f"answer {round_number} {name} {number} {path}"] = answer
+            subprocess.run([str(binary_path()), "key", "revoke", "gone", "--file", str(file)], check=False,
+                           capture_output=True)
+            server.process.send_signal(signal.SIGHUP)
+            time.sleep(1.5)
+        for path in OPERATORS + ["/v1/models", "/health", "/version"]:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            connection.request("GET", path, headers={"x-api-key": keys["ops"]})
+            response = connection.getresponse()
+            assert response.status == 200, path
+            seen[path] = response.read()
+            connection.close()
+        environment = pathlib.Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
+        seen["command line"] = environment
+        assert server.stop() == 0
+        seen["log"] = open(server.log.name, "rb").read()
+    for path in tmp_path.iterdir():
+        seen[path.name] = path.read_bytes()
+    assert {200, 401, 404, 429} <= set(statuses), statuses
+    assert seen["log"].count(b"request finished") > 10 and b"ann" in seen["usage.db"]
+    for name, secret in keys.items():
+        # The part that is the same in all secrets says nothing.
+        tail = secret.removeprefix("sk-qwen-")
+        for form in (tail, tail[:16], tail[-16:], tail.encode().hex()):
+            leaks = [where for where, content in seen.items() if form.encode() in content]
+            assert not leaks, f"{name}: {leaks}"

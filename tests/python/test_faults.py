@@ -299,6 +299,44 @@ def test_a_client_that_never_reads(ledger):
         assert_counted(server, ledger, 5)
 
 
+# Memory ---------------------------------------------------------------------------------------------
+
+
+def address_space(server):
+    """Bytes of address space that the server has taken."""
+    status = open(f"/proc/{server.process.pid}/status").read()
+    return int(status.split("VmSize:")[1].split()[0]) * 1024
+
+
+@pytest.mark.parametrize("spare_mib", [0, 1, 8, 40])
+def test_without_memory_requests_are_refused_and_the_server_goes_on(ledger, spare_mib):
+    """The limit of address space is lowered to what is taken; what is held in reserve is all there is."""
+    rng = random.Random(SEED)
+
+    def flood(server):
+        statuses = []
+        for number in range(6):
+            text = "".join(rng.choices("abcdefgh", k=1_000_000))
+            body = json.dumps(wire.chat(text if number % 2 else "x", max_tokens=3)).encode()
+            statuses.append(server.request("POST", CHAT, body).status)
+        return statuses
+
+    with start(ledger, "--max-body-size", "8MiB") as server:
+        flood(server)
+        pid = server.process.pid
+        _, hard = resource.prlimit(pid, resource.RLIMIT_AS)
+        resource.prlimit(pid, resource.RLIMIT_AS, (address_space(server) + (spare_mib << 20), hard))
+        seen = set()
+        for _ in range(5):
+            seen |= set(flood(server))
+        assert seen <= {200, 400, 500, 503}, seen
+        assert server.process.poll() is None, server.log_tail()
+        assert server.request("GET", "/health/live").status == 200
+        resource.prlimit(pid, resource.RLIMIT_AS, (hard, hard))
+        assert flood(server) == [200, 400] * 3
+        answers(server)
+
+
 # Nonsense ------------------------------------------------------------------------------------------
 
 VALUES = [None, True, -1, 0, 1e400, 10**30, "", "x" * 3000, [], {}, [[]], {"a": {}}, "\ud800", "\0"]

@@ -14,7 +14,7 @@ Reply = collections.namedtuple("Reply", "status headers body")
 def post(path, body, **headers):
     """The bytes of a request after whose answer the connection ends."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = {"host": "test", "content-type": "application/json", "content-length": len(data),
+    lines = {"host": "localhost", "content-type": "application/json", "content-length": len(data),
              "connection": "close"} | {name.replace("_", "-"): value for name, value in headers.items()}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + data

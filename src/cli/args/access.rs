@@ -47,6 +47,14 @@ pub(super) struct AccessFlags {
     #[arg(long, env = "QWEN_SERVER_ADMIN_ADDRESS", value_name = "HOST:PORT")]
     admin_address: Option<Address>,
 
+    /// Answer requests for this name too, where no key is asked for [repeatable]
+    ///
+    /// A server that only this machine reaches otherwise answers to addresses, localhost and the name
+    /// of --host alone: a page in a browser could make another name point here.
+    #[arg(long, env = "QWEN_SERVER_ALLOWED_HOST", value_name = "NAME")]
+    #[arg(action = ArgAction::Append, value_delimiter = ',', value_parser = access::host_name)]
+    allowed_host: Vec<String>,
+
     /// Let pages of this origin call the server from a browser, `*` for any [repeatable]
     #[arg(long, env = "QWEN_SERVER_CORS_ORIGIN", value_name = "ORIGIN")]
     #[arg(action = ArgAction::Append, value_delimiter = ',', value_parser = access::origin)]
@@ -95,6 +103,7 @@ impl AccessFlags {
         Ok(AccessConfig {
             admission,
             isolate_prefix_cache: self.isolate_prefix_cache,
+            allowed_hosts: self.allowed_host,
             cors_origins: self.cors_origin,
             admin_address: self.admin_address,
         })

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::access::key_file::is_open_to_others;
 use crate::cli::Hinted;
-use crate::config::{AccessConfig, Admission, HttpConfig, TlsConfig};
+use crate::config::{AccessConfig, Admission, Config, HttpConfig, TlsConfig};
 use crate::http::{KeyRing, Tls, TlsFiles};
 
 /// The keys, if there are any to be asked for.
@@ -38,6 +38,13 @@ pub(super) fn tls(config: &HttpConfig) -> Result<Option<Arc<Tls>>> {
     }
     let tls = Tls::open(TlsFiles { cert, key, client_ca }).context("cannot encrypt connections")?;
     Ok(Some(Arc::new(tls)))
+}
+
+/// The names this server goes by: those of its addresses, and those that were named.
+pub(super) fn allowed_hosts(config: &Config) -> Arc<[String]> {
+    let admin = config.access.admin_address.iter().map(|address| &address.host);
+    let own = std::iter::once(&config.http.host).chain(admin).map(|host| host.to_ascii_lowercase());
+    own.chain(config.access.allowed_hosts.iter().cloned()).collect()
 }
 
 /// An address that other machines reach is not opened to everybody by mistake.
