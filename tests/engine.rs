@@ -466,7 +466,7 @@ async fn a_request_ends_when_its_time_is_over() {
 #[tokio::test]
 async fn who_would_wait_too_long_is_refused_at_once() {
     let runner = FakeRunner { step_delay: Duration::from_millis(10), ..FakeRunner::default() };
-    let target_ttft = Some(Duration::from_secs(3));
+    let target_ttft = Some(Duration::from_secs(5));
     let config = EngineConfig { max_num_seqs: 1, max_queue: 100, target_ttft, ..config() };
     let (handle, _) = spawn(config, once(runner));
     handle.ready().await.expect("a runner");
@@ -478,7 +478,7 @@ async fn who_would_wait_too_long_is_refused_at_once() {
     let refused = handle.generate(soon(Duration::from_millis(300))).expect_err("too late");
     assert!(matches!(refused, SubmitError::TooLate { wait, .. } if Duration::from_secs(1) < wait));
     let more: Vec<_> = (0..60).map_while(|_| handle.generate(request(&[1], 10)).ok()).collect();
-    assert!((5..40).contains(&more.len()), "as many as start within the target: {}", more.len());
+    assert!((5..30).contains(&more.len()), "as many as start within the target: {}", more.len());
     drop((streams, more));
     until(&handle, is_empty).await;
     assert!(handle.generate(soon(Duration::from_millis(300))).is_ok(), "nobody waits");

@@ -355,7 +355,7 @@ mod tests {
             let [kept, _] = outcomes(calm, seed);
             assert!(kept.num_refused <= 1, "a calm server refuses nobody: {}", kept.num_refused);
             let [kept, free] = outcomes(Load { giant_tokens: Some(20_000), ..calm }, seed);
-            assert!(kept.num_refused <= 15, "{} of 60", kept.num_refused);
+            assert!(kept.num_refused <= 20, "{} of 60", kept.num_refused);
             assert!(10.0 * TARGET.as_secs_f64() < kept.quantile(1.0), "the giant itself");
             assert!(kept.quantile(0.95) < TARGET.as_secs_f64(), "everybody else");
             assert!(free.num_refused == 0);
