@@ -12,7 +12,7 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 /// What a step and the bodies that are read at a time may need, generously.
-pub const RESERVE_BYTES: usize = 256 << 20;
+pub const RESERVE_BYTES: usize = 512 << 20;
 /// How often an allocation is tried again when there was none left to give up: another thread may be
 /// about to give it up.
 const MAX_TRIES: usize = 100;

@@ -1,10 +1,12 @@
 //! From a request's bytes to wire types, or to an error that names the field.
 
-use axum::body::Bytes;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::body::{BodyDataStream, Bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use axum::response::IntoResponse;
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use futures_util::StreamExt;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -13,7 +15,7 @@ use tokio::time::timeout;
 use super::body::Body;
 use super::error::ApiError;
 use super::generation::run_sized;
-use super::state::AppState;
+use super::state::{AppState, HttpLimits};
 use crate::chat::options::is_ignored;
 use crate::openai::generation::GenerationFields;
 
@@ -22,10 +24,41 @@ const MAX_IGNORED_BYTES: usize = 512;
 /// How many large bodies are parsed at a time: each may take several times its bytes.
 const MAX_LARGE_BODIES: usize = 4;
 
-static LARGE_BODIES: Semaphore = Semaphore::const_new(MAX_LARGE_BODIES);
+/// Bytes of large bodies that may have arrived before their prompts are made.
+const MAX_BODIES_BYTES: usize = 64 << 20;
 
-/// The right to keep a large body; a small one needs none.
-pub(super) type Permit = Option<SemaphorePermit<'static>>;
+static LARGE_BODIES: Semaphore = Semaphore::const_new(MAX_LARGE_BODIES);
+static NUM_BODIES_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+/// The right to keep a large body until its prompt is made, because that is what takes memory; a small
+/// one needs none.
+#[derive(Default)]
+pub(super) struct Permit {
+    num_bytes: usize,
+    turn: Option<SemaphorePermit<'static>>,
+}
+
+impl Permit {
+    /// Counts what has arrived, and not what was announced: who sends nothing takes nothing from
+    /// others. An error if all large bodies together become too large.
+    fn grow(&mut self, num_bytes: usize) -> Result<(), ApiError> {
+        self.num_bytes += num_bytes;
+        let before = NUM_BODIES_BYTES.fetch_add(num_bytes, Ordering::Relaxed);
+        // The only one may be of any size that is allowed at all.
+        let is_only = before + num_bytes == self.num_bytes;
+        if is_only || before + num_bytes <= MAX_BODIES_BYTES {
+            Ok(())
+        } else {
+            Err(ApiError::MemoryShort)
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        NUM_BODIES_BYTES.fetch_sub(self.num_bytes, Ordering::Relaxed);
+    }
+}
 
 /// A JSON body of type `T`.
 pub(super) struct ApiJson<T> {
@@ -46,8 +79,7 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for ApiJson<T> 
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
-        let bytes = read(request, state).await?;
-        let permit = permit(bytes.len(), state).await?;
+        let (bytes, permit) = read(request, state).await?;
         run_sized(bytes.len(), state, move || Self::decode(&bytes, permit)).await?
     }
 }
@@ -76,8 +108,7 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<AppState> for GenerationB
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
-        let bytes = read(request, state).await?;
-        let permit = permit(bytes.len(), state).await?;
+        let (bytes, permit) = read(request, state).await?;
         run_sized(bytes.len(), state, move || Self::decode(&bytes, permit)).await?
     }
 }
@@ -116,15 +147,6 @@ pub(super) fn refuse_ignored(names: &[String], strict: Option<bool>) -> Result<(
     }
 }
 
-/// Waits until a body of this size may be parsed. The permit stays with the body until its prompt
-/// is made, because that is what takes memory.
-pub(super) async fn permit(num_bytes: usize, state: &AppState) -> Result<Permit, ApiError> {
-    if num_bytes <= state.limits.max_inline_body_bytes {
-        return Ok(None);
-    }
-    LARGE_BODIES.acquire().await.map(Some).map_err(|_| ApiError::Internal)
-}
-
 /// The `x-ignored-params` header, if anything was ignored.
 pub(super) fn ignored_header(ignored: &[String]) -> Option<(HeaderName, HeaderValue)> {
     let is_plain =
@@ -143,20 +165,48 @@ pub(super) fn ignored_header(ignored: &[String]) -> Option<(HeaderName, HeaderVa
     Some((HeaderName::from_static("x-ignored-params"), value))
 }
 
-pub(super) async fn read(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
+/// Reads a body when there is room for it, and waits until it may be parsed.
+pub(super) async fn read(request: Request, state: &AppState) -> Result<(Bytes, Permit), ApiError> {
     if !is_json(request.headers()) {
         return Err(ApiError::UnsupportedMediaType);
     }
     if (state.is_memory_short)() {
         return Err(ApiError::MemoryShort);
     }
-    let body = timeout(state.limits.body_timeout, Bytes::from_request(request, state));
-    body.await.map_err(|_| ApiError::BodyTimeout)?.map_err(|rejection| {
-        match rejection.into_response().status() {
-            StatusCode::PAYLOAD_TOO_LARGE => ApiError::BodyTooLarge(state.limits.max_body_bytes),
-            _ => ApiError::BodyUnreadable,
+    let limits = &state.limits;
+    let mut permit = Permit::default();
+    let arriving = arrive(request.into_body().into_data_stream(), limits, &mut permit);
+    let bytes =
+        timeout(limits.body_timeout, arriving).await.map_err(|_| ApiError::BodyTimeout)??;
+    if limits.max_inline_body_bytes < bytes.len() {
+        permit.turn = LARGE_BODIES.acquire().await.ok();
+        // It may have been waiting for long.
+        if (state.is_memory_short)() {
+            return Err(ApiError::MemoryShort);
         }
-    })
+    }
+    Ok((bytes, permit))
+}
+
+/// Gathers a body.
+async fn arrive(
+    mut pieces: BodyDataStream,
+    limits: &HttpLimits,
+    permit: &mut Permit,
+) -> Result<Bytes, ApiError> {
+    let mut bytes = Vec::new();
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|_| ApiError::BodyUnreadable)?;
+        if limits.max_body_bytes < bytes.len() + piece.len() {
+            return Err(ApiError::BodyTooLarge(limits.max_body_bytes));
+        }
+        bytes.try_reserve(piece.len()).map_err(|_| ApiError::MemoryShort)?;
+        bytes.extend_from_slice(&piece);
+        if limits.max_inline_body_bytes < bytes.len() {
+            permit.grow(bytes.len() - permit.num_bytes)?;
+        }
+    }
+    Ok(bytes.into())
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -164,4 +214,25 @@ fn is_json(headers: &HeaderMap) -> bool {
     let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     essence == "application/json"
         || (essence.starts_with("application/") && essence.ends_with("+json"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: large bodies together take no more than there is room for, one alone is always read, and
+    /// all room comes back.
+    #[test]
+    fn large_bodies_share_what_room_there_is() {
+        let mut first = Permit::default();
+        assert!(first.grow(MAX_BODIES_BYTES + 1).is_ok(), "alone");
+        assert!(Permit::default().grow(1).is_err());
+        drop(first);
+        let mut halves = [Permit::default(), Permit::default()];
+        assert!(halves.iter_mut().all(|half| half.grow(MAX_BODIES_BYTES / 2).is_ok()));
+        assert!(Permit::default().grow(1).is_err());
+        drop(halves);
+        assert!(Permit::default().grow(1).is_ok());
+        assert_eq!(NUM_BODIES_BYTES.load(Ordering::Relaxed), 0);
+    }
 }

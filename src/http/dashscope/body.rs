@@ -15,7 +15,7 @@ use serde_json::value::RawValue;
 use crate::chat::dashscope::is_ignored_parameter;
 use crate::http::body::Body;
 use crate::http::error::ApiError;
-use crate::http::extract::{Permit, Strictness, permit, read, refuse_ignored};
+use crate::http::extract::{Permit, Strictness, read, refuse_ignored};
 use crate::http::generation::run_sized;
 use crate::http::state::AppState;
 
@@ -71,8 +71,7 @@ where
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
         let headers = Headers::check(request.headers())?;
-        let bytes = read(request, state).await?;
-        let permit = permit(bytes.len(), state).await?;
+        let (bytes, permit) = read(request, state).await?;
         run_sized(bytes.len(), state, move || Self::decode(&bytes, headers, permit)).await?
     }
 }
