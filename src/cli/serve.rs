@@ -223,6 +223,11 @@ fn find_model(config: &Config, device: Device) -> Result<(ResolvedModel, Planned
     let mut options = load_options(config, device);
     let name = &config.model.model;
     if config.model.load_format == LoadFormat::Dummy {
+        if config.model.quantization.is_some() {
+            let message = "`--quantization` has nothing to quantise with `--load-format dummy`";
+            let hint = "pass a name with the quantisation, such as `qwen2.5-7b-instruct:q8_0`";
+            return Err(Hinted { message: message.to_owned(), hint: hint.to_owned() }.into());
+        }
         return dummy::make_up(name, options);
     }
     let resolved = resolve(name, &hub_from_environment()?, &mut DownloadProgress::new())?;

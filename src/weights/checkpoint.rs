@@ -215,22 +215,33 @@ impl Checkpoint {
         match &self.source {
             Source::Gguf(gguf) => {
                 let tensors = gguf.tensors();
-                tensors.map(|t| self.size_in_memory(&t.shape, t.num_bytes as u64)).sum()
+                tensors.map(|t| self.size_in_memory(&t.name, &t.shape, t.num_bytes as u64)).sum()
             }
             Source::Repository(repository) => repository
                 .tensors()
-                .map(|tensor| self.size_in_memory(&tensor.shape, self.scheme.size(tensor).1))
+                .map(|t| self.size_in_memory(&t.name, &t.shape, self.scheme.size(t).1))
                 .sum(),
         }
     }
 
-    /// Bytes of a tensor that has so many as it is stored; those of a quantised one by the type of
-    /// projections, which is most of them.
-    fn size_in_memory(&self, shape: &[usize], num_bytes: u64) -> u64 {
+    /// Bytes of a tensor that has so many as it is stored. An embedding with a head beside it stays
+    /// as it is.
+    fn size_in_memory(&self, name: &str, shape: &[usize], num_bytes: u64) -> u64 {
         let (Some(to), &[num_rows, num_cols]) = (self.quantization, shape) else {
             return num_bytes;
         };
-        let target = to.target("q_proj.weight", num_cols).filter(|_| 0 < num_bytes);
+        let role = match name {
+            "model.embed_tokens.weight" | "token_embd.weight"
+                if self.contains("lm_head.weight") =>
+            {
+                return num_bytes;
+            }
+            "model.embed_tokens.weight" | "token_embd.weight" | "output.weight" => "lm_head.weight",
+            // The names of projections in GGUF files have other endings.
+            _ if matches!(self.source, Source::Gguf(_)) => "q_proj.weight",
+            name => name,
+        };
+        let target = to.target(role, num_cols).filter(|_| 0 < num_bytes);
         target.map_or(num_bytes, |dtype| {
             (num_rows * (num_cols / dtype.block_size()) * dtype.type_size()) as u64
         })
