@@ -227,9 +227,14 @@ impl Checkpoint {
     /// Bytes of a tensor that has so many as it is stored. An embedding with a head beside it stays
     /// as it is.
     fn size_in_memory(&self, name: &str, shape: &[usize], num_bytes: u64) -> u64 {
-        let (Some(to), &[num_rows, num_cols]) = (self.quantization, shape) else {
+        // A GGUF file has the matrices of all experts in one tensor.
+        let (Some(to), [sizes @ .., num_cols]) = (self.quantization, shape) else {
             return num_bytes;
         };
+        if sizes.is_empty() || num_bytes == 0 {
+            return num_bytes;
+        }
+        let num_rows: usize = sizes.iter().product();
         let role = match name {
             "model.embed_tokens.weight" | "token_embd.weight"
                 if self.contains("lm_head.weight") =>
@@ -241,8 +246,7 @@ impl Checkpoint {
             _ if matches!(self.source, Source::Gguf(_)) => "q_proj.weight",
             name => name,
         };
-        let target = to.target(role, num_cols).filter(|_| 0 < num_bytes);
-        target.map_or(num_bytes, |dtype| {
+        to.target(role, *num_cols).map_or(num_bytes, |dtype| {
             (num_rows * (num_cols / dtype.block_size()) * dtype.type_size()) as u64
         })
     }
