@@ -12,11 +12,13 @@ pub mod key;
 pub mod models;
 pub mod progress;
 pub mod pull;
+pub mod quantize;
 pub mod serve;
 pub mod usage;
 
 mod client;
 mod sse;
+mod text_side;
 
 use std::io;
 use std::path::Path;
@@ -56,6 +58,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Complete one prompt with a running server
     Complete(complete::CompleteArgs),
+    /// Write a repository's weights into a GGUF file, in fewer bits
+    Quantize(quantize::QuantizeArgs),
     /// Show what a model file contains
     Inspect(inspect::InspectArgs),
     /// Make, list and revoke the keys of a server's clients
@@ -87,6 +91,7 @@ pub fn run() -> Result<()> {
         Command::Models(args) => models::run(args),
         Command::Chat(args) => chat::run(&args),
         Command::Complete(args) => complete::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Key(args) => key::run(args),
         Command::Bench(args) => bench::run(&args),

@@ -73,6 +73,8 @@ pub struct ModelConfig {
     pub hosted_names: HostedNames,
     /// Where its weights come from.
     pub load_format: LoadFormat,
+    /// The name of the type that weights of floats are quantised to as they are loaded.
+    pub quantization: Option<String>,
     /// The longest sequence, if shorter than the model allows.
     pub max_model_len: Option<NonZeroUsize>,
     /// How positions beyond the trained ones are made usable.

@@ -1,7 +1,7 @@
 //! The parts models are made of. Quantised or dense, flash or plain, is decided below, in `ops`.
 
 pub mod attention;
-mod content;
+pub mod content;
 pub mod embedding;
 pub mod linear;
 pub mod mlp;

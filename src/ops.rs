@@ -17,6 +17,7 @@ pub mod indices;
 pub mod matmul;
 mod operand;
 pub mod paged_attention;
+pub mod quantize_rows;
 pub mod random_rows;
 pub mod rms_norm;
 pub mod rope;

@@ -18,6 +18,7 @@ use crate::config::{
     LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Price, RopeScalingChoice, Settings,
     Source, UsageConfig,
 };
+use crate::weights::quantize::{Quantization, UnknownQuantization};
 
 const AFTER_HELP: &str = "\
 Each option can also be set by the environment variable shown beside it, or by the key of the same
@@ -84,6 +85,15 @@ struct ModelFlags {
     #[arg(long, env = "QWEN_SERVER_LOAD_FORMAT", value_name = "FORMAT")]
     #[arg(value_enum, default_value_t = LoadFormat::Auto)]
     load_format: LoadFormat,
+
+    /// Quantise weights that are floats as they are loaded: q4_k, q8_0, ...
+    ///
+    /// For GGUF files and directories with weights in BF16, F16, F32 or FP8: q2_k, q3_k, q4_0, q4_1,
+    /// q4_k, q5_0, q5_1, q5_k, q6_k or q8_0. Less memory and faster answers for less exact ones.
+    /// `qwen-server quantize` does it once and keeps a file.
+    #[arg(long, env = "QWEN_SERVER_QUANTIZATION", value_name = "TYPE")]
+    #[arg(value_parser = quantization_name)]
+    quantization: Option<String>,
 
     /// Name that clients know the model by, instead of its own [repeatable]
     ///
@@ -411,6 +421,10 @@ impl UsageFlags {
     }
 }
 
+fn quantization_name(name: &str) -> Result<String, UnknownQuantization> {
+    name.parse::<Quantization>().map(|quantization| quantization.to_string())
+}
+
 impl ModelFlags {
     fn into_config(self) -> ModelConfig {
         ModelConfig {
@@ -424,6 +438,7 @@ impl ModelFlags {
                 HostedNames::Unknown
             },
             load_format: self.load_format,
+            quantization: self.quantization,
             max_model_len: self.max_model_len.and_then(NonZeroUsize::new),
             rope_scaling: self.rope_scaling,
             embedding_pooling: self.embedding_pooling,

@@ -5,7 +5,6 @@ mod device;
 mod dummy;
 mod plan;
 mod served_model;
-mod text_side;
 
 use std::future::Future;
 use std::io::{self, IsTerminal, stderr};
@@ -42,6 +41,7 @@ use crate::runner::ModelRunner;
 use crate::runner::load::{LoadOptions, PlannedModel};
 use crate::telemetry::{logging, metrics, traces};
 use crate::weights::catalogue::Entry;
+use crate::weights::checkpoint::Checkpoint;
 use crate::weights::resolve::{ResolvedModel, resolve};
 
 /// Connections that wait to be accepted; the system may allow fewer. A burst of more waits a second
@@ -223,11 +223,16 @@ fn find_model(config: &Config, device: Device) -> Result<(ResolvedModel, Planned
     let mut options = load_options(config, device);
     let name = &config.model.model;
     if config.model.load_format == LoadFormat::Dummy {
+        if config.model.quantization.is_some() {
+            let message = "`--quantization` has nothing to quantise with `--load-format dummy`";
+            let hint = "pass a name with the quantisation, such as `qwen2.5-7b-instruct:q8_0`";
+            return Err(Hinted { message: message.to_owned(), hint: hint.to_owned() }.into());
+        }
         return dummy::make_up(name, options);
     }
     let resolved = resolve(name, &hub_from_environment()?, &mut DownloadProgress::new())?;
     options.rope_scaling = rope_scaling(options.rope_scaling, resolved.entry.as_ref());
-    let planned = PlannedModel::open(&resolved.path, options)
+    let planned = open(&resolved.path, config.model.quantization.as_deref(), options)
         .with_context(|| format!("cannot load `{}`", resolved.path.display()))?;
     Ok((resolved, planned))
 }
@@ -246,6 +251,14 @@ fn rope_scaling(choice: RopeScalingChoice, entry: Option<&Entry>) -> RopeScaling
         }),
         _ => choice,
     }
+}
+
+fn open(path: &Path, quantization: Option<&str>, options: LoadOptions) -> Result<PlannedModel> {
+    let mut checkpoint = Checkpoint::open(path)?;
+    if let Some(quantization) = quantization {
+        checkpoint = checkpoint.quantized(quantization.parse()?)?;
+    }
+    PlannedModel::plan(checkpoint, options)
 }
 
 /// Takes the addresses first: what is wrong with them should be known before a model is loaded.

@@ -6,12 +6,28 @@ use candle_core::Result;
 
 use crate::ops::fp8_weights::fp8_rows;
 use crate::ops::grouped_weights::{GroupedSource, WordOrder, grouped_rows};
+use crate::ops::quantize_rows::quantize_rows;
 use crate::ops::random_rows::random_rows;
 use crate::weights::checkpoint::{Content, StoredMatrix};
 use crate::weights::scheme::{GroupedWeights, Packing};
 
-/// The file's rows as they are, or made of what is there instead.
-pub(super) fn rows(matrix: &StoredMatrix) -> Result<Cow<'_, [u8]>> {
+/// The rows of a matrix in the type that [`StoredMatrix::row_dtype`] says: those of the file as they
+/// are, or made of what is there instead. Uses the current thread pool.
+///
+/// # Errors
+/// If the parts of a quantised matrix do not fit together, or a weight is not finite.
+pub fn rows(matrix: &StoredMatrix) -> Result<Cow<'_, [u8]>> {
+    let stored = stored_rows(matrix)?;
+    match matrix.quantize_to {
+        None => Ok(stored),
+        Some(to) => {
+            let shape = (matrix.num_rows, matrix.num_cols);
+            quantize_rows(matrix.dtype, &stored, shape, to).map(Cow::Owned)
+        }
+    }
+}
+
+fn stored_rows(matrix: &StoredMatrix) -> Result<Cow<'_, [u8]>> {
     let shape = (matrix.num_rows, matrix.num_cols);
     let bytes = matrix.bytes.as_ref();
     match &matrix.content {

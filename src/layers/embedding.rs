@@ -25,10 +25,12 @@ impl Embedding {
         hidden_size: usize,
         device: &Device,
     ) -> anyhow::Result<Self> {
-        let matrix = checkpoint.matrix(&format!("{name}.weight"), vocab_size, hidden_size)?;
+        let mut matrix = checkpoint.matrix(&format!("{name}.weight"), vocab_size, hidden_size)?;
         if matrix.column_order().is_some() {
             anyhow::bail!("`{name}` has its columns ordered by activation, which is not supported");
         }
+        // Rows that stay in the file take no memory, so there is nothing to save.
+        matrix.quantize_to = None;
         let shape = (vocab_size, hidden_size);
         let rows = rows(&matrix)?;
         let num_bytes = rows.len();

@@ -186,7 +186,7 @@ fn pack_each(
 }
 
 fn source<'a>(matrix: &StoredMatrix, rows: &'a [u8]) -> MatrixSource<'a> {
-    MatrixSource { dtype: matrix.dtype, data: rows, num_rows: matrix.num_rows }
+    MatrixSource { dtype: matrix.row_dtype(), data: rows, num_rows: matrix.num_rows }
 }
 
 /// What to make up of matrices that are best made up in place.

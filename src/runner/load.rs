@@ -68,7 +68,8 @@ impl PlannedModel {
         Self::plan(Checkpoint::open_dummy(path)?, options)
     }
 
-    fn plan(checkpoint: Checkpoint, options: LoadOptions) -> anyhow::Result<Self> {
+    /// The same of files that are open already.
+    pub fn plan(checkpoint: Checkpoint, options: LoadOptions) -> anyhow::Result<Self> {
         registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?, &options.device)?;
         let config = ModelConfig::from_checkpoint(&checkpoint, options.rope_scaling)?;
         let weight_bytes = checkpoint.num_weight_bytes();

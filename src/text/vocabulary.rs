@@ -96,6 +96,14 @@ impl Vocabulary {
 
     /// From the text of a `tokenizer.json`.
     pub(super) fn from_json(json: &[u8]) -> Result<Self, TokenizerError> {
+        let (entries, merges) = Self::entries_from_json(json)?;
+        Self::check(entries, merges)
+    }
+
+    /// Tokens with their kinds in the order of their ids, and merges, not yet checked.
+    fn entries_from_json(
+        json: &[u8],
+    ) -> Result<(Vec<(String, EntryKind)>, Merges), TokenizerError> {
         let file: TokenizerFile = serde_json::from_slice(json)?;
         file.check_pipeline()?;
         let ids = file.model.vocab.values().chain(file.added_tokens.iter().map(|added| &added.id));
@@ -124,7 +132,7 @@ impl Vocabulary {
                 },
             })
             .collect::<Result<Merges, _>>()?;
-        Self::check(entries, merges)
+        Ok((entries, merges))
     }
 
     fn check(entries: Vec<(String, EntryKind)>, merges: Merges) -> Result<Self, TokenizerError> {
@@ -198,6 +206,31 @@ impl Vocabulary {
             }
         }
         Ok(())
+    }
+}
+
+impl TokenizerSpec {
+    /// What a GGUF file would say of the tokenizer in a `tokenizer.json`, padded to a vocabulary.
+    ///
+    /// # Errors
+    /// As [`super::Tokenizer::from_json`], for what concerns the list of tokens.
+    pub fn from_json(json: &[u8], vocab_size: usize) -> Result<Self, TokenizerError> {
+        let (mut entries, merges) = Vocabulary::entries_from_json(json)?;
+        let padding = (String::new(), EntryKind::Unused);
+        entries.resize(vocab_size.max(entries.len()), padding);
+        let mut spec = Self { pre: "qwen2".to_owned(), ..Self::default() };
+        for (id, (text, kind)) in entries.into_iter().enumerate() {
+            let (text, token_type) = match kind {
+                EntryKind::Normal => (text, 1),
+                EntryKind::Special => (text, 3),
+                EntryKind::Added => (text, 4),
+                EntryKind::Unused => (format!("[PAD{id}]"), 5),
+            };
+            spec.tokens.push(text);
+            spec.token_types.push(token_type);
+        }
+        spec.merges = merges.iter().map(|(left, right)| format!("{left} {right}")).collect();
+        Ok(spec)
     }
 }
 

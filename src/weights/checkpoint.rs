@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::quantized::GgmlDType;
 
 use super::gguf::{Gguf, GgufError, dtype_name};
+use super::quantize::Quantization;
 use super::repository::{Repository, RepositoryError};
 use super::safetensors::{ElementType, TensorInfo};
 use super::scheme::{Fp8Scales, GroupedWeights, Scheme};
@@ -39,6 +40,14 @@ pub enum CheckpointError {
         /// The name of the type found.
         dtype: &'static str,
     },
+    /// The weights have been quantised before.
+    #[error(
+        "the weights are {found} already; only floats (BF16, F16, F32 or FP8) can be quantised"
+    )]
+    NotFloats {
+        /// What they are.
+        found: String,
+    },
     /// The file lacks a hyperparameter or holds an impossible one.
     #[error("{0}")]
     Hyperparameter(String),
@@ -49,6 +58,7 @@ pub struct Checkpoint {
     source: Source,
     scheme: Scheme,
     filling: Filling,
+    quantization: Option<Quantization>,
 }
 
 /// The files of a checkpoint.
@@ -95,6 +105,8 @@ const MAX_PORTABLE_BYTES: u64 = 2 << 30;
 pub struct StoredMatrix {
     /// How its rows are encoded, maybe after something was done with the bytes.
     pub dtype: GgmlDType,
+    /// What the rows are to be quantised to then.
+    pub quantize_to: Option<GgmlDType>,
     /// Rows (output features).
     pub num_rows: usize,
     /// Columns (input features).
@@ -113,6 +125,11 @@ struct Stored {
 }
 
 impl StoredMatrix {
+    /// How its rows are encoded after all has been done.
+    pub fn row_dtype(&self) -> GgmlDType {
+        self.quantize_to.unwrap_or(self.dtype)
+    }
+
     /// The order in which the columns of its rows are to be found among activations, if it is not
     /// the usual one.
     pub fn column_order(&self) -> Option<&Arc<[u32]>> {
@@ -129,17 +146,35 @@ impl Checkpoint {
         let filling = Filling::File;
         if !path.is_dir() {
             let source = Source::Gguf(Gguf::open(path)?);
-            return Ok(Self { source, scheme: Scheme::Floats, filling });
+            return Ok(Self { source, scheme: Scheme::Floats, filling, quantization: None });
         }
         let repository = Repository::open(path)?;
         let scheme = Scheme::of(&repository)?;
-        Ok(Self { source: Source::Repository(repository), scheme, filling })
+        let source = Source::Repository(repository);
+        Ok(Self { source, scheme, filling, quantization: None })
     }
 
     /// A GGUF file with random weights, norms of one and biases of zero instead of its own.
     pub fn open_dummy(path: &Path) -> Result<Self, CheckpointError> {
         let source = Source::Gguf(Gguf::open(path)?);
-        Ok(Self { source, scheme: Scheme::Floats, filling: Filling::Random })
+        let filling = Filling::Random;
+        Ok(Self { source, scheme: Scheme::Floats, filling, quantization: None })
+    }
+
+    /// The same with matrices that are quantised when they are read.
+    ///
+    /// # Errors
+    /// If they are not floats.
+    pub fn quantized(mut self, to: Quantization) -> Result<Self, CheckpointError> {
+        let is_of_floats = match &self.source {
+            Source::Gguf(gguf) => gguf.tensors().all(|tensor| tensor.dtype.block_size() == 1),
+            Source::Repository(_) => self.scheme.is_of_floats(),
+        };
+        if !is_of_floats {
+            return Err(CheckpointError::NotFloats { found: self.quantization() });
+        }
+        self.quantization = Some(to);
+        Ok(self)
     }
 
     /// Whether the weights are random.
@@ -152,13 +187,18 @@ impl Checkpoint {
         &self.source
     }
 
-    /// What the weights are stored as, in the words of those who publish them.
+    /// What the weights are stored as, in the words of those who publish them, and what is made of
+    /// that.
     pub fn quantization(&self) -> String {
-        match &self.source {
+        let stored = match &self.source {
             Source::Gguf(gguf) => gguf.quantization(),
             Source::Repository(repository) => {
                 self.scheme.name().unwrap_or_else(|| repository.quantization())
             }
+        };
+        match self.quantization {
+            None => stored,
+            Some(to) => format!("{stored}, quantised to {to}"),
         }
     }
 
@@ -173,11 +213,42 @@ impl Checkpoint {
     /// Memory that the weights take when they are loaded.
     pub fn num_weight_bytes(&self) -> u64 {
         match &self.source {
-            Source::Gguf(gguf) => gguf.tensors().map(|tensor| tensor.num_bytes as u64).sum(),
-            Source::Repository(repository) => {
-                repository.tensors().map(|tensor| self.scheme.size(tensor).1).sum()
+            Source::Gguf(gguf) => {
+                let tensors = gguf.tensors();
+                tensors.map(|t| self.size_in_memory(&t.name, &t.shape, t.num_bytes as u64)).sum()
             }
+            Source::Repository(repository) => repository
+                .tensors()
+                .map(|t| self.size_in_memory(&t.name, &t.shape, self.scheme.size(t).1))
+                .sum(),
         }
+    }
+
+    /// Bytes of a tensor that has so many as it is stored. An embedding with a head beside it stays
+    /// as it is.
+    fn size_in_memory(&self, name: &str, shape: &[usize], num_bytes: u64) -> u64 {
+        // A GGUF file has the matrices of all experts in one tensor.
+        let (Some(to), [sizes @ .., num_cols]) = (self.quantization, shape) else {
+            return num_bytes;
+        };
+        if sizes.is_empty() || num_bytes == 0 {
+            return num_bytes;
+        }
+        let num_rows: usize = sizes.iter().product();
+        let role = match name {
+            "model.embed_tokens.weight" | "token_embd.weight"
+                if self.contains("lm_head.weight") =>
+            {
+                return num_bytes;
+            }
+            "model.embed_tokens.weight" | "token_embd.weight" | "output.weight" => "lm_head.weight",
+            // The names of projections in GGUF files have other endings.
+            _ if matches!(self.source, Source::Gguf(_)) => "q_proj.weight",
+            name => name,
+        };
+        to.target(role, *num_cols).map_or(num_bytes, |dtype| {
+            (num_rows * (num_cols / dtype.block_size()) * dtype.type_size()) as u64
+        })
     }
 
     /// How many weights of the model a repository's tensor holds.
@@ -222,11 +293,18 @@ impl Checkpoint {
         num_cols: usize,
     ) -> Result<StoredMatrix, CheckpointError> {
         if let Some((repository, module)) = self.quantized_module(name) {
-            return self.scheme.matrix(repository, module, (num_rows, num_cols));
+            let mut matrix = self.scheme.matrix(repository, module, (num_rows, num_cols))?;
+            matrix.quantize_to = self.target(name, num_cols);
+            return Ok(matrix);
         }
         let Stored { dtype, bytes, .. } = self.shaped(name, &[num_rows, num_cols])?;
         let content = self.content(name);
-        Ok(StoredMatrix { dtype, num_rows, num_cols, bytes, content })
+        let quantize_to = self.target(name, num_cols);
+        Ok(StoredMatrix { dtype, quantize_to, num_rows, num_cols, bytes, content })
+    }
+
+    fn target(&self, name: &str, num_cols: usize) -> Option<GgmlDType> {
+        self.quantization?.target(name, num_cols)
     }
 
     /// Where a matrix is stored in another form than rows of its own.
@@ -326,6 +404,12 @@ fn float_type(dtype: ElementType) -> Option<GgmlDType> {
 fn le_words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
     let (words, _) = bytes.as_chunks::<N>();
     words.iter().copied()
+}
+
+/// What a parameter is called in GGUF files, if it has a tensor of its own there.
+pub(crate) fn gguf_name(name: &str) -> Option<String> {
+    let GgufName { tensor, expert } = GgufName::of(name);
+    (tensor != name && expert.is_none()).then_some(tensor)
 }
 
 /// Where a GGUF file has a parameter, by the table of llama.cpp's converter for Qwen models.

@@ -21,6 +21,7 @@ use super::tensor_bytes::TensorBytes;
 
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
 const WEIGHTS_SUFFIX: &str = ".safetensors";
+const DESCRIPTION_SUFFIX: &str = ".json";
 /// More files than any published model has.
 const MAX_FILES: usize = 1024;
 
@@ -192,21 +193,19 @@ impl Repository {
     }
 
     fn add_only_file(&mut self, names: &[String]) -> Result<(), RepositoryError> {
-        let weights = names.iter().filter(|name| name.ends_with(WEIGHTS_SUFFIX));
-        let weights: Vec<&String> = weights.collect();
-        let name = match weights[..] {
-            [name] => name,
-            [] => {
+        let is_usual = |name: &&String| *name == "model.safetensors";
+        let mut weights = names.iter().filter(|name| name.ends_with(WEIGHTS_SUFFIX));
+        let usual = weights.clone().find(is_usual);
+        let name = match (usual, weights.next(), weights.next()) {
+            (Some(name), ..) | (None, Some(name), None) => name,
+            (None, None, _) => {
                 let expected = self.directory.join("model.safetensors");
                 return Err(RepositoryError::new(&self.directory, Problem::NoWeights { expected }));
             }
-            _ => match weights.into_iter().find(|name| *name == "model.safetensors") {
-                Some(name) => name,
-                None => {
-                    let what = "several files of weights and no `model.safetensors.index.json`";
-                    return Err(RepositoryError::unsupported(&self.directory, what));
-                }
-            },
+            (None, Some(_), Some(_)) => {
+                let what = "several files of weights and no `model.safetensors.index.json`";
+                return Err(RepositoryError::unsupported(&self.directory, what));
+            }
         };
         self.add(Safetensors::open(&self.directory.join(name))?)
     }
@@ -230,7 +229,7 @@ impl Repository {
 /// what lies in folders.
 pub fn is_repository_file(name: &str) -> bool {
     let is_description = name == "chat_template.jinja"
-        || name.ends_with(".json") && !name.ends_with(".bin.index.json");
+        || name.ends_with(DESCRIPTION_SUFFIX) && !name.ends_with(".bin.index.json");
     !name.contains('/') && (is_description || name.ends_with(WEIGHTS_SUFFIX))
 }
 

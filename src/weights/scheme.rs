@@ -82,6 +82,11 @@ impl Scheme {
         }
     }
 
+    /// Whether matrices are floats of some kind, so that they can be quantised.
+    pub(super) fn is_of_floats(&self) -> bool {
+        matches!(self, Self::Floats | Self::Fp8(_))
+    }
+
     /// Weights of the model in a tensor, and the memory they take when loaded. What only helps to
     /// read others, as scales do, has none.
     pub(super) fn size(&self, tensor: &TensorInfo) -> (u64, u64) {
@@ -89,7 +94,6 @@ impl Scheme {
         let ordinary = (num_values, tensor.num_bytes() as u64);
         let suffix = tensor.name.rsplit('.').next().unwrap_or_default();
         match self {
-            Self::Floats => ordinary,
             Self::Grouped(grouped) => match suffix {
                 "qweight" => {
                     let num_weights = num_values * u64::from(32 / grouped.bits);
@@ -102,7 +106,7 @@ impl Scheme {
             },
             Self::Fp8(_) if tensor.dtype == ElementType::F8E4M3 => (num_values, 2 * num_values),
             Self::Fp8(_) if suffix.contains("scale") => (0, 0),
-            Self::Fp8(_) => ordinary,
+            Self::Floats | Self::Fp8(_) => ordinary,
         }
     }
 }

@@ -3,11 +3,18 @@
 
 use std::path::Path;
 
+use candle_core::DType;
+use qwen_server::cli::quantize::{self, QuantizeArgs};
 use qwen_server::runner::load::PlannedModel;
+use qwen_server::text::{Tokenizer, TokenizerSpec};
+use qwen_server::weights::checkpoint::Checkpoint;
+use qwen_server::weights::gguf::Gguf;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{ROOMY, load_options, tiny};
+use super::{
+    REQUANTISED, ROOMY, Setup, compare_engine, load_options, start, start_planned, tiny, tokenizer,
+};
 
 fn copy(name: &str) -> TempDir {
     let directory = tempfile::tempdir().unwrap();
@@ -83,4 +90,71 @@ fn defaults_may_be_left_out() {
     let planned = PlannedModel::open(directory.path(), load_options(ROOMY)).unwrap();
     let plain = PlannedModel::open(&tiny("hf-bf16"), load_options(ROOMY)).unwrap();
     assert_eq!(planned.config, plain.config);
+}
+
+const EXACT_CACHE: Setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
+
+/// Goal: weights quantised while they are loaded compute about the same, in less memory.
+#[tokio::test]
+async fn floats_may_be_quantised_as_they_are_loaded() {
+    // Rows of 128 are no blocks of 256, so that `q6_k` has eight bits here too.
+    for (name, quantization) in
+        [("hf-f16", "q8_0"), ("hf-bf16", "q6_k"), ("hf-f32", "q8_0"), ("fp8-block", "q8_0")]
+    {
+        let open = || Checkpoint::open(&tiny(name)).unwrap();
+        let checkpoint = open().quantized(quantization.parse().unwrap()).unwrap();
+        assert!(checkpoint.quantization().ends_with(&format!("quantised to {quantization}")));
+        let planned = PlannedModel::plan(checkpoint, load_options(EXACT_CACHE)).unwrap();
+        assert!(planned.plan.weight_bytes < open().num_weight_bytes());
+        compare_engine(&start_planned(&planned, EXACT_CACHE), name, REQUANTISED).await;
+    }
+    for name in ["gptq-int4", "awq", "q8_0.gguf"] {
+        let checkpoint = Checkpoint::open(&tiny(name)).unwrap();
+        let error = checkpoint.quantized("q8_0".parse().unwrap()).err().unwrap().to_string();
+        assert!(error.contains("already"), "{name}: {error}");
+    }
+}
+
+fn quantize(name: &str, output: &Path) -> anyhow::Result<()> {
+    quantize::run(QuantizeArgs {
+        input: tiny(name),
+        output: output.to_path_buf(),
+        quantization: "q8_0".parse().unwrap(),
+        num_threads: Some(1),
+    })
+}
+
+/// Goal: the file that is written is the model, with its tokenizer. Method: the goldens of the
+/// repository, and texts through both tokenizers.
+#[tokio::test]
+async fn a_repository_becomes_a_file() {
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["hf-f16", "hf-sharded", "hf-f32", "fp8-channel"] {
+        let path = directory.path().join(format!("{name}.gguf"));
+        quantize(name, &path).unwrap();
+        compare_engine(&start(&path, EXACT_CACHE), name, REQUANTISED).await;
+        let gguf = Gguf::open(&path).unwrap();
+        assert_eq!(gguf.quantization(), "Q8_0");
+        let metadata = gguf.metadata();
+        assert_eq!(metadata.u32("tokenizer.ggml.eos_token_id").unwrap(), 268);
+        assert!(metadata.str("tokenizer.chat_template").unwrap().contains("add_generation_prompt"));
+        let ours = tokenizer(&path);
+        let json = std::fs::read(tiny(name).join("tokenizer.json")).unwrap();
+        let theirs = Tokenizer::from_json(&json).unwrap();
+        let spec = TokenizerSpec::from_json(&json, 300).unwrap();
+        assert_eq!((spec.tokens.len(), spec.token_types[299]), (300, 5));
+        for text in ["the rain", "<|im_start|>user\n{}<tool_call>", "你好 🦀"] {
+            assert_eq!(ours.encode(text).unwrap(), theirs.encode(text).unwrap());
+        }
+        assert_eq!(ours.is_special(268), theirs.is_special(268));
+    }
+    let path = directory.path().join("hf-f16.gguf");
+    let error = quantize("hf-f16", &path).unwrap_err().to_string();
+    assert!(error.contains("exists already"), "{error}");
+    let path = directory.path().join("other.gguf");
+    for (name, part) in [("gptq-int4", "already"), ("q8_0.gguf", "no directory")] {
+        let error = quantize(name, &path).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 4);
 }

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use super::text_side::TextSide;
 use crate::chat::fim::FimTokens;
 use crate::chat::model::{Conventions, NamePattern, Reasoning, ServedModel};
 use crate::chat::reasoning;
 use crate::chat::template::ChatTemplate;
 use crate::chat::tool_call::{BareToolCalls, ToolCallFormat};
 use crate::cli::Hinted;
+use crate::cli::text_side::TextSide;
 use crate::config::{
     Alias, BareCalls, DASHSCOPE_NAMES, EmbeddingPooling, HostedNames, ModelConfig,
 };

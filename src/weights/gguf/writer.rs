@@ -25,7 +25,8 @@ struct Tensor {
     num_bytes: u64,
 }
 
-const ALIGNMENT: u64 = 32;
+/// Each tensor begins at a multiple of so many bytes.
+pub(crate) const ALIGNMENT: u64 = 32;
 
 impl Writer {
     pub(crate) fn new() -> Self {

@@ -111,6 +111,7 @@ impl Fp8 {
         };
         Ok(StoredMatrix {
             dtype: GgmlDType::F16,
+            quantize_to: None,
             num_rows,
             num_cols,
             bytes,

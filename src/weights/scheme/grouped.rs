@@ -162,7 +162,7 @@ impl Grouped {
             Packing::Columns => [num_cols / per_word, num_rows],
             Packing::Rows(_) => [num_cols, num_rows / per_word],
         };
-        let bytes = self.words(repository, &format!("{module}.qweight"), &words_shape)?;
+        let bytes = words(repository, &format!("{module}.qweight"), &words_shape)?;
         let scales_name = format!("{module}.scales");
         let (info, scales) = floats(repository, &scales_name)?;
         check_shape(&info, &[num_groups, num_rows])?;
@@ -183,6 +183,7 @@ impl Grouped {
         };
         Ok(StoredMatrix {
             dtype: self.dtype(),
+            quantize_to: None,
             num_rows,
             num_cols,
             bytes,
@@ -199,7 +200,7 @@ impl Grouped {
     ) -> Result<Vec<u8>, CheckpointError> {
         let name = format!("{module}.qzeros");
         let per_word = 32 / self.bits as usize;
-        let bytes = self.words(repository, &name, &[num_groups, num_rows / per_word])?;
+        let bytes = words(repository, &name, &[num_groups, num_rows / per_word])?;
         let top = u32::MAX >> (32 - self.bits);
         let mut zeros = Vec::with_capacity(num_groups * num_rows);
         for word in bytes.as_ref().as_chunks::<4>().0 {
@@ -217,7 +218,9 @@ impl Grouped {
         let middle = 1 << (self.bits - 1);
         if !self.is_symmetric {
             if self.is_shifted {
-                zeros.iter_mut().for_each(|zero| *zero = zero.wrapping_add(1) & top as u8);
+                for zero in &mut zeros {
+                    *zero = zero.wrapping_add(1) & top as u8;
+                }
             }
             return Ok(zeros);
         }
@@ -242,7 +245,7 @@ impl Grouped {
         if !is_there && !self.has_order {
             return Ok(None);
         }
-        let bytes = self.words(repository, &name, &[num_cols])?;
+        let bytes = words(repository, &name, &[num_cols])?;
         let groups = bytes.as_ref().as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word));
         let groups: Vec<u32> = groups.collect();
         let mut order: Vec<u32> = (0..num_cols as u32).collect();
@@ -256,21 +259,21 @@ impl Grouped {
         }
         Ok((!order.is_sorted()).then(|| order.into()))
     }
+}
 
-    fn words(
-        &self,
-        repository: &Repository,
-        name: &str,
-        shape: &[usize],
-    ) -> Result<TensorBytes, CheckpointError> {
-        let (info, bytes) = repository.tensor(name)?;
-        if ![ElementType::I32, ElementType::U32].contains(&info.dtype) {
-            let what = format!("is stored as {}, not as I32", info.dtype.name());
-            return Err(repository.complaint(name, &what).into());
-        }
-        check_shape(info, shape)?;
-        Ok(bytes)
+/// A tensor of words of 32 bits.
+fn words(
+    repository: &Repository,
+    name: &str,
+    shape: &[usize],
+) -> Result<TensorBytes, CheckpointError> {
+    let (info, bytes) = repository.tensor(name)?;
+    if ![ElementType::I32, ElementType::U32].contains(&info.dtype) {
+        let what = format!("is stored as {}, not as I32", info.dtype.name());
+        return Err(repository.complaint(name, &what).into());
     }
+    check_shape(info, shape)?;
+    Ok(bytes)
 }
 
 fn group_size(settings: &JsonFile, size: i64) -> Result<Option<usize>, RepositoryError> {
