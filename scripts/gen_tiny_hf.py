@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import gen_tiny
@@ -308,6 +309,10 @@ def write_descriptions(variant, folder):
     if variant.form != "float":
         config["quantization_config"] = quantization_config(variant)
     write_json(folder / "config.json", config)
+    write_text_side(variant.name, folder)
+
+
+def write_text_side(name, folder):
     tokens, _ = gen_tiny.vocabulary(gen_tiny.VARIANTS[0])
     end = [tokens.index("<|im_end|>"), tokens.index("<|endoftext|>")]
     write_json(folder / "generation_config.json", {
@@ -324,7 +329,7 @@ def write_descriptions(variant, folder):
             str(token.pop("id")): token for token in json.loads(json.dumps(tokenizer["added_tokens"]))},
     }
     # Two ways each to write merges and the template: one repository has the newer ones.
-    if variant.name == "hf-sharded":
+    if name == "hf-sharded":
         tokenizer["model"]["merges"] = [merge.split(" ") for merge in gen_tiny.MERGES]
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     else:
@@ -361,8 +366,64 @@ def generate(variant):
     print(f"{variant.name}: {size} bytes, smallest greedy margin {min(margins):.4f}")
 
 
+# Repositories as transformers itself writes them, one for each architecture beside Qwen2.
+SAVED = {
+    "hf-qwen3": ("Qwen3", dict(head_dim=32, num_attention_heads=4, num_key_value_heads=2)),
+    "hf-qwen2moe": ("Qwen2Moe", dict(
+        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=64, norm_topk_prob=False, mlp_only_layers=[1])),
+    "hf-qwen3moe": ("Qwen3Moe", dict(
+        num_experts=6, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=True,
+        decoder_sparse_step=2, head_dim=32)),
+    "hf-yarn": ("Qwen2", dict(
+        max_position_embeddings=gen_tiny.YARN_FACTOR * 64,
+        rope_parameters=dict(rope_type="yarn", rope_theta=1e6, factor=float(gen_tiny.YARN_FACTOR),
+                             original_max_position_embeddings=64))),
+}
+
+
+def generate_saved(name):
+    class_name, options = SAVED[name]
+    options = dict(
+        vocab_size=len(gen_tiny.vocabulary(gen_tiny.VARIANTS[0])[0]), hidden_size=64,
+        intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=CONTEXT_LENGTH, rms_norm_eps=1e-6, initializer_range=0.25,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6), tie_word_embeddings=False,
+        use_sliding_window=False, attn_implementation="eager", dtype="bfloat16",
+    ) | options
+    plain = options | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))
+    config_class = getattr(transformers, class_name + "Config")
+    model_class = getattr(transformers, class_name + "ForCausalLM")
+    torch.manual_seed(len(name))
+    model = model_class(config_class(**options)).to(torch.bfloat16).eval()
+    folder = OUT / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    write_text_side(name, folder)
+    stretched = model.float()
+    unstretched = model_class(config_class(**plain)).float().eval()
+    unstretched.load_state_dict(stretched.state_dict())
+    trained = options["rope_parameters"].get("original_max_position_embeddings", CONTEXT_LENGTH)
+    goldens = {
+        "checkpoint": name,
+        "engine": "transformers, float32, eager",
+        "prompts": [
+            gen_tiny.golden(
+                unstretched if len(ids) + gen_tiny.NUM_GREEDY <= trained else stretched, ids, every)
+            for ids, every in gen_tiny.prompts()
+        ],
+    }
+    gen_tiny.write_golden(name, goldens)
+    margins = [margin for prompt in goldens["prompts"] for margin in prompt["greedy_margins"]]
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{name}: {size} bytes, smallest greedy margin {min(margins):.4f}")
+
+
 def main():
     torch.manual_seed(0)
+    for name in SAVED:
+        if not sys.argv[1:] or name in sys.argv[1:]:
+            generate_saved(name)
     for variant in VARIANTS:
         if not sys.argv[1:] or variant.name in sys.argv[1:]:
             generate(variant)
