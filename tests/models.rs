@@ -26,6 +26,8 @@ use qwen_server::weights::checkpoint::Checkpoint;
 use qwen_server::weights::gguf::Gguf;
 use serde::Deserialize;
 
+#[path = "models/architectures.rs"]
+mod architectures;
 #[path = "models/dummy.rs"]
 mod dummy;
 #[path = "models/gpu.rs"]
