@@ -49,6 +49,8 @@ use crate::weights::resolve::{ResolvedModel, resolve};
 const BACKLOG: u32 = 4096;
 /// How long work that cannot be interrupted may hold up the end.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longer than any process lives.
+const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// Threads that speak HTTP. They only move bytes; the cores belong to the model.
 const HTTP_THREADS: usize = 2;
 
@@ -89,9 +91,12 @@ impl Server {
         keep_freed_memory();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(HTTP_THREADS)
+            .thread_keep_alive(FOREVER)
             .enable_all()
             .build()
             .context("cannot start the HTTP threads")?;
+        // One thread for work that blocks is always there; when memory is short none can be started.
+        runtime.block_on(runtime.spawn_blocking(|| ())).context("cannot start a thread")?;
         let listeners = runtime.block_on(listen(config))?;
         let hangup = runtime.block_on(async { signal(SignalKind::hangup()) })?;
         let keys = access::key_ring(&config.access)?;

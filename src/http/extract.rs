@@ -179,7 +179,8 @@ pub(super) async fn read(request: Request, state: &AppState) -> Result<(Bytes, P
     let bytes =
         timeout(limits.body_timeout, arriving).await.map_err(|_| ApiError::BodyTimeout)??;
     if limits.max_inline_body_bytes < bytes.len() {
-        permit.turn = LARGE_BODIES.acquire().await.ok();
+        let turn = timeout(limits.body_timeout, LARGE_BODIES.acquire()).await;
+        permit.turn = turn.map_err(|_| ApiError::MemoryShort)?.ok();
         // It may have been waiting for long.
         if (state.is_memory_short)() {
             return Err(ApiError::MemoryShort);
