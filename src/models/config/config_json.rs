@@ -48,9 +48,11 @@ fn rope_theta(config: &JsonFile) -> Result<Option<f32>, RepositoryError> {
     Ok(config.optional_f32("rope_theta")?.or(newer.flatten()))
 }
 
-/// Which layers have experts is said by the parameters that there are.
+/// Which layers have experts is said by the parameters that there are. transformers 5 writes their
+/// number under another name for some models.
 fn experts(config: &JsonFile) -> Result<Option<ExpertsConfig>, RepositoryError> {
-    let Some(num_experts) = config.optional_size("num_experts")?.filter(|count| 0 < *count) else {
+    let stated = [config.optional_size("num_experts")?, config.optional_size("num_local_experts")?];
+    let Some(num_experts) = stated.into_iter().flatten().find(|count| 0 < *count) else {
         return Ok(None);
     };
     let num_experts_per_tok = config.size("num_experts_per_tok")?;
@@ -69,7 +71,7 @@ fn experts(config: &JsonFile) -> Result<Option<ExpertsConfig>, RepositoryError> 
         shared_expert_intermediate_size: config
             .optional_size("shared_expert_intermediate_size")?
             .unwrap_or(0),
-        norm_topk_prob: config.optional_bool("norm_topk_prob")?,
+        norm_topk_prob: Some(config.optional_bool("norm_topk_prob")?.unwrap_or(false)),
     }))
 }
 
