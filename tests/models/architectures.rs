@@ -69,7 +69,7 @@ fn safetensors(gguf: &Gguf) -> Vec<u8> {
 }
 
 /// What transformers writes of a model like this GGUF file.
-fn config_json(gguf: &Gguf, more: Value) -> Value {
+fn config_json(gguf: &Gguf, more: &Value) -> Value {
     let metadata = gguf.metadata();
     let architecture = metadata.str("general.architecture").unwrap();
     let size = |key: &str| metadata.u32(&format!("{architecture}.{key}")).ok();
@@ -94,7 +94,7 @@ fn config_json(gguf: &Gguf, more: Value) -> Value {
     config
 }
 
-fn repository(name: &str, more: Value) -> tempfile::TempDir {
+fn repository(name: &str, more: &Value) -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     let gguf = Gguf::open(&tiny(name)).unwrap();
     std::fs::write(directory.path().join("model.safetensors"), safetensors(&gguf)).unwrap();
@@ -122,7 +122,7 @@ async fn a_repository_gives_the_bits_of_a_gguf_file() {
         ),
         ("yarn.gguf", json!({"model_type": "qwen2", "rope_theta": null, "rope_parameters": newer})),
     ] {
-        let directory = repository(name, more);
+        let directory = repository(name, &more);
         let said = alone(directory.path(), 6, prompt).await;
         assert_same(name, 6, &said, &alone(&tiny(name), 6, prompt).await);
     }
@@ -132,7 +132,7 @@ async fn a_repository_gives_the_bits_of_a_gguf_file() {
 #[tokio::test]
 async fn a_file_may_say_how_experts_are_weighed() {
     let other = json!({"model_type": "qwen3_moe", "norm_topk_prob": false});
-    let directory = repository("qwen3moe-f16.gguf", other);
+    let directory = repository("qwen3moe-f16.gguf", &other);
     let said = alone(directory.path(), 6, &prompts()[6]).await;
     let usual = alone(&tiny("qwen3moe-f16.gguf"), 6, &prompts()[6]).await;
     assert_ne!(said.logprob_bits, usual.logprob_bits);
