@@ -64,7 +64,7 @@ done
 ask() {
     local status
     exec 3<>"/dev/tcp/127.0.0.1/$port"
-    printf '%s %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %s\r\n\r\n%s' \
+    printf '%s %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %s\r\n\r\n%s' \
         "$1" "$2" "$(printf '%s' "${3:-}" | wc -c)" "${3:-}" >&3
     read -r _ status _ <&3
     cat <&3 >"$folder/answer"
