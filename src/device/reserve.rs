@@ -2,10 +2,10 @@
 //!
 //! Rust ends the process when an allocation fails. So a part of the address space is held in reserve:
 //! an allocation that fails gives it up and tries again. What runs goes on from that; new work is to
-//! be refused while [`is_memory_short`], until as much can be set aside again. The reserve is never
-//! written to, so it takes no memory, only room below a limit of address space (`ulimit -v`) or of
-//! what the kernel promises (`vm.overcommit_memory = 2`). Where such a limit is not, the kernel grants
-//! everything and ends processes instead, before which nothing here helps.
+//! be refused while [`is_memory_short`], until some can be set aside again. The reserve is not written
+//! to but for its size, so it takes no memory, only room below a limit of address space (`ulimit -v`)
+//! or of what the kernel promises (`vm.overcommit_memory = 2`). Where such a limit is not, the kernel
+//! grants everything and ends processes instead, before which nothing here helps.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr::null_mut;
@@ -21,7 +21,10 @@ const MAX_TRIES: usize = 100;
 #[derive(Debug)]
 pub struct ReservingAllocator;
 
-/// The memory that is held, if any.
+/// How often the reserve may be halved: what was freed need not be in one piece.
+const MAX_HALVINGS: u32 = 3;
+
+/// The memory that is held, if any. Its first word is its size.
 static HELD: AtomicPtr<u8> = AtomicPtr::new(null_mut());
 /// What should be held; nothing before [`hold_reserve`].
 static WANTED_BYTES: AtomicUsize = AtomicUsize::new(0);
@@ -32,21 +35,18 @@ pub fn hold_reserve(num_bytes: usize) -> bool {
     !is_memory_short()
 }
 
-/// Whether the reserve had to be given up and cannot be set aside again yet.
+/// Whether the reserve had to be given up, and not even an eighth of it can be set aside again yet.
 pub fn is_memory_short() -> bool {
-    let num_bytes = WANTED_BYTES.load(Ordering::Acquire);
-    if num_bytes == 0 || !HELD.load(Ordering::Acquire).is_null() {
+    let wanted = WANTED_BYTES.load(Ordering::Acquire);
+    if wanted == 0 || !HELD.load(Ordering::Acquire).is_null() {
         return false;
     }
-    // SAFETY: the layout's size is not zero.
-    let fresh = unsafe { System.alloc(layout(num_bytes)) };
-    if fresh.is_null() {
+    let Some(fresh) = (0..=MAX_HALVINGS).find_map(|halvings| set_aside(wanted >> halvings)) else {
         return true;
-    }
+    };
     let held = HELD.compare_exchange(null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire);
     if held.is_err() {
-        // SAFETY: it was allocated with this layout just above, and nobody else knows of it.
-        unsafe { System.dealloc(fresh, layout(num_bytes)) };
+        give_back(fresh);
     }
     false
 }
@@ -54,14 +54,34 @@ pub fn is_memory_short() -> bool {
 fn give_up_reserve() {
     let held = HELD.swap(null_mut(), Ordering::AcqRel);
     if !held.is_null() {
-        // SAFETY: it was allocated with this layout by `is_memory_short`, the number does not change
-        // afterwards, and whoever swaps it out is the only one to know of it.
-        unsafe { System.dealloc(held, layout(WANTED_BYTES.load(Ordering::Acquire))) };
+        give_back(held);
+    }
+}
+
+/// Memory that knows its size.
+fn set_aside(num_bytes: usize) -> Option<*mut u8> {
+    // SAFETY: the layout's size is not zero.
+    let block = unsafe { System.alloc(layout(num_bytes)) };
+    if block.is_null() {
+        return None;
+    }
+    // SAFETY: the block is as large as a word, by its layout, and nobody else's.
+    unsafe { block.cast::<usize>().write_unaligned(num_bytes) };
+    Some(block)
+}
+
+/// Frees what [`set_aside`] gave. Whoever calls must be the only one to know of it.
+fn give_back(block: *mut u8) {
+    // SAFETY: `set_aside` wrote its size there, and allocated it with that layout.
+    unsafe {
+        let num_bytes = block.cast::<usize>().read_unaligned();
+        System.dealloc(block, layout(num_bytes));
     }
 }
 
 fn layout(num_bytes: usize) -> Layout {
-    Layout::from_size_align(num_bytes, 1).expect("a reserve is smaller than the address space")
+    let layout = Layout::from_size_align(num_bytes.max(size_of::<usize>()), align_of::<usize>());
+    layout.expect("a reserve is smaller than the address space")
 }
 
 /// What `allocate` gives, if need be from the reserve.
