@@ -400,9 +400,11 @@ def generate_saved(name):
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     write_text_side(name, folder)
-    stretched = model.float()
-    unstretched = model_class(config_class(**plain)).float().eval()
-    unstretched.load_state_dict(stretched.state_dict())
+    # Models of their own, whose rotary frequencies were never rounded to half precision.
+    stretched, unstretched = (
+        model_class(config_class(**options)).float().eval() for options in (options, plain))
+    for reference in stretched, unstretched:
+        reference.load_state_dict(model.state_dict())
     trained = options["rope_parameters"].get("original_max_position_embeddings", CONTEXT_LENGTH)
     goldens = {
         "checkpoint": name,

@@ -1,5 +1,5 @@
 //! Weights in floats of eight bits (E4M3 without infinities) times scales of blocks, as rows of
-//! [`f16`]: as exact as the scales, but for weights below `6e-5`, which have an error of up to
+//! `f16`: as exact as the scales, but for weights below `6e-5`, which have an error of up to
 //! `3e-8`.
 //!
 //! Source of the format: Micikevicius et al., 2022 (arXiv 2209.05433), table 1.

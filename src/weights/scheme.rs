@@ -1,6 +1,6 @@
 //! How a repository stores its matrices: as floats, or quantised by one of the tools that publish.
 //!
-//! A [`Scheme`] is read from `quantization_config` in `config.json`, or from the file of its own
+//! A `Scheme` is read from `quantization_config` in `config.json`, or from the file of its own
 //! that older tools wrote. What it does not name exactly is refused: a wrong guess gives a model
 //! that talks nonsense.
 
