@@ -5,6 +5,7 @@
 
 pub mod args;
 pub mod bench;
+pub mod bundle;
 pub mod chat;
 pub mod complete;
 pub mod inspect;
@@ -14,6 +15,7 @@ pub mod progress;
 pub mod pull;
 pub mod quantize;
 pub mod serve;
+pub mod unbundle;
 pub mod usage;
 
 mod client;
@@ -24,11 +26,12 @@ use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::{self, Config, ConfigFile, Settings, hub_env};
-use crate::weights::hub::{Hub, HubConfig, HubError};
+use crate::weights::hub::{Hub, HubConfig, HubError, Reason};
+use crate::weights::resolve::{ResolveError, ResolvedModel, resolve};
 use args::ServeArgs;
 
 const AFTER_HELP: &str = "\
@@ -62,6 +65,10 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Show what a model file contains
     Inspect(inspect::InspectArgs),
+    /// Pack a model and this program for a machine without a network
+    Bundle(bundle::BundleArgs),
+    /// Check and install what `bundle` packed
+    Unbundle(unbundle::UnbundleArgs),
     /// Make, list and revoke the keys of a server's clients
     Key(key::KeyArgs),
     /// Measure how fast a running server answers
@@ -93,6 +100,8 @@ pub fn run() -> Result<()> {
         Command::Complete(args) => complete::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Bundle(args) => bundle::run(args),
+        Command::Unbundle(args) => unbundle::run(&args),
         Command::Key(args) => key::run(args),
         Command::Bench(args) => bench::run(&args),
         Command::Usage(args) => usage(&args),
@@ -109,6 +118,18 @@ pub(crate) fn hub_from_environment() -> Result<Hub, HubError> {
         offline: environment.offline,
         proxy: environment.proxy,
     })
+}
+
+/// Finds a model as `--model` does, but never fetches it.
+fn find_here(model: &str) -> Result<ResolvedModel> {
+    let mut config = hub_from_environment()?.config().clone();
+    config.offline = true;
+    match resolve(model, &Hub::new(config)?, &mut ()) {
+        Err(ResolveError::Hub(HubError { reason: Reason::Offline { .. }, .. })) => {
+            bail!("`{model}` is not on this machine; `qwen-server pull {model}` fetches it")
+        }
+        result => Ok(result?),
+    }
 }
 
 /// Prints an error with its causes on one line, then what can be done about it.

@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod anthropic;
+pub mod bundle;
 pub mod chat;
 pub mod cli;
 pub mod config;

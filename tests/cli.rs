@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test answers errors by failing")]
 
+#[path = "cli/bundle.rs"]
+mod bundle;
 #[path = "cli/keys.rs"]
 mod keys;
 
@@ -75,8 +77,10 @@ mod arguments {
     fn every_command_explains_itself() {
         let output = run(&["--help"]);
         assert_eq!(output.status.code(), Some(0));
-        let commands =
-            ["serve", "pull", "models", "chat", "complete", "inspect", "key", "bench", "usage"];
+        let commands = [
+            "serve", "pull", "models", "chat", "complete", "inspect", "bundle", "unbundle", "key",
+            "bench", "usage",
+        ];
         for name in commands {
             assert!(stdout(&output).contains(&format!("\n  {name} ")), "{name}");
             for flag in ["-h", "--help"] {

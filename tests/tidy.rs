@@ -58,6 +58,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("sampling", &["ops", "scheduler::step"]),
     ("scheduler", &["kv", "sampling::params", "sampling::SamplingParams"]),
     ("ops", &["device"]),
+    ("bundle", &[]),
     ("kv", &[]),
     ("text", &[]),
     ("openai", &[]),

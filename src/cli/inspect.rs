@@ -7,16 +7,13 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use anyhow::bail;
 use indicatif::HumanBytes;
 use serde::Serialize;
 
-use super::hub_from_environment;
+use super::find_here;
 use super::models::WORKSPACE_BYTES;
 use crate::weights::checkpoint::{Checkpoint, Source};
 use crate::weights::gguf::printable;
-use crate::weights::hub::{Hub, HubError, Reason};
-use crate::weights::resolve::{ResolveError, resolve};
 
 /// Show what is in a model's files: architecture, quantisation, tensors, tokenizer, memory needed.
 ///
@@ -105,26 +102,13 @@ struct TensorLine {
 /// Runs the command.
 pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     let InspectArgs { model, tensors, json } = args;
-    let report = report(&Checkpoint::open(&find(&model)?)?, tensors)?;
+    let report = report(&Checkpoint::open(&find_here(&model)?.path)?, tensors)?;
     if json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", text(&report));
     }
     Ok(())
-}
-
-/// Like `--model`, but never fetches.
-fn find(model: &str) -> anyhow::Result<PathBuf> {
-    let mut config = hub_from_environment()?.config().clone();
-    config.offline = true;
-    match resolve(model, &Hub::new(config)?, &mut ()) {
-        Ok(resolved) => Ok(resolved.path),
-        Err(ResolveError::Hub(HubError { reason: Reason::Offline { .. }, .. })) => {
-            bail!("`{model}` is not on this machine; `qwen-server pull {model}` fetches it")
-        }
-        Err(error) => Err(error.into()),
-    }
 }
 
 fn report(checkpoint: &Checkpoint, lists_tensors: bool) -> anyhow::Result<Report> {

@@ -1,4 +1,5 @@
-//! Shows downloads: a bar on a terminal, a line now and then elsewhere.
+//! Shows downloads: a bar on a terminal, a line now and then elsewhere; and what else goes through
+//! large files: a bar, or nothing.
 
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
@@ -137,6 +138,17 @@ impl Lines {
             HumanDuration(Duration::from_secs_f64((left / speed.max(1.0)).min(1e9)))
         )
     }
+}
+
+/// A bar of bytes on a terminal, nothing elsewhere.
+pub(super) fn bytes_bar(action: &'static str, num_bytes: u64) -> ProgressBar {
+    if !stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::with_draw_target(Some(num_bytes), ProgressDrawTarget::stderr());
+    bar.set_style(bar_style());
+    bar.set_message(action);
+    bar
 }
 
 fn bar_style() -> ProgressStyle {
