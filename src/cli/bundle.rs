@@ -92,9 +92,6 @@ pub fn run(args: BundleArgs) -> Result<()> {
         model,
         files: Vec::new(),
     };
-    if manifest.model.license.summary().is_none() {
-        eprintln!("the model's files do not tell its licence; find out before you pass it on");
-    }
     let digest = write(&output, &mut manifest, &sources, force)?;
     report(&output, &manifest, &digest);
     Ok(())
@@ -104,6 +101,9 @@ fn report(output: &Path, manifest: &Manifest, digest: &str) {
     let num_bytes = manifest.files.iter().map(|file| file.num_bytes).sum();
     println!("{}: {}, {}", output.display(), summary(manifest), HumanBytes(num_bytes));
     println!("manifest sha256 {digest}");
+    if manifest.model.license.summary().is_none() {
+        eprintln!("the model's files do not tell its licence; find out before you pass it on");
+    }
     let name = shell_word(&output.file_name().unwrap_or_default().to_string_lossy());
     let program = if manifest.program.path.is_some() {
         eprintln!("on the other machine:\n  tar -xf {name} {PROGRAM}");
