@@ -91,15 +91,25 @@ impl Sampler {
 
 /// Makes the tokens outside of `mask` impossible, unless one of them shows that the row is broken.
 fn apply_mask(logits: &mut [f32], mask: &TokenBitmask) -> Result<(), NonFiniteLogits> {
+    // Constants instead of shifts by a variable, which the oldest processors cannot do in vectors.
+    const BITS: [u32; 32] = {
+        let mut bits = [0; 32];
+        let mut bit = 0;
+        while bit < 32 {
+            bits[bit] = 1 << bit;
+            bit += 1;
+        }
+        bits
+    };
     let mut is_broken = false;
     for (index, chunk) in logits.chunks_mut(32).enumerate() {
         let word = mask.word(index);
         if word == u32::MAX {
             continue;
         }
-        for (bit, logit) in chunk.iter_mut().enumerate() {
-            is_broken |= logit.is_nan() || *logit == f32::INFINITY;
-            *logit = if word >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+        for (logit, bit) in chunk.iter_mut().zip(BITS) {
+            is_broken |= logit.is_nan() | (*logit == f32::INFINITY);
+            *logit = if word & bit != 0 { *logit } else { f32::NEG_INFINITY };
         }
     }
     if is_broken { Err(NonFiniteLogits) } else { Ok(()) }
