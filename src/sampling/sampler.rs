@@ -108,7 +108,8 @@ fn apply_mask(logits: &mut [f32], mask: &TokenBitmask) -> Result<(), NonFiniteLo
             continue;
         }
         for (logit, bit) in chunk.iter_mut().zip(BITS) {
-            is_broken |= logit.is_nan() | (*logit == f32::INFINITY);
+            is_broken |= logit.is_nan();
+            is_broken |= *logit == f32::INFINITY;
             *logit = if word & bit != 0 { *logit } else { f32::NEG_INFINITY };
         }
     }
