@@ -139,7 +139,7 @@ pub struct RowLogprobs {
 }
 
 /// Buffers for a number of rows. A step is [`RowSampler::upload`], [`RowSampler::launch`],
-/// [`RowSampler::download`]; the middle one may be a recording of
+/// [`RowSampler::begin_download`] and [`RowSampler::end_download`]; the second one may be a recording of
 /// [`RowSampler::launch_for_recording`] with as many rows.
 #[derive(Debug)]
 pub struct RowSampler {
@@ -267,18 +267,8 @@ impl RowSampler {
         Ok(())
     }
 
-    /// What the uploaded rows yielded, once the launch is done.
-    ///
-    /// # Errors
-    /// If it failed.
-    pub fn download(&self) -> Result<Vec<SampledRow>> {
-        let mut words = vec![ResultWords::zeroed(); self.inputs.num_launched()];
-        self.results.download_into(bytemuck::cast_slice_mut(&mut words))?;
-        Ok(self.inputs.unpack(&words))
-    }
-
-    /// [`RowSampler::download`] in two calls, this one after the launch. What is launched between
-    /// them does not delay the other one; there must be no upload.
+    /// Queues the results' way back, after the launch. What is launched before
+    /// [`RowSampler::end_download`] does not delay it; there must be no upload.
     ///
     /// # Errors
     /// If the card fails.

@@ -143,7 +143,8 @@ impl GpuSteps {
         logits: &Tensor,
         wanted: &[(usize, Wanted<'_>)],
     ) -> Result<Vec<Yielded>> {
-        self.sampler.sample(logits.gpu()?, wanted)
+        self.begin_sample(logits, wanted)?;
+        self.end_sample(wanted)
     }
 
     /// The same, queued: a step may be launched before [`GpuSteps::end_sample`].

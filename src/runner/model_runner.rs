@@ -142,8 +142,10 @@ impl ModelRunner {
         gpu.begin_sample(&logits, &orders.wanted)?;
         // Their memory is the next step's.
         drop((launched, logits));
+        let rows_of_draws = orders.rows_of_draws(step.scheduled.len());
         let drawn_by = next.scheduled.iter().filter_map(|seq| seq.drawn_by);
-        let drawn_rows: Vec<u32> = drawn_by.map(|index| orders.row_of_draw(index)).collect();
+        let row_of = |index: usize| rows_of_draws[index].expect("who goes on draws a token");
+        let drawn_rows: Vec<u32> = drawn_by.map(row_of).collect();
         let under_way = self.forward(next, drawn_rows.into())?;
         self.under_way = Some(under_way);
         let Some(gpu) = &mut self.gpu else { unreachable!("only cards run ahead") };
@@ -166,13 +168,15 @@ struct Orders<'a> {
 }
 
 impl Orders<'_> {
-    /// Which order draws the sequence's token.
-    fn row_of_draw(&self, index: usize) -> u32 {
-        let is_its_draw = |(owner, (_, wanted)): (&usize, &(usize, Wanted<'_>))| {
-            *owner == index && matches!(wanted, Wanted::Token(..))
-        };
-        let row = self.owners.iter().zip(&self.wanted).position(is_its_draw);
-        row.expect("who goes on draws a token") as u32
+    /// For each of so many sequences which order draws its token.
+    fn rows_of_draws(&self, num_seqs: usize) -> Vec<Option<u32>> {
+        let mut rows = vec![None; num_seqs];
+        for ((row, &owner), (_, wanted)) in (0..).zip(&self.owners).zip(&self.wanted) {
+            if matches!(wanted, Wanted::Token(..)) {
+                rows[owner] = Some(row);
+            }
+        }
+        rows
     }
 
     fn hand_out(&self, yielded: Vec<Yielded>, outputs: &mut [SeqOutput]) {

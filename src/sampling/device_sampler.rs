@@ -77,7 +77,8 @@ impl DeviceSampler {
     /// # Errors
     /// If computing them failed.
     pub fn download(&self, wanted: &[(usize, Wanted<'_>)]) -> Result<Vec<Yielded>> {
-        Ok(all_yielded(wanted, self.rows.download()?))
+        self.rows.begin_download()?;
+        self.end_download(wanted)
     }
 
     /// [`DeviceSampler::download`] of what was begun with [`RowSampler::begin_download`].
@@ -85,7 +86,8 @@ impl DeviceSampler {
     /// # Errors
     /// If computing it failed.
     pub fn end_download(&self, wanted: &[(usize, Wanted<'_>)]) -> Result<Vec<Yielded>> {
-        Ok(all_yielded(wanted, self.rows.end_download()?))
+        let rows = self.rows.end_download()?;
+        Ok(wanted.iter().zip(rows).map(|(&(_, wanted), row)| yielded(wanted, row)).collect())
     }
 
     /// All three steps.
@@ -147,10 +149,6 @@ fn edits<'a>(request: &'a SampleRequest, mask: Option<&'a TokenBitmask>) -> Edit
             ..edits
         },
     }
-}
-
-fn all_yielded(wanted: &[(usize, Wanted<'_>)], rows: Vec<SampledRow>) -> Vec<Yielded> {
-    wanted.iter().zip(rows).map(|(&(_, wanted), row)| yielded(wanted, row)).collect()
 }
 
 fn yielded(wanted: Wanted<'_>, row: SampledRow) -> Yielded {
