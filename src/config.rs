@@ -13,6 +13,7 @@ pub mod hub_env;
 pub mod price;
 pub mod rope_scaling;
 pub mod settings;
+pub mod speculative;
 pub mod trace_env;
 
 use std::hash::{BuildHasher, Hasher};
@@ -28,6 +29,7 @@ pub use file::ConfigFile;
 pub use price::{Micros, Price};
 pub use rope_scaling::{RopeScalingChoice, Yarn};
 pub use settings::{Setting, Settings, Source};
+pub use speculative::{DraftSource, Speculative};
 pub use trace_env::trace_environment;
 
 /// The model served when none is named.
@@ -136,6 +138,8 @@ pub struct EngineOptions {
     pub max_num_batched_tokens: usize,
     /// How many of them may belong to prompts while answers are being generated.
     pub max_prefill_tokens_while_decoding: usize,
+    /// Present when the next tokens are guessed.
+    pub speculative: Option<Speculative>,
     /// Requests that may wait before further ones are refused.
     pub max_queue: usize,
     /// Prompt tokens that may wait.

@@ -5,24 +5,29 @@
 //! prefix-cache hits and recomputation after preemption are all the same rule. Start reading at
 //! [`Scheduler::schedule`].
 
+mod acceptance;
 mod admission;
 mod ahead;
 pub mod fairness;
 mod prefill_budget;
 pub mod priority;
+mod prompt_lookup;
 mod queue;
 #[expect(clippy::module_inception, reason = "the file is named for its type")]
 mod scheduler;
 pub mod sequence;
 pub mod snapshot;
+pub mod speculation;
 mod stats;
 pub mod step;
+mod step_cost;
 
 pub use fairness::FairnessId;
 pub use priority::Priority;
 pub use scheduler::{DoesNotFit, Scheduler, SchedulerConfig, SeqEvent, SeqFinish, SeqPhase};
 pub use sequence::SequenceSpec;
-pub use stats::SchedulerStats;
+pub use speculation::{Drafter, SpeculationConfig};
+pub use stats::{SchedulerStats, SpeculationStats};
 
 /// Identifies a sequence for the lifetime of the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

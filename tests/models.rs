@@ -21,6 +21,7 @@ use qwen_server::engine::thread::{EngineConfig, spawn};
 use qwen_server::grammar::{Constraint, GrammarCompiler};
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
 use qwen_server::sampling::SamplingParams;
+use qwen_server::scheduler::{Drafter, SpeculationConfig};
 use qwen_server::text::{SpecialTokens, Tokenizer, TokenizerSpec};
 use qwen_server::weights::checkpoint::Checkpoint;
 use qwen_server::weights::gguf::Gguf;
@@ -34,6 +35,8 @@ mod dummy;
 mod gpu;
 #[path = "models/repositories.rs"]
 mod repositories;
+#[path = "models/speculation.rs"]
+mod speculation;
 
 #[derive(Clone, Copy)]
 struct Setup {
@@ -103,6 +106,14 @@ fn load_options(setup: Setup) -> LoadOptions {
 }
 
 fn start_planned(planned: &PlannedModel, setup: Setup) -> EngineHandle {
+    start_speculating(planned, setup, None)
+}
+
+fn start_speculating(
+    planned: &PlannedModel,
+    setup: Setup,
+    speculation: Option<SpeculationConfig>,
+) -> EngineHandle {
     let config = EngineConfig {
         max_num_batched_tokens: setup.max_num_batched_tokens,
         max_num_seqs: 16,
@@ -111,6 +122,7 @@ fn start_planned(planned: &PlannedModel, setup: Setup) -> EngineHandle {
         max_model_len: planned.plan.max_model_len,
         stretched_beyond: planned.config.stretched_beyond(),
         vocab_size: planned.config.vocab_size,
+        speculation,
         ..EngineConfig::default()
     };
     let runner = planned.load(|_| {}).unwrap();

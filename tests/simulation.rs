@@ -17,10 +17,11 @@ use qwen_server::kv::{HashKey, KvCacheManager, Pin};
 use qwen_server::sampling::SamplingParams;
 use qwen_server::scheduler::step::{
     Continuation, NonFiniteLogits, Pooling, Runner, SampleError, SampleRequest, SampledToken,
-    ScheduledSeq, SchedulerOutput, SeqOutput, TokenLogprobs, TokenMasks,
+    ScheduledSeq, SchedulerOutput, SeqOutput, TokenLogprobs, TokenMasks, UNDRAWN,
 };
 use qwen_server::scheduler::{
-    Priority, Scheduler, SchedulerConfig, SeqEvent, SeqFinish, SeqId, SequenceSpec,
+    Drafter, Priority, Scheduler, SchedulerConfig, SeqEvent, SeqFinish, SeqId, SequenceSpec,
+    SpeculationConfig,
 };
 use qwen_server::text::TokenId;
 
@@ -131,6 +132,7 @@ impl Arrival {
             fairness_id: self.client.map(Into::into),
             pins: self.pin.filter(|_| choice == 0).into_iter().collect(),
             pooling: self.pooling,
+            is_guided: self.forces,
         }
     }
 
@@ -228,6 +230,10 @@ struct ShadowRunner {
     failing_steps: BTreeSet<usize>,
     /// Steps begin before the tokens are known that the step before draws.
     runs_ahead: bool,
+    /// Fills in the guesses of a step: mostly true ones.
+    drafts: bool,
+    /// The launched step with its guesses.
+    filled: Option<SchedulerOutput>,
     num_ahead: usize,
     num_steps: usize,
     num_computed_tokens: usize,
@@ -257,22 +263,35 @@ impl ShadowRunner {
         }
     }
 
+    /// What a draft model would guess behind the first `end` tokens.
+    fn guess(&self, seq: &ScheduledSeq, end: usize) -> TokenId {
+        let context = fold((0..end).map(|i| self.read(seq, i)));
+        let num_known = seq.start + seq.num_known();
+        let request = seq.sample.as_ref().expect("who is guessed about draws");
+        let request = request.after(&vec![0; end - num_known]);
+        let token = draw(context, request.choice, request.num_output_tokens, &request.forbidden);
+        let is_wrong = mix(context, 5).is_multiple_of(4);
+        if is_wrong { (token + 1) % VOCAB_SIZE } else { token }
+    }
+
+    /// Draws behind the first `end` tokens.
     fn sampled(
         &self,
         seq: &ScheduledSeq,
         request: &SampleRequest,
+        end: usize,
     ) -> Result<(SampledToken, Continuation), SampleError> {
         if self.broken_after.get(&seq.id).is_some_and(|&n| n == request.num_output_tokens) {
             return Err(NonFiniteLogits.into());
         }
         assert_eq!(request.history.is_some(), request.params.needs_history());
         if let Some(history) = &request.history {
-            assert_eq!(history.tokens.len(), seq.end());
-            assert_eq!(history.num_prompt_tokens, seq.end() - request.num_output_tokens);
+            assert_eq!(history.tokens.len(), end);
+            assert_eq!(history.num_prompt_tokens, end - request.num_output_tokens);
             let last = values(&history.tokens).last();
-            assert_eq!(last, Some(self.read(seq, seq.end() - 1)), "a wrong history");
+            assert_eq!(last, Some(self.read(seq, end - 1)), "a wrong history");
         }
-        let context = fold((0..seq.end()).map(|i| self.read(seq, i)));
+        let context = fold((0..end).map(|i| self.read(seq, i)));
         let id = draw(context, request.choice, request.num_output_tokens, &request.forbidden);
         let is_forcing = self.forcing.contains(&seq.id);
         let next = if is_forcing { continuation(context, id) } else { Continuation::default() };
@@ -311,15 +330,26 @@ impl Runner for ShadowRunner {
             self.slots.fill(0xDEAD);
             return Err("planned");
         }
-        for seq in &output.scheduled {
-            for (i, &token) in (seq.start..).zip(&seq.tokens) {
+        let mut filled = output.clone();
+        for seq in &mut filled.scheduled {
+            if let Some(token) = seq.token_before {
+                let before = if seq.start == 1 { 0 } else { self.read(seq, seq.start - 2) };
+                assert_eq!(mix(before, token), self.read(seq, seq.start - 1), "another token");
+            }
+            for i in seq.start..seq.end() {
+                let row = i - seq.start;
+                if self.drafts && seq.num_known() <= row {
+                    assert_eq!(seq.tokens[row], UNDRAWN);
+                    seq.tokens[row] = self.guess(seq, i);
+                }
                 let before = if i == 0 { 0 } else { self.read(seq, i - 1) };
                 let slot = seq.blocks.slot(i, self.block_size);
-                self.slots[slot] = mix(before, token);
+                self.slots[slot] = mix(before, seq.tokens[row]);
                 self.owners[slot] = Some((self.salts[&seq.id], seq.rope_start));
                 self.num_computed_tokens += 1;
             }
         }
+        self.filled = Some(filled);
         Ok(())
     }
 
@@ -333,22 +363,33 @@ impl Runner for ShadowRunner {
             let token = SampledToken { id: 0, logprobs: None };
             return Ok(vec![SeqOutput { sampled: Some(Ok(token)), ..SeqOutput::default() }]);
         }
-        let outputs = output.scheduled.iter().map(|seq| {
-            let drawn = seq.sample.as_ref().map(|request| self.sampled(seq, request)).transpose();
-            let (drawn, continuation) = match drawn {
-                Ok(drawn) => (drawn.map(|(token, next)| (Ok(token), next))).unzip(),
-                Err(error) => (Some(Err(error)), None),
-            };
+        // Only the guesses were not known before.
+        let filled = self.filled.take().expect("launched");
+        let scheduled = output.scheduled.iter().zip(&filled.scheduled);
+        let outputs = scheduled.map(|(asked, seq)| {
+            let mut drawn = SeqOutput::default();
+            for num_drafts in 0..=seq.num_drafts {
+                let Some(request) = &asked.sample else { break };
+                let request = request.after(&seq.drafts()[..num_drafts]);
+                let end = seq.start + seq.num_known() + num_drafts;
+                let result = self.sampled(seq, &request, end);
+                let (draw, continuation) = match result {
+                    Ok((token, continuation)) => (Ok(token), continuation),
+                    Err(error) => (Err(error), Continuation::default()),
+                };
+                drawn.push_draw(draw);
+                drawn.continuation = continuation;
+            }
+            drawn.keep_verified(seq);
             SeqOutput {
-                sampled: drawn,
                 prompt_logprobs: self.prompt_logprobs(seq),
-                continuation: continuation.unwrap_or_default(),
                 pooled: seq.pool.as_ref().map(|pool| {
                     let sum = pool.sum.first().copied().unwrap_or(0.0);
                     let positions = pool.rows.clone().map(|row| seq.start + row);
                     let states = positions.map(|position| f64::from(self.read(seq, position)));
                     vec![states.fold(sum, |sum, state| sum + state)]
                 }),
+                ..drawn
             }
         });
         Ok(outputs.collect())
@@ -384,6 +425,7 @@ impl Shape {
             target_ttft: None,
             max_model_len: 4096,
             stretched_beyond: None,
+            speculation: None,
         };
         let failing_steps = BTreeSet::new();
         Self { num_blocks: 2048, block_size: 4, config, failing_steps, runs_ahead: false }
@@ -397,6 +439,7 @@ struct World<'a> {
     /// Accepted and not over yet, with their order.
     live: BTreeMap<SeqId, (usize, usize)>,
     steps_per_priority: usize,
+    max_num_batched_tokens: usize,
     step: usize,
 }
 
@@ -410,6 +453,7 @@ impl<'a> World<'a> {
             block_size: shape.block_size,
             failing_steps: shape.failing_steps.clone(),
             runs_ahead: shape.runs_ahead,
+            drafts: shape.config.speculation.is_some_and(|how| how.drafter == Drafter::Model),
             ..ShadowRunner::default()
         };
         let mut runner = runner;
@@ -433,6 +477,7 @@ impl<'a> World<'a> {
             live: BTreeMap::new(),
             step: 0,
             steps_per_priority,
+            max_num_batched_tokens: shape.config.max_num_batched_tokens,
         }
     }
 
@@ -470,6 +515,8 @@ impl<'a> World<'a> {
         if !self.engine.scheduler().is_idle() {
             assert!(oldest.is_some(), "a step without progress");
         }
+        let num_tokens: usize = output.scheduled.iter().map(|seq| seq.tokens.len()).sum();
+        assert!(num_tokens <= self.max_num_batched_tokens, "{num_tokens} tokens in a step");
         let suspect = self.engine.scheduler().suspect();
         if let Some(suspect) = suspect {
             let alone: Vec<_> = output.scheduled.iter().map(|seq| seq.id).collect();
@@ -605,10 +652,18 @@ fn arrival() -> impl Strategy<Value = Arrival> {
         })
 }
 
+fn speculation() -> impl Strategy<Value = SpeculationConfig> {
+    let drafter = prop::sample::select(vec![Drafter::PromptLookup, Drafter::Model]);
+    (drafter, 1..9_usize)
+        .prop_map(|(drafter, max_drafts)| SpeculationConfig { drafter, max_drafts })
+}
+
 fn shape() -> impl Strategy<Value = Shape> {
     let ages = (0..9_usize, 0..6_u64, 0..12_u64);
-    let config = (1..6_usize, 2..32_usize, 1..16_usize, ages, 8..60_usize, any::<bool>()).prop_map(
-        |(max_num_seqs, max_num_batched_tokens, cap, ages, max_model_len, has_target)| {
+    let how = (any::<bool>(), prop::option::of(speculation()));
+    let config = (1..6_usize, 2..32_usize, 1..16_usize, ages, 8..60_usize, how).prop_map(
+        |(max_num_seqs, max_num_batched_tokens, cap, ages, max_model_len, how)| {
+            let (has_target, speculation) = how;
             let (prefill_ageing_tokens_per_step, steps_per_priority, fairness_patience_steps) =
                 ages;
             SchedulerConfig {
@@ -623,6 +678,7 @@ fn shape() -> impl Strategy<Value = Shape> {
                 max_model_len,
                 // Half of the sequences, more or less.
                 stretched_beyond: Some(max_model_len / 3),
+                speculation,
             }
         },
     );
@@ -999,4 +1055,35 @@ fn steps_begin_early_where_they_can() {
     assert!(num_ahead < 22, "{num_ahead} steps began while another client waited");
     let scored = Arrival { prompt: vec![1; 90], prompt_logprobs: true, ..stream() };
     assert_eq!(count(&[scored], 4), (19, 22), "no piece of a prompt begins early");
+}
+
+/// Goal: guesses that come true save steps, and are counted. Method: the same stream with and
+/// without; and one that repeats its prompt, where looking it up is enough.
+#[test]
+fn guesses_save_steps() {
+    let run = |arrival: &Arrival, speculation| {
+        let roomy = Shape::roomy();
+        let config = SchedulerConfig { speculation, ..roomy.config };
+        let arrivals = [arrival.clone()];
+        let mut world = World::new(&arrivals, &Shape { config, ..roomy });
+        world.run();
+        assert_eq!(world.told[&seq_id(0, 0)].tokens, arrival.expected(0, 4096).tokens);
+        let stats = world.engine.scheduler().stats().speculation;
+        (world.engine.runner().num_steps, stats)
+    };
+    let stream = Arrival::simple(0, vec![1, 0, 1], 200);
+    let by_model = SpeculationConfig { drafter: Drafter::Model, max_drafts: 4 };
+    let (num_plain_steps, none) = run(&stream, None);
+    assert_eq!((num_plain_steps, none.num_drafts), (200, 0));
+    let (num_steps, stats) = run(&stream, Some(by_model));
+    assert!(num_steps < 120, "three of four guesses are true: {num_steps}");
+    let num_accepted: u64 = stats.num_accepted_per_position.iter().sum();
+    assert_eq!(num_steps as u64 + num_accepted, 200, "every step draws one token more");
+    assert!(num_accepted <= stats.num_draft_tokens && stats.num_drafts < 200);
+    assert!(stats.num_accepted_per_position.is_sorted_by(|a, b| b <= a));
+
+    // A few tokens recur by chance.
+    let by_lookup = SpeculationConfig { drafter: Drafter::PromptLookup, max_drafts: 4 };
+    let (num_steps, stats) = run(&stream, Some(by_lookup));
+    assert!(num_steps <= 200 && 0 < stats.num_drafts, "{num_steps} {stats:?}");
 }

@@ -14,9 +14,9 @@ use access::{AccessFlags, TlsFlags};
 
 use crate::config::{
     self, Alias, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice,
-    EmbeddingPooling, EngineOptions, Execution, HostedNames, HttpConfig, KvCacheDtype, LoadFormat,
-    LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Price, RopeScalingChoice, Settings,
-    Source, UsageConfig,
+    DraftSource, EmbeddingPooling, EngineOptions, Execution, HostedNames, HttpConfig, KvCacheDtype,
+    LoadFormat, LogConfig, LogFormat, LogLevel, ModelConfig, PrefixCaching, Price,
+    RopeScalingChoice, Settings, Source, Speculative, UsageConfig,
 };
 use crate::weights::quantize::{Quantization, UnknownQuantization};
 
@@ -243,6 +243,20 @@ struct EngineFlags {
     #[arg(action = ArgAction::Set, num_args = 0..=1, require_equals = true)]
     enforce_eager: bool,
 
+    /// Guess the next tokens and verify several of them in one step: `ngram`, or a draft model
+    ///
+    /// `ngram` looks up what followed the last tokens earlier in the prompt and the answer, which
+    /// suits answers that repeat their prompt, such as edited code. A draft model is a smaller one with
+    /// the same tokenizer, given like `--model`. Answers are the same as without; only as many tokens
+    /// are guessed as pay. [default: off]
+    #[arg(long, env = "QWEN_SERVER_SPECULATIVE", value_name = "ngram|MODEL")]
+    speculative: Option<DraftSource>,
+
+    /// Tokens that are guessed at once, at most
+    #[arg(long, env = "QWEN_SERVER_NUM_SPECULATIVE_TOKENS", value_name = "N")]
+    #[arg(default_value_t = 8, value_parser = at_least_one(16))]
+    num_speculative_tokens: usize,
+
     /// Requests that may wait; further ones are answered with status 429
     #[arg(long, env = "QWEN_SERVER_MAX_QUEUE", value_name = "N")]
     #[arg(default_value_t = 1024, value_parser = at_least_one(1 << 20))]
@@ -388,6 +402,10 @@ impl ServeArgs {
                 max_prefill_tokens_while_decoding: engine.max_prefill_tokens_while_decoding,
                 max_queue: engine.max_queue,
                 max_queue_tokens: engine.max_queue_tokens,
+                speculative: engine.speculative.map(|source| Speculative {
+                    source,
+                    num_tokens: engine.num_speculative_tokens,
+                }),
                 target_itl: engine.target_itl_ms.map(Duration::from_millis),
                 target_ttft: engine.target_ttft_ms.map(Duration::from_millis),
                 block_size: memory.block_size,

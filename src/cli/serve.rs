@@ -2,6 +2,7 @@
 
 mod access;
 mod device;
+mod draft;
 mod dummy;
 mod plan;
 mod served_model;
@@ -25,8 +26,8 @@ use tokio::sync::oneshot;
 use super::{Hinted, hub_from_environment};
 use crate::cli::progress::DownloadProgress;
 use crate::config::{
-    ByteSize, Config, EngineOptions, KvCacheDtype, LoadFormat, LogConfig, LogFormat, LogLevel,
-    PrefixCaching, RopeScalingChoice, UsageConfig, Yarn, trace_environment,
+    ByteSize, Config, DraftSource, EngineOptions, KvCacheDtype, LoadFormat, LogConfig, LogFormat,
+    LogLevel, PrefixCaching, RopeScalingChoice, Speculative, UsageConfig, Yarn, trace_environment,
 };
 use crate::device::Device;
 use crate::device::memory::keep_freed_memory;
@@ -37,8 +38,9 @@ use crate::http::{
 };
 use crate::ledger::Ledger;
 use crate::ledger::money::PriceList;
-use crate::runner::ModelRunner;
 use crate::runner::load::{LoadOptions, PlannedModel};
+use crate::runner::{DraftedRunner, ModelRunner};
+use crate::scheduler::{Drafter, SpeculationConfig};
 use crate::telemetry::{logging, metrics, traces};
 use crate::weights::catalogue::Entry;
 use crate::weights::checkpoint::Checkpoint;
@@ -237,8 +239,14 @@ fn find_model(config: &Config, device: Device) -> Result<(ResolvedModel, Planned
     }
     let resolved = resolve(name, &hub_from_environment()?, &mut DownloadProgress::new())?;
     options.rope_scaling = rope_scaling(options.rope_scaling, resolved.entry.as_ref());
-    let planned = open(&resolved.path, config.model.quantization.as_deref(), options)
+    let checkpoint = open(&resolved.path, config.model.quantization.as_deref())?;
+    let draft = match config.engine.speculative.as_ref().map(|speculative| &speculative.source) {
+        Some(DraftSource::Model(name)) => Some(draft::open(name)?),
+        _ => None,
+    };
+    let planned = PlannedModel::plan_with_draft(checkpoint, draft, options)
         .with_context(|| format!("cannot load `{}`", resolved.path.display()))?;
+    draft::check_tokenizer(&planned)?;
     Ok((resolved, planned))
 }
 
@@ -258,12 +266,16 @@ fn rope_scaling(choice: RopeScalingChoice, entry: Option<&Entry>) -> RopeScaling
     }
 }
 
-fn open(path: &Path, quantization: Option<&str>, options: LoadOptions) -> Result<PlannedModel> {
-    let mut checkpoint = Checkpoint::open(path)?;
-    if let Some(quantization) = quantization {
-        checkpoint = checkpoint.quantized(quantization.parse()?)?;
-    }
-    PlannedModel::plan(checkpoint, options)
+fn open(path: &Path, quantization: Option<&str>) -> Result<Checkpoint> {
+    let open = || {
+        let checkpoint = Checkpoint::open(path)?;
+        match quantization {
+            None => Ok(checkpoint),
+            Some(quantization) => Ok(checkpoint.quantized(quantization.parse()?)?),
+        }
+    };
+    let opened: Result<Checkpoint> = open();
+    opened.with_context(|| format!("cannot load `{}`", path.display()))
 }
 
 /// Takes the addresses first: what is wrong with them should be known before a model is loaded.
@@ -336,6 +348,7 @@ fn engine_config(options: &EngineOptions, planned: &PlannedModel) -> EngineConfi
         num_blocks: planned.plan.num_blocks,
         max_model_len: planned.plan.max_model_len,
         stretched_beyond: planned.config.stretched_beyond(),
+        speculation: options.speculative.as_ref().map(speculation),
         max_queue: options.max_queue,
         max_queue_tokens: options.max_queue_tokens,
         target_itl: options.target_itl,
@@ -346,8 +359,18 @@ fn engine_config(options: &EngineOptions, planned: &PlannedModel) -> EngineConfi
     }
 }
 
+fn speculation(options: &Speculative) -> SpeculationConfig {
+    SpeculationConfig {
+        drafter: match options.source {
+            DraftSource::PromptLookup => Drafter::PromptLookup,
+            DraftSource::Model(_) => Drafter::Model,
+        },
+        max_drafts: options.num_tokens,
+    }
+}
+
 /// Loads the weights with a progress bar where someone watches.
-fn load(planned: &PlannedModel) -> Result<ModelRunner> {
+fn load(planned: &PlannedModel) -> Result<DraftedRunner<ModelRunner>> {
     let num_layers = planned.config.num_hidden_layers as u64;
     let bar = if stderr().is_terminal() {
         let style = ProgressStyle::with_template("loading [{bar:40}] layer {pos}/{len} {eta}")?;

@@ -165,8 +165,13 @@ impl<R: Runner> EngineCore<R> {
     }
 
     /// Puts a sequence into the queue, with what it must keep to.
-    pub fn add(&mut self, spec: SequenceSpec, guidance: Guidance<'_>) -> Result<(), DoesNotFit> {
+    pub fn add(
+        &mut self,
+        mut spec: SequenceSpec,
+        guidance: Guidance<'_>,
+    ) -> Result<(), DoesNotFit> {
         let id = spec.id;
+        spec.is_guided |= guidance.is_some();
         self.scheduler.add(spec)?;
         self.grammars.add(id, guidance);
         Ok(())
@@ -247,6 +252,8 @@ impl<R: Runner> EngineCore<R> {
             id: PROBE,
             start: 0,
             tokens: vec![0; num_tokens],
+            num_drafts: 0,
+            token_before: None,
             blocks: (0..num_blocks).map(BlockId).collect(),
             rope_start: 0,
             sample: Some(SampleRequest {
@@ -305,6 +312,9 @@ fn check(step: &SchedulerOutput, outputs: &[SeqOutput]) -> Result<(), StepError>
     for (scheduled, output) in step.scheduled.iter().zip(outputs) {
         if scheduled.sample.is_some() != output.sampled.is_some() {
             return Err(StepError::Protocol("exactly the sampled sequences yield a token"));
+        }
+        if scheduled.num_drafts < output.verified.len() {
+            return Err(StepError::Protocol("no more is verified than was guessed"));
         }
         if scheduled.pool.is_some() != output.pooled.is_some() {
             return Err(StepError::Protocol("exactly the pooled sequences yield a sum"));

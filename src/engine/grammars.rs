@@ -22,6 +22,13 @@ pub struct Guidance<'a> {
     pub thinking: Option<&'a ThinkingBudget>,
 }
 
+impl Guidance<'_> {
+    /// Whether there is any.
+    pub fn is_some(&self) -> bool {
+        self.grammar.is_some() || self.thinking.is_some()
+    }
+}
+
 /// One guide for every sequence that needs one. Whoever needs none costs nothing.
 #[derive(Debug, Default)]
 pub(super) struct Grammars {
@@ -30,7 +37,7 @@ pub(super) struct Grammars {
 
 impl Grammars {
     pub(super) fn add(&mut self, id: SeqId, guidance: Guidance<'_>) {
-        if guidance.grammar.is_some() || guidance.thinking.is_some() {
+        if guidance.is_some() {
             let matcher = guidance.grammar.map(|grammar| GrammarMatcher::new(Arc::clone(grammar)));
             let thought = guidance.thinking.map(Thought::new);
             self.guides.insert(id, Guide { matcher, thought });

@@ -23,7 +23,7 @@ use crate::engine::timed::Timed;
 use crate::engine::watchdog;
 use crate::kv::{HashKey, KvCacheManager};
 use crate::scheduler::step::{Runner, SchedulerOutput};
-use crate::scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqId};
+use crate::scheduler::{Scheduler, SchedulerConfig, SchedulerStats, SeqId, SpeculationConfig};
 use crate::telemetry::metrics::{self, StepPhase};
 
 /// Time a step may take for each of its tokens, beside [`EngineConfig::stall_timeout`], before the
@@ -55,6 +55,8 @@ pub struct EngineConfig {
     pub max_model_len: usize,
     /// Sequences that may become longer than this many tokens have stretched positions.
     pub stretched_beyond: Option<usize>,
+    /// Present when the next tokens are guessed.
+    pub speculation: Option<SpeculationConfig>,
     /// After so many steps in the queue a sequence may take the place of a client's that has at
     /// least two more running than its own.
     pub fairness_patience_steps: u64,
@@ -91,6 +93,7 @@ impl Default for EngineConfig {
             num_blocks: 2048,
             max_model_len: 32_768,
             stretched_beyond: None,
+            speculation: None,
             fairness_patience_steps: 64,
             target_itl: None,
             target_ttft: None,
@@ -133,6 +136,7 @@ impl EngineConfig {
             target_ttft: self.target_ttft,
             max_model_len: self.limits().max_model_len,
             stretched_beyond: self.stretched_beyond,
+            speculation: self.speculation,
         };
         let kv = KvCacheManager::new(self.num_blocks, self.block_size, self.hash_key);
         let kv = if self.prefix_caching { kv } else { kv.without_sharing() };
@@ -532,6 +536,12 @@ impl<'a, R: Runner> EngineThread<'a, R> {
                 .num_prefix_queries
                 .saturating_sub(recorded.num_prefix_queries),
             new_prefix_hits: stats.num_prefix_hits.saturating_sub(recorded.num_prefix_hits),
+        });
+        let speculation = stats.speculation.since(&recorded.speculation);
+        metrics::speculated(metrics::Speculated {
+            num_drafts: speculation.num_drafts,
+            num_draft_tokens: speculation.num_draft_tokens,
+            num_accepted_per_position: &speculation.num_accepted_per_position,
         });
     }
 }

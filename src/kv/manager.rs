@@ -149,6 +149,15 @@ impl KvCacheManager {
         Ok(())
     }
 
+    /// Gives back the blocks behind the first `num_tokens` tokens. None of them was published.
+    pub fn trim(&mut self, blocks: &mut SequenceBlocks, num_tokens: usize) {
+        let needed = self.blocks_for(num_tokens);
+        assert!(blocks.num_published <= needed, "what is published was computed");
+        while needed < blocks.table.0.len() {
+            self.pool.release(blocks.table.0.pop().expect("it is longer than that"));
+        }
+    }
+
     /// Publishes the blocks that the first `num_computed_tokens` tokens fill completely.
     pub fn publish_full_blocks(
         &mut self,

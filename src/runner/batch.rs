@@ -7,8 +7,9 @@ use crate::scheduler::step::{ScheduledSeq, SchedulerOutput};
 
 /// Lays the scheduled tokens of all sequences one after another.
 ///
-/// Logits are wanted for every token of a sequence that scores its prompt, and for the last token
-/// of a sequence that samples. Behind those rows come the ones that are pooled.
+/// Logits are wanted for every token of a sequence that scores its prompt, and of a sequence that
+/// samples for its last token and the guesses behind it. Behind those rows come the ones that are
+/// pooled.
 pub fn forward_batch(step: &SchedulerOutput, block_size: usize) -> ForwardBatch {
     let scheduled = &step.scheduled;
     let max_blocks = scheduled.iter().map(|seq| seq.blocks.blocks().len()).max().unwrap_or(0);
@@ -36,12 +37,11 @@ pub fn forward_batch(step: &SchedulerOutput, block_size: usize) -> ForwardBatch 
 
 /// Which of a sequence's scheduled tokens need logits, counted from its first.
 pub fn logits_rows(seq: &ScheduledSeq) -> impl Iterator<Item = usize> + use<> {
-    let num_tokens = seq.tokens.len();
     let scored = seq.prompt_logprobs.as_ref().map_or(0, |wanted| wanted.targets.len());
     // Whoever's token is only being drawn may draw another one.
     let is_sampled = seq.sample.is_some() || seq.drawn_by.is_some();
-    let sampled = is_sampled.then(|| num_tokens - 1);
-    (0..scored).chain(sampled.filter(move |&last| scored <= last))
+    let sampled = if is_sampled { seq.num_known() - 1..seq.tokens.len() } else { 0..0 };
+    (0..scored).chain(sampled.filter(move |&row| scored <= row))
 }
 
 fn push_attention(attention: &mut AttentionMetadata, seq: &ScheduledSeq, block_size: usize) {

@@ -3,15 +3,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use anyhow::Context;
 use candle_core::DType;
 
+use super::drafted::DraftedRunner;
 use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, StepLimits};
-use super::memory::{CacheShare, MemoryPlan, MemoryRequest, plan};
+use super::memory::{CacheShare, DraftMemory, MemoryPlan, MemoryRequest, activation_bytes, plan};
 use super::model_runner::{LOGITS_ROWS_MAX, LayerCaches, ModelRunner};
 use crate::config::{Execution, RopeScalingChoice};
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
-use crate::models::{ModelConfig, registry};
+use crate::models::{Model, ModelConfig, registry};
 use crate::ops::paged_attention::{KvCache, KvCacheShape, StepBounds, max_partial_bytes};
 use crate::weights::checkpoint::Checkpoint;
 
@@ -53,6 +55,7 @@ pub struct PlannedModel {
     pub config: ModelConfig,
     /// Where memory will go.
     pub plan: MemoryPlan,
+    draft: Option<Draft>,
     options: LoadOptions,
 }
 
@@ -70,9 +73,20 @@ impl PlannedModel {
 
     /// The same of files that are open already.
     pub fn plan(checkpoint: Checkpoint, options: LoadOptions) -> anyhow::Result<Self> {
-        registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?, &options.device)?;
-        let config = ModelConfig::from_checkpoint(&checkpoint, options.rope_scaling)?;
-        let weight_bytes = checkpoint.num_weight_bytes();
+        Self::plan_with_draft(checkpoint, None, options)
+    }
+
+    /// The same, with a smaller model that guesses what the model says.
+    ///
+    /// # Errors
+    /// Also if that cannot follow the model to the end of its longest sequence.
+    pub fn plan_with_draft(
+        checkpoint: Checkpoint,
+        draft: Option<Checkpoint>,
+        options: LoadOptions,
+    ) -> anyhow::Result<Self> {
+        let config = read_config(&checkpoint, &options)?;
+        let draft = draft.map(|checkpoint| Draft::read(checkpoint, &options)).transpose()?;
         let (available_bytes, cache_share) = memory(&options)?;
         let request = MemoryRequest {
             kv_cache_bytes: options.kv_cache_bytes,
@@ -82,53 +96,142 @@ impl PlannedModel {
             max_num_seqs: options.max_num_seqs,
             max_num_batched_tokens: options.max_num_batched_tokens,
             available_bytes,
-            weight_bytes,
+            weight_bytes: checkpoint.num_weight_bytes(),
             cache_share,
             logits_bytes: logits_bytes(&options.device, config.vocab_size),
             attention_bytes: attention_bytes(&options, &config),
+            draft: draft.as_ref().map(|draft| draft.memory(&options)).unwrap_or_default(),
         };
         let plan = plan(&config, &request)?;
-        Ok(Self { checkpoint, config, plan, options })
+        if let Some(draft) = &draft {
+            draft.check_against(&config, &plan)?;
+        }
+        Ok(Self { checkpoint, config, plan, draft, options })
     }
 
     /// Repacks the weights on all threads and allocates the cache; `on_layer` hears how many of
-    /// the layers are done.
-    pub fn load(&self, mut on_layer: impl FnMut(usize) + Send) -> anyhow::Result<ModelRunner> {
-        let device = &self.options.device;
+    /// the model's layers are done.
+    pub fn load(
+        &self,
+        mut on_layer: impl FnMut(usize) + Send,
+    ) -> anyhow::Result<DraftedRunner<ModelRunner>> {
         let pool = Arc::new(ThreadPool::new(self.options.num_threads));
-        let max_model_len = self.plan.max_model_len;
-        let model = pool.install(|| {
-            registry::load(&self.checkpoint, &self.config, max_model_len, device, &mut on_layer)
-        })?;
+        let model = self.load_weights((&self.checkpoint, &self.config), &pool, &mut on_layer)?;
+        let draft = self.draft.as_ref().map(|Draft { checkpoint, config }| {
+            let model = self.load_weights((checkpoint, config), &pool, &mut |_| {})?;
+            anyhow::Ok((model, config))
+        });
+        let draft = draft.transpose()?;
+        let num_blocks = self.blocks_that_fit()?;
+        let target = self.runner(model, &self.config, num_blocks, &pool)?;
+        let draft = draft
+            .map(|(model, config)| self.runner(model, config, num_blocks, &pool))
+            .transpose()?;
+        Ok(DraftedRunner::new(target, draft, self.config.vocab_size))
+    }
+
+    fn load_weights(
+        &self,
+        (checkpoint, config): (&Checkpoint, &ModelConfig),
+        pool: &ThreadPool,
+        on_layer: &mut (dyn FnMut(usize) + Send),
+    ) -> anyhow::Result<Box<dyn Model>> {
+        let (max_model_len, device) = (self.plan.max_model_len, &self.options.device);
+        let model =
+            pool.install(|| registry::load(checkpoint, config, max_model_len, device, on_layer))?;
         tracing::info!(weight_bytes = model.num_weight_bytes(), "weights packed");
         // The packed weights replace the file's pages; the embedding's come back row by row.
-        self.checkpoint.release_pages();
-        let num_blocks = self.blocks_that_fit()?;
+        checkpoint.release_pages();
+        Ok(model)
+    }
+
+    /// Joins a model with a cache of its own.
+    fn runner(
+        &self,
+        model: Box<dyn Model>,
+        config: &ModelConfig,
+        num_blocks: u32,
+        pool: &Arc<ThreadPool>,
+    ) -> anyhow::Result<ModelRunner> {
+        let device = &self.options.device;
         let shape = KvCacheShape {
             num_blocks: num_blocks as usize,
-            num_kv_heads: self.config.num_key_value_heads,
+            num_kv_heads: config.num_key_value_heads,
             block_size: self.options.block_size,
-            head_dim: self.config.head_dim,
+            head_dim: config.head_dim,
         };
-        let layers = (0..self.config.num_hidden_layers)
+        let layers = (0..config.num_hidden_layers)
             .map(|_| KvCache::new(shape, self.options.kv_cache_dtype, device))
             .collect::<candle_core::Result<Vec<_>>>()?;
         let kv = LayerCaches { layers, num_blocks, block_size: self.options.block_size };
-        let runner = ModelRunner::new(model, kv, pool);
+        let runner = ModelRunner::new(model, kv, Arc::clone(pool));
         Ok(match device {
             Device::Cpu => runner,
             Device::Gpu(gpu) => {
                 let limits = StepLimits {
                     max_num_batched_tokens: self.options.max_num_batched_tokens,
                     max_num_seqs: self.options.max_num_seqs,
-                    max_model_len,
+                    max_model_len: self.plan.max_model_len,
                     block_size: self.options.block_size,
-                    vocab_size: self.config.vocab_size,
+                    vocab_size: config.vocab_size,
                 };
                 runner.on_gpu(GpuSteps::new(gpu, limits, self.options.execution)?)
             }
         })
     }
+
+    /// The smaller model that guesses, if there is one: its files.
+    pub fn draft_checkpoint(&self) -> Option<&Checkpoint> {
+        self.draft.as_ref().map(|draft| &draft.checkpoint)
+    }
+}
+
+/// A smaller model that guesses what the model says.
+struct Draft {
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+}
+
+impl Draft {
+    fn read(checkpoint: Checkpoint, options: &LoadOptions) -> anyhow::Result<Self> {
+        let config = read_config(&checkpoint, options).context("the draft model cannot be run")?;
+        Ok(Self { checkpoint, config })
+    }
+
+    fn memory(&self, options: &LoadOptions) -> DraftMemory {
+        let bytes_per_value = options.kv_cache_dtype.size_in_bytes();
+        let logits_bytes = logits_bytes(&options.device, self.config.vocab_size);
+        let activations = activation_bytes(&self.config, options.max_num_batched_tokens);
+        DraftMemory {
+            weight_bytes: self.checkpoint.num_weight_bytes(),
+            kv_bytes_per_token: self.config.kv_bytes_per_token(bytes_per_value) as u64,
+            workspace_bytes: activations + logits_bytes + attention_bytes(options, &self.config),
+        }
+    }
+
+    /// It computes whatever the model computes, so its positions must reach as far and be the same.
+    fn check_against(&self, target: &ModelConfig, plan: &MemoryPlan) -> anyhow::Result<()> {
+        let (reads, needed) = (self.config.max_position_embeddings, plan.max_model_len);
+        anyhow::ensure!(
+            needed <= reads,
+            "the draft model reads {reads} tokens and sequences may have {needed}; pass \
+             `--max-model-len {reads}`, or another draft model"
+        );
+        let stretched =
+            |config: &ModelConfig| config.stretched_beyond().filter(|&len| len < needed);
+        anyhow::ensure!(
+            stretched(&self.config) == stretched(target),
+            "positions of the draft model are not stretched as the model's are; pass \
+             `--rope-scaling none`, or a draft model of the same family"
+        );
+        Ok(())
+    }
+}
+
+/// Hyperparameters of a model that the device can run.
+fn read_config(checkpoint: &Checkpoint, options: &LoadOptions) -> anyhow::Result<ModelConfig> {
+    registry::check_architecture(&ModelConfig::architecture_of(checkpoint)?, &options.device)?;
+    Ok(ModelConfig::from_checkpoint(checkpoint, options.rope_scaling)?)
 }
 
 impl PlannedModel {

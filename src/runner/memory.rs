@@ -36,6 +36,19 @@ pub struct MemoryRequest {
     pub attention_bytes: u64,
     /// What the cache gets of the rest, if the user did not fix it.
     pub cache_share: CacheShare,
+    /// What a draft model needs beside the model itself.
+    pub draft: DraftMemory,
+}
+
+/// What a draft model needs; nothing if there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DraftMemory {
+    /// Memory of its weights.
+    pub weight_bytes: u64,
+    /// Memory of a token's keys and values.
+    pub kv_bytes_per_token: u64,
+    /// Estimate of its activations.
+    pub workspace_bytes: u64,
 }
 
 /// How memory is divided.
@@ -113,13 +126,15 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
         return Err(MemoryError::BeyondContext { asked, context });
     }
     let block_size = request.block_size as u64;
-    let bytes_per_token = config.kv_bytes_per_token(request.bytes_per_value) as u64;
+    let bytes_per_token = config.kv_bytes_per_token(request.bytes_per_value) as u64
+        + request.draft.kv_bytes_per_token;
+    let weight_bytes = request.weight_bytes + request.draft.weight_bytes;
     let block_bytes = bytes_per_token.saturating_mul(block_size);
     let wanted_len = request.max_model_len.unwrap_or(context);
     let useful_blocks =
         (wanted_len as u64).div_ceil(block_size).saturating_mul(request.max_num_seqs as u64);
     let kv_cache_bytes = request.kv_cache_bytes.unwrap_or_else(|| {
-        let free = request.available_bytes.saturating_sub(request.weight_bytes);
+        let free = request.available_bytes.saturating_sub(weight_bytes);
         let share = match request.cache_share {
             CacheShare::Quarter => free / 4,
             CacheShare::Rest => free.saturating_sub(workspace_bytes(config, request)),
@@ -144,16 +159,21 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
         max_model_len: wanted_len.min(capacity),
         limited_by_cache: capacity < wanted_len,
         workspace_bytes: workspace_bytes(config, request),
-        weight_bytes: request.weight_bytes,
+        weight_bytes,
     })
 }
 
 /// What is alive at once: the residual stream twice, an MLP's input and output, logits, and what
 /// attention adds up.
 fn workspace_bytes(config: &ModelConfig, request: &MemoryRequest) -> u64 {
+    let activations = activation_bytes(config, request.max_num_batched_tokens);
+    activations + request.logits_bytes + request.attention_bytes + request.draft.workspace_bytes
+}
+
+/// The same of the layers alone.
+pub fn activation_bytes(config: &ModelConfig, max_num_batched_tokens: usize) -> u64 {
     let per_token = 4 * config.hidden_size + config.feed_forward_values_per_token();
-    let activations = 4 * request.max_num_batched_tokens as u64 * per_token as u64;
-    activations + request.logits_bytes + request.attention_bytes
+    4 * max_num_batched_tokens as u64 * per_token as u64
 }
 
 #[cfg(test)]
@@ -192,6 +212,7 @@ mod tests {
             logits_bytes: 32 * 151_936 * 8,
             attention_bytes: 0,
             cache_share: CacheShare::Quarter,
+            draft: DraftMemory::default(),
         }
     }
 

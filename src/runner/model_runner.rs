@@ -14,8 +14,8 @@ use crate::sampling::device_sampler::{Wanted, Yielded};
 use crate::sampling::logprobs::token_logprobs;
 use crate::sampling::sampler::Sampler;
 use crate::scheduler::step::{
-    Runner, SampleError, SampleRequest, SampledToken, ScheduledSeq, SchedulerOutput, SeqOutput,
-    TokenLogprobs, TokenMasks, sample_then_launch,
+    Draw, Runner, SampleRequest, ScheduledSeq, SchedulerOutput, SeqOutput, TokenLogprobs,
+    TokenMasks, sample_then_launch,
 };
 use crate::text::{TokenBitmask, TokenId};
 
@@ -102,11 +102,12 @@ impl ModelRunner {
     ) -> candle_core::Result<Vec<SeqOutput>> {
         let UnderWay { launched, rows } = under_way;
         let mut outputs = vec![SeqOutput::default(); step.scheduled.len()];
+        let behind_drafts = behind_drafts(step);
         let max_rows = if self.gpu.is_some() { GPU_LOGITS_ROWS_MAX } else { LOGITS_ROWS_MAX };
         for (chunk_index, chunk) in rows.chunks(max_rows).enumerate() {
             let first = chunk_index * max_rows;
             let logits = self.logits(launched, first..first + chunk.len())?;
-            let rows = Rows { step, masks, wanted: chunk };
+            let rows = Rows { step, masks, wanted: chunk, behind_drafts: &behind_drafts };
             if let Some(gpu) = &mut self.gpu {
                 let orders = rows.orders();
                 let yielded = gpu.sample(&logits, &orders.wanted)?;
@@ -115,6 +116,9 @@ impl ModelRunner {
                 let samplers = &self.samplers;
                 self.pool.install(|| rows.sample_on_cpu(samplers, &logits, &mut outputs))?;
             }
+        }
+        for (seq, output) in step.scheduled.iter().zip(&mut outputs) {
+            output.keep_verified(seq);
         }
         pool(step, &launched.hidden, rows.len(), &mut outputs)?;
         Ok(outputs)
@@ -135,7 +139,8 @@ impl ModelRunner {
         next: &SchedulerOutput,
     ) -> candle_core::Result<Vec<SeqOutput>> {
         let UnderWay { launched, rows } = self.under_way.take().expect(LAUNCHED);
-        let rows = Rows { step, masks, wanted: &rows };
+        let behind_drafts = behind_drafts(step);
+        let rows = Rows { step, masks, wanted: &rows, behind_drafts: &behind_drafts };
         let orders = rows.orders();
         let logits = self.logits(&launched, 0..rows.wanted.len())?;
         let Some(gpu) = &mut self.gpu else { unreachable!("only cards run ahead") };
@@ -182,7 +187,7 @@ impl Orders<'_> {
     fn hand_out(&self, yielded: Vec<Yielded>, outputs: &mut [SeqOutput]) {
         for (&index, yielded) in self.owners.iter().zip(yielded) {
             match yielded {
-                Yielded::Token(drawn) => outputs[index].sampled = Some(drawn.map_err(Into::into)),
+                Yielded::Token(drawn) => outputs[index].push_draw(drawn.map_err(Into::into)),
                 Yielded::Logprobs(scored) => outputs[index].prompt_logprobs.push(scored),
             }
         }
@@ -209,16 +214,22 @@ struct Rows<'a> {
     masks: &'a TokenMasks,
     /// Of each row the sequence, and which of its tokens.
     wanted: &'a [(usize, usize)],
+    /// For each sequence the draws behind its guesses.
+    behind_drafts: &'a [Vec<SampleRequest>],
 }
 
 impl<'a> Rows<'a> {
     /// The request and the mask of a row whose sequence draws a token from it.
     fn draw(
         &self,
-        seq: &'a ScheduledSeq,
-        row: usize,
+        (index, row): (usize, usize),
     ) -> Option<(&'a SampleRequest, Option<&'a TokenBitmask>)> {
-        let request = seq.sample.as_ref().filter(|_| row + 1 == seq.tokens.len())?;
+        let seq = &self.step.scheduled[index];
+        let first = seq.sample.as_ref()?;
+        let request = match row.checked_sub(seq.num_known() - 1)? {
+            0 => first,
+            num_drafts => &self.behind_drafts[index][num_drafts - 1],
+        };
         Some((request, self.masks.get(&seq.id)))
     }
 
@@ -242,7 +253,7 @@ impl<'a> Rows<'a> {
             let ((index, _), _, result) = task.into_inner().unwrap_or_else(PoisonError::into_inner);
             let (scored, drawn) = result.expect("every task was done");
             outputs[index].prompt_logprobs.extend(scored);
-            outputs[index].sampled = drawn.or(outputs[index].sampled.take());
+            drawn.into_iter().for_each(|draw| outputs[index].push_draw(draw));
         }
         Ok(())
     }
@@ -252,11 +263,11 @@ impl<'a> Rows<'a> {
         samplers: &Samplers,
         (index, row): (usize, usize),
         logits: &mut [f32],
-    ) -> (Option<TokenLogprobs>, Option<Result<SampledToken, SampleError>>) {
+    ) -> (Option<TokenLogprobs>, Option<Draw>) {
         let seq = &self.step.scheduled[index];
         let scored =
             scored_token(seq, row).map(|(target, num_top)| token_logprobs(logits, target, num_top));
-        let drawn = self.draw(seq, row).map(|(request, mask)| {
+        let drawn = self.draw((index, row)).map(|(request, mask)| {
             samplers.with_one(|sampler| sampler.sample(logits, request, mask)).map_err(Into::into)
         });
         (scored, drawn)
@@ -267,7 +278,7 @@ impl<'a> Rows<'a> {
         for (logits_row, &(index, row)) in self.wanted.iter().enumerate() {
             let seq = &self.step.scheduled[index];
             let scored = scored_token(seq, row).map(|(token, top)| Wanted::Logprobs(token, top));
-            let drawn = self.draw(seq, row).map(|(request, mask)| Wanted::Token(request, mask));
+            let drawn = self.draw((index, row)).map(|(request, mask)| Wanted::Token(request, mask));
             for what in scored.into_iter().chain(drawn) {
                 orders.wanted.push((logits_row, what));
                 orders.owners.push(index);
@@ -275,6 +286,19 @@ impl<'a> Rows<'a> {
         }
         orders
     }
+}
+
+/// For each sequence how to draw behind each of its guesses.
+fn behind_drafts(step: &SchedulerOutput) -> Vec<Vec<SampleRequest>> {
+    let requests = |seq: &ScheduledSeq| {
+        let drafts = seq.drafts();
+        let first = seq.sample.as_ref();
+        let behind = |first: &SampleRequest| -> Vec<SampleRequest> {
+            (1..=drafts.len()).map(|num_drafts| first.after(&drafts[..num_drafts])).collect()
+        };
+        first.map(behind).unwrap_or_default()
+    };
+    step.scheduled.iter().map(requests).collect()
 }
 
 /// The prompt token that the logits of `row` score, and how many likely ones to report beside it.

@@ -13,7 +13,9 @@ impl Scheduler {
     /// sequence draws a token in it and goes on with that one alone, nobody can come in, and there
     /// are blocks for all. Sequences that certainly end are left out.
     pub fn schedule_ahead(&mut self, under_way: &SchedulerOutput) -> Option<SchedulerOutput> {
-        if self.suspect().is_some() || !self.is_closed() {
+        // Guesses follow from the tokens, so they must be known.
+        let is_foreseeable = self.config.speculation.is_none() && self.suspect().is_none();
+        if !is_foreseeable || !self.is_closed() {
             return None;
         }
         let mut scheduled = under_way.scheduled.iter().enumerate();

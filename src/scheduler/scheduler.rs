@@ -10,10 +10,12 @@ use crate::scheduler::prefill_budget::PrefillBudget;
 use crate::scheduler::priority::Rank;
 use crate::scheduler::queue::WaitingQueue;
 use crate::scheduler::sequence::{Sequence, SequenceSpec};
+use crate::scheduler::speculation::SpeculationConfig;
 use crate::scheduler::step::{
-    Continuation, NonFiniteLogits, SampleError, SampledToken, ScheduledSeq, SchedulerOutput,
+    Continuation, Draw, NonFiniteLogits, SampleError, SampledToken, ScheduledSeq, SchedulerOutput,
     SeqOutput, TokenLogprobs,
 };
+use crate::scheduler::step_cost::StepCost;
 use crate::scheduler::{SchedulerStats, SeqId};
 
 /// The bounds of a step.
@@ -44,6 +46,8 @@ pub struct SchedulerConfig {
     pub max_model_len: usize,
     /// Sequences that may become longer than this many tokens have stretched positions, for life.
     pub stretched_beyond: Option<usize>,
+    /// Present when the next tokens are guessed.
+    pub speculation: Option<SpeculationConfig>,
 }
 
 /// What happened to a sequence.
@@ -110,6 +114,9 @@ pub struct Scheduler {
     prefill_budget: PrefillBudget,
     /// Prompt tokens of the last step, if it had generating sequences too.
     num_mixed_prompt_tokens: usize,
+    /// All tokens of the last step, if it had no prompt.
+    num_decode_tokens: Option<usize>,
+    pub(super) step_cost: StepCost,
     /// The time, measured from anywhere.
     now: Duration,
     pub(super) started: Vec<SeqEvent>,
@@ -134,6 +141,8 @@ impl Scheduler {
             kv,
             prefill_budget,
             num_mixed_prompt_tokens: 0,
+            num_decode_tokens: None,
+            step_cost: StepCost::default(),
             now: Duration::ZERO,
             waiting: WaitingQueue::default(),
             running: Vec::new(),
@@ -256,6 +265,9 @@ impl Scheduler {
     /// Says how long the last step took.
     pub fn observe(&mut self, duration: Duration) {
         self.prefill_budget.observe(self.num_mixed_prompt_tokens, duration);
+        if let Some(num_tokens) = self.num_decode_tokens {
+            self.step_cost.observe(num_tokens, duration);
+        }
     }
 
     /// Decides the next step.
@@ -268,6 +280,7 @@ impl Scheduler {
         let planned = self.plan_tokens();
         let mut output = self.allocate_planned(&planned);
         output.preempted.extend(displaced);
+        self.speculate(&mut output);
         self.charge(&output);
         output
     }
@@ -276,7 +289,8 @@ impl Scheduler {
     pub(super) fn charge(&mut self, output: &SchedulerOutput) {
         let num_step_tokens = output.scheduled.iter().map(|seq| seq.tokens.len()).sum();
         let (decodes, prompts): (Vec<_>, Vec<_>) =
-            output.scheduled.iter().map(|seq| seq.tokens.len()).partition(|&num| num == 1);
+            output.scheduled.iter().map(ScheduledSeq::num_known).partition(|&num| num == 1);
+        self.num_decode_tokens = prompts.is_empty().then_some(num_step_tokens);
         self.num_mixed_prompt_tokens =
             if decodes.is_empty() { 0 } else { prompts.into_iter().sum() };
         let mut running = self.running.iter();
@@ -423,7 +437,8 @@ impl Scheduler {
             events.push(SeqEvent::Failed(id, error));
             return;
         }
-        seq.num_computed_tokens = scheduled.end();
+        let known_end = scheduled.start + scheduled.num_known();
+        seq.num_computed_tokens = known_end;
         if self.suspects.get(&id).is_some_and(|&end| end <= scheduled.end()) {
             self.suspects.remove(&id);
         }
@@ -444,16 +459,28 @@ impl Scheduler {
             let num_written = pinned.unwrap_or(0).saturating_sub(seq.num_cached_tokens);
             events.push(SeqEvent::Pinned(id, num_written));
         }
-        let mut finish = None;
+        let mut end = None;
+        let num_verified = output.verified.len();
         if let Some(Ok(token)) = output.sampled {
-            finish = append_tokens(seq, token, output.continuation, events);
-        } else if seq.has_max_len() && seq.max_computed_tokens() <= scheduled.end() {
-            finish = Some(SeqFinish::Length);
+            let drawn = Drawn { first: token, verified: output.verified };
+            end = append_tokens(seq, drawn, output.continuation, events);
+        } else if seq.has_max_len() && seq.max_computed_tokens() <= known_end {
+            end = Some(Ok(SeqFinish::Length));
         }
-        if let Some(finish) = finish {
-            let mut seq = self.remove_running(index);
-            self.kv.free(&mut seq.blocks);
-            events.push(SeqEvent::Finished(id, finish));
+        if 0 < scheduled.num_drafts {
+            self.accept_drafts(index, scheduled, num_verified);
+        }
+        let Some(end) = end else { return };
+        let mut seq = self.remove_running(index);
+        match end {
+            Ok(finish) => {
+                self.kv.free(&mut seq.blocks);
+                events.push(SeqEvent::Finished(id, finish));
+            }
+            Err(error) => {
+                self.kv.discard(&mut seq.blocks);
+                events.push(SeqEvent::Failed(id, error));
+            }
         }
     }
 
@@ -491,26 +518,38 @@ impl Scheduler {
     }
 }
 
-/// Appends a drawn token and those that must follow it. Tells whether that ends the sequence.
+/// The tokens of a sequence that were drawn in a step.
+struct Drawn {
+    first: SampledToken,
+    /// Behind guesses that came true.
+    verified: Vec<Draw>,
+}
+
+/// Appends drawn tokens and those that must follow them. Tells whether that ends the sequence.
 fn append_tokens(
     seq: &mut Sequence,
-    drawn: SampledToken,
+    drawn: Drawn,
     continuation: Continuation,
     events: &mut Vec<SeqEvent>,
-) -> Option<SeqFinish> {
-    let forced = continuation.forced.into_iter().map(|id| SampledToken { id, logprobs: None });
-    let mut tokens = std::iter::once(drawn).chain(forced).peekable();
+) -> Option<Result<SeqFinish, SampleError>> {
+    let forced = continuation.forced.into_iter().map(|id| Ok(SampledToken { id, logprobs: None }));
+    let drawn = std::iter::once(Ok(drawn.first)).chain(drawn.verified);
+    let mut tokens = drawn.chain(forced).peekable();
     while let Some(token) = tokens.next() {
+        let token = match token {
+            Ok(token) => token,
+            Err(error) => return Some(Err(error)),
+        };
         let id = token.id;
         seq.push(id);
         events.push(SeqEvent::Token(seq.id(), token));
         if seq.is_stop_token(id) {
-            return Some(SeqFinish::Stop);
+            return Some(Ok(SeqFinish::Stop));
         }
         if seq.has_max_len() {
             let is_complete = continuation.is_complete && tokens.peek().is_none();
-            return Some(if is_complete { SeqFinish::Stop } else { SeqFinish::Length });
+            return Some(Ok(if is_complete { SeqFinish::Stop } else { SeqFinish::Length }));
         }
     }
-    continuation.is_complete.then_some(SeqFinish::Stop)
+    continuation.is_complete.then_some(Ok(SeqFinish::Stop))
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::kv::{Pin, SequenceBlocks};
 use crate::sampling::params::SamplingParams;
 use crate::scheduler::SeqId;
+use crate::scheduler::acceptance::Acceptance;
 use crate::scheduler::fairness::FairnessId;
 use crate::scheduler::priority::{Priority, Rank};
 use crate::scheduler::snapshot::WaitReason;
@@ -41,6 +42,9 @@ pub struct SequenceSpec {
     pub pins: Arc<[Pin]>,
     /// Present when the prompt's embedding is wanted; then nothing is generated.
     pub pooling: Option<Pooling>,
+    /// Whether something else than its parameters, as a grammar, says what may come; then nothing is
+    /// guessed.
+    pub is_guided: bool,
 }
 
 impl SequenceSpec {
@@ -80,6 +84,11 @@ pub(super) struct Sequence {
     pub(super) is_pinned: bool,
     /// Sum of the hidden states of the computed tokens.
     pool_sum: Vec<f64>,
+    /// How often guesses of its tokens came true.
+    pub(super) acceptance: Acceptance,
+    /// Whether a model that guesses has not computed the last computed token, because that was its
+    /// own last guess.
+    pub(super) is_drafter_behind: bool,
     pub(super) blocks: SequenceBlocks,
 }
 
@@ -107,6 +116,8 @@ impl Sequence {
             num_cached_tokens: 0,
             is_pinned: false,
             pool_sum: Vec::new(),
+            acceptance: Acceptance::default(),
+            is_drafter_behind: false,
             blocks,
         }
     }
@@ -168,6 +179,7 @@ impl Sequence {
     /// Nothing of it is in the cache any more.
     pub(super) fn start_anew(&mut self) {
         self.num_computed_tokens = 0;
+        self.is_drafter_behind = false;
         self.pool_sum.clear();
     }
 
@@ -223,6 +235,8 @@ impl Sequence {
             id: self.id(),
             start,
             tokens: self.tokens[start..end].to_vec(),
+            num_drafts: 0,
+            token_before: None,
             blocks: self.blocks.table().clone(),
             rope_start: self.rope_start,
             sample: is_sampled.then(|| self.sample_request()),
@@ -239,6 +253,8 @@ impl Sequence {
             id: self.id(),
             start: self.tokens.len(),
             tokens: vec![UNDRAWN],
+            num_drafts: 0,
+            token_before: None,
             blocks: self.blocks.table().clone(),
             rope_start: self.rope_start,
             sample: None,
@@ -246,6 +262,11 @@ impl Sequence {
             pool: None,
             drawn_by: Some(drawn_by),
         }
+    }
+
+    /// How many of the tokens behind the next one it may have.
+    pub(super) fn max_drafts(&self) -> usize {
+        if self.spec.is_guided { 0 } else { self.max_len - self.tokens.len() - 1 }
     }
 
     /// Whether the next token is the last one, whatever it is.

@@ -3,6 +3,7 @@
 use crate::scheduler::Scheduler;
 use crate::scheduler::priority::{Priority, Rank};
 use crate::scheduler::snapshot::WaitReason;
+use crate::scheduler::speculation::MAX_DRAFTS;
 
 /// A snapshot. The counters only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,6 +33,34 @@ pub struct SchedulerStats {
     pub num_prefix_queries: u64,
     /// How many of them were found.
     pub num_prefix_hits: u64,
+    /// What came of guesses.
+    pub speculation: SpeculationStats,
+}
+
+/// What came of guesses of the next tokens. Only grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpeculationStats {
+    /// How often a sequence had guesses in a step.
+    pub num_drafts: u64,
+    /// All guesses.
+    pub num_draft_tokens: u64,
+    /// Those that came true, by their place behind the sequence's last token.
+    pub num_accepted_per_position: [u64; MAX_DRAFTS],
+}
+
+impl SpeculationStats {
+    /// What has been added since.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let mut added = *self;
+        added.num_drafts = added.num_drafts.saturating_sub(before.num_drafts);
+        added.num_draft_tokens = added.num_draft_tokens.saturating_sub(before.num_draft_tokens);
+        let per_position = added.num_accepted_per_position.iter_mut();
+        for (count, before) in per_position.zip(before.num_accepted_per_position) {
+            *count = count.saturating_sub(before);
+        }
+        added
+    }
 }
 
 impl Scheduler {

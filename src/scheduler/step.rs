@@ -44,6 +44,11 @@ pub struct ScheduledSeq {
     pub start: usize,
     /// The tokens to compute; never empty.
     pub tokens: Vec<TokenId>,
+    /// How many of them, the last ones, are guesses of what will be drawn. They stand behind the
+    /// sequence's last token.
+    pub num_drafts: usize,
+    /// The token before the first, where a model that guesses may not have computed it yet.
+    pub token_before: Option<TokenId>,
     /// Where keys and values of positions `0..end()` live.
     pub blocks: BlockTable,
     /// Where the rotary table has the sequence's position zero: behind the trained positions if the
@@ -65,9 +70,28 @@ pub struct ScheduledSeq {
 pub const UNDRAWN: TokenId = 0;
 
 impl ScheduledSeq {
-    /// One past the last scheduled position.
+    /// One past the last scheduled position, guesses included.
     pub fn end(&self) -> usize {
         self.start + self.tokens.len()
+    }
+
+    /// How many of the tokens are no guesses.
+    pub fn num_known(&self) -> usize {
+        self.tokens.len() - self.num_drafts
+    }
+
+    /// The guesses.
+    pub fn drafts(&self) -> &[TokenId] {
+        &self.tokens[self.num_known()..]
+    }
+
+    /// How many guesses came true: each is what was drawn before it.
+    fn num_verified(&self, first: Option<&Draw>, behind_drafts: &[Draw]) -> usize {
+        let drawn = first.into_iter().chain(behind_drafts);
+        let is_true = |(draft, drawn): &(&TokenId, &Draw)| {
+            drawn.as_ref().is_ok_and(|drawn| drawn.id == **draft)
+        };
+        self.drafts().iter().zip(drawn).take_while(is_true).count()
     }
 }
 
@@ -84,6 +108,22 @@ pub struct SampleRequest {
     pub forbidden: Vec<TokenId>,
     /// All tokens so far, present when [`SamplingParams::needs_history`].
     pub history: Option<TokenHistory>,
+}
+
+impl SampleRequest {
+    /// How to draw the token after these, if they are what is drawn next.
+    #[must_use]
+    pub fn after(&self, drafts: &[TokenId]) -> Self {
+        let mut request = self.clone();
+        request.num_output_tokens += drafts.len();
+        if self.params.min_tokens <= request.num_output_tokens {
+            request.forbidden.clear();
+        }
+        if let Some(history) = &mut request.history {
+            history.tokens.extend(drafts);
+        }
+        request
+    }
 }
 
 /// The tokens a penalty looks at.
@@ -169,17 +209,38 @@ pub struct Continuation {
     pub is_complete: bool,
 }
 
+/// What came of drawing a token.
+pub type Draw = Result<SampledToken, SampleError>;
+
 /// What one [`ScheduledSeq`] yielded.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SeqOutput {
     /// Present exactly when [`ScheduledSeq::sample`] was.
-    pub sampled: Option<Result<SampledToken, SampleError>>,
+    pub sampled: Option<Draw>,
+    /// The tokens drawn behind those guesses that came true, in order.
+    pub verified: Vec<Draw>,
     /// One entry per target of [`ScheduledSeq::prompt_logprobs`].
     pub prompt_logprobs: Vec<TokenLogprobs>,
     /// What the sequence's grammar adds to the drawn token. The runner leaves it empty.
     pub continuation: Continuation,
     /// The sum of [`ScheduledSeq::pool`] and the rows it names; present exactly when that was.
     pub pooled: Option<Vec<f64>>,
+}
+
+impl SeqOutput {
+    /// Adds what was drawn behind the next row.
+    pub fn push_draw(&mut self, draw: Draw) {
+        match self.sampled {
+            None => self.sampled = Some(draw),
+            Some(_) => self.verified.push(draw),
+        }
+    }
+
+    /// Drops what was drawn behind guesses that did not come true.
+    pub fn keep_verified(&mut self, seq: &ScheduledSeq) {
+        let num_verified = seq.num_verified(self.sampled.as_ref(), &self.verified);
+        self.verified.truncate(num_verified);
+    }
 }
 
 /// The tokens that each sequence may draw; one that is absent may draw any.

@@ -18,9 +18,10 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 #[allow(clippy::wildcard_imports, reason = "all of them are names of metrics")]
 use catalogue::*;
 pub use engine::{
-    EndedRequest, GrammarTimer, SchedulerState, Step, StepPhase, engine_restarted, engine_started,
-    first_token, generated_token, next_token, request_cancelled, request_ended, request_expired,
-    request_finished, request_started, scheduler_state, step_ended, step_failed, step_phase,
+    EndedRequest, GrammarTimer, SchedulerState, Speculated, Step, StepPhase, engine_restarted,
+    engine_started, first_token, generated_token, next_token, request_cancelled, request_ended,
+    request_expired, request_finished, request_started, scheduler_state, speculated, step_ended,
+    step_failed, step_phase,
 };
 pub use requests::{
     ClientRequest, HttpRequest, ServerState, client_request, http_began, http_ended, http_error,

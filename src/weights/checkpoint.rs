@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::quantized::GgmlDType;
 
 use super::gguf::{Gguf, GgufError, dtype_name};
-use super::quantize::Quantization;
+use super::quantize::{Quantization, num_layers};
 use super::repository::{Repository, RepositoryError};
 use super::safetensors::{ElementType, TensorInfo};
 use super::scheme::{Fp8Scales, GroupedWeights, Scheme};
@@ -59,6 +59,8 @@ pub struct Checkpoint {
     scheme: Scheme,
     filling: Filling,
     quantization: Option<Quantization>,
+    /// Layers of a model that is quantised.
+    num_layers: usize,
 }
 
 /// The files of a checkpoint.
@@ -146,19 +148,21 @@ impl Checkpoint {
         let filling = Filling::File;
         if !path.is_dir() {
             let source = Source::Gguf(Gguf::open(path)?);
-            return Ok(Self { source, scheme: Scheme::Floats, filling, quantization: None });
+            let scheme = Scheme::Floats;
+            return Ok(Self { source, scheme, filling, quantization: None, num_layers: 0 });
         }
         let repository = Repository::open(path)?;
         let scheme = Scheme::of(&repository)?;
         let source = Source::Repository(repository);
-        Ok(Self { source, scheme, filling, quantization: None })
+        Ok(Self { source, scheme, filling, quantization: None, num_layers: 0 })
     }
 
     /// A GGUF file with random weights, norms of one and biases of zero instead of its own.
     pub fn open_dummy(path: &Path) -> Result<Self, CheckpointError> {
         let source = Source::Gguf(Gguf::open(path)?);
         let filling = Filling::Random;
-        Ok(Self { source, scheme: Scheme::Floats, filling, quantization: None })
+        let scheme = Scheme::Floats;
+        Ok(Self { source, scheme, filling, quantization: None, num_layers: 0 })
     }
 
     /// The same with matrices that are quantised when they are read.
@@ -174,6 +178,12 @@ impl Checkpoint {
             return Err(CheckpointError::NotFloats { found: self.quantization() });
         }
         self.quantization = Some(to);
+        self.num_layers = match &self.source {
+            Source::Gguf(gguf) => num_layers(gguf.tensors().map(|tensor| tensor.name.as_str())),
+            Source::Repository(repository) => {
+                num_layers(repository.tensors().map(|tensor| tensor.name.as_str()))
+            }
+        };
         Ok(self)
     }
 
@@ -241,12 +251,23 @@ impl Checkpoint {
             {
                 return num_bytes;
             }
-            "model.embed_tokens.weight" | "token_embd.weight" | "output.weight" => "lm_head.weight",
+            "model.embed_tokens.weight" | "token_embd.weight" | "output.weight" => {
+                "lm_head.weight".to_owned()
+            }
             // The names of projections in GGUF files have other endings.
-            _ if matches!(self.source, Source::Gguf(_)) => "q_proj.weight",
-            name => name,
+            name if matches!(self.source, Source::Gguf(_)) => {
+                let layer = name.strip_suffix(".weight").and_then(|name| name.rsplit_once('.'));
+                match layer {
+                    Some((layer, "attn_v")) => format!("{layer}.v_proj.weight"),
+                    Some((layer, "ffn_down" | "ffn_down_exps" | "ffn_down_shexp")) => {
+                        format!("{layer}.down_proj.weight")
+                    }
+                    _ => "q_proj.weight".to_owned(),
+                }
+            }
+            name => name.to_owned(),
         };
-        to.target(role, *num_cols).map_or(num_bytes, |dtype| {
+        to.target(&role, *num_cols, self.num_layers).map_or(num_bytes, |dtype| {
             (num_rows * (num_cols / dtype.block_size()) * dtype.type_size()) as u64
         })
     }
@@ -304,7 +325,7 @@ impl Checkpoint {
     }
 
     fn target(&self, name: &str, num_cols: usize) -> Option<GgmlDType> {
-        self.quantization?.target(name, num_cols)
+        self.quantization?.target(name, num_cols, self.num_layers)
     }
 
     /// Where a matrix is stored in another form than rows of its own.

@@ -111,6 +111,8 @@ fn step_ours(runner: &mut ModelRunner, start: usize, tokens: Vec<u32>) -> anyhow
             }),
             prompt_logprobs: None,
             pool: None,
+            num_drafts: 0,
+            token_before: None,
             drawn_by: None,
             rope_start: 0,
         }],

@@ -21,6 +21,11 @@ pub(super) const PREFIX_CACHE_QUERIES: &str = "vllm:prefix_cache_queries_total";
 pub(super) const PREFIX_CACHE_HITS: &str = "vllm:prefix_cache_hits_total";
 pub(super) const GPU_PREFIX_CACHE_QUERIES: &str = "vllm:gpu_prefix_cache_queries_total";
 pub(super) const GPU_PREFIX_CACHE_HITS: &str = "vllm:gpu_prefix_cache_hits_total";
+pub(super) const SPEC_DECODE_DRAFTS: &str = "vllm:spec_decode_num_drafts_total";
+pub(super) const SPEC_DECODE_DRAFT_TOKENS: &str = "vllm:spec_decode_num_draft_tokens_total";
+pub(super) const SPEC_DECODE_ACCEPTED: &str = "vllm:spec_decode_num_accepted_tokens_total";
+pub(super) const SPEC_DECODE_ACCEPTED_PER_POS: &str =
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total";
 pub(super) const PROMPT_TOKENS: &str = "vllm:prompt_tokens_total";
 pub(super) const PROMPT_TOKENS_CACHED: &str = "vllm:prompt_tokens_cached_total";
 pub(super) const PROMPT_TOKENS_BY_SOURCE: &str = "vllm:prompt_tokens_by_source_total";
@@ -112,6 +117,10 @@ pub(super) const COUNTERS: &[(&str, &str)] = &[
     (PREFIX_CACHE_HITS, "Prompt tokens found in the prefix cache."),
     (GPU_PREFIX_CACHE_QUERIES, "Older name of vllm:prefix_cache_queries_total."),
     (GPU_PREFIX_CACHE_HITS, "Older name of vllm:prefix_cache_hits_total."),
+    (SPEC_DECODE_DRAFTS, "How often a sequence had guesses in a step."),
+    (SPEC_DECODE_DRAFT_TOKENS, "Guessed tokens."),
+    (SPEC_DECODE_ACCEPTED, "Guessed tokens that came true."),
+    (SPEC_DECODE_ACCEPTED_PER_POS, "The same tokens by their place among a step's guesses."),
     (PROMPT_TOKENS, "Prompt tokens of requests that left the queue."),
     (PROMPT_TOKENS_CACHED, "Those of them that were found in the prefix cache."),
     (PROMPT_TOKENS_BY_SOURCE, "The same tokens by where their keys and values came from."),

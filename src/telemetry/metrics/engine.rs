@@ -18,6 +18,9 @@ struct Handles {
     prefix_queries: [Counter; 2],
     prefix_hits: [Counter; 2],
     preemptions: Counter,
+    spec_drafts: Counter,
+    spec_draft_tokens: Counter,
+    spec_accepted: Counter,
     generation_tokens: Counter,
     token_latency: [Histogram; 2],
     step_seconds: Histogram,
@@ -38,6 +41,9 @@ pub(super) fn prepare() {
         prefix_queries: [PREFIX_CACHE_QUERIES, GPU_PREFIX_CACHE_QUERIES].map(|name| counter!(name)),
         prefix_hits: [PREFIX_CACHE_HITS, GPU_PREFIX_CACHE_HITS].map(|name| counter!(name)),
         preemptions: counter!(NUM_PREEMPTIONS),
+        spec_drafts: counter!(SPEC_DECODE_DRAFTS),
+        spec_draft_tokens: counter!(SPEC_DECODE_DRAFT_TOKENS),
+        spec_accepted: counter!(SPEC_DECODE_ACCEPTED),
         generation_tokens: counter!(GENERATION_TOKENS),
         token_latency: [INTER_TOKEN_LATENCY, TIME_PER_OUTPUT_TOKEN].map(|name| histogram!(name)),
         step_seconds: histogram!(STEP_SECONDS),
@@ -88,6 +94,31 @@ pub fn scheduler_state(state: &SchedulerState) {
     }
     for hits in &handles.prefix_hits {
         hits.increment(state.new_prefix_hits);
+    }
+}
+
+/// What came of guesses of the next tokens since the last call.
+#[derive(Clone, Copy, Debug)]
+pub struct Speculated<'a> {
+    /// How often a sequence had guesses in a step.
+    pub num_drafts: u64,
+    /// All guesses.
+    pub num_draft_tokens: u64,
+    /// Those that came true, by their place.
+    pub num_accepted_per_position: &'a [u64],
+}
+
+/// Records it.
+pub fn speculated(added: Speculated<'_>) {
+    let Some(handles) = HANDLES.get().filter(|_| 0 < added.num_drafts) else { return };
+    handles.spec_drafts.increment(added.num_drafts);
+    handles.spec_draft_tokens.increment(added.num_draft_tokens);
+    handles.spec_accepted.increment(added.num_accepted_per_position.iter().sum());
+    for (position, &count) in added.num_accepted_per_position.iter().enumerate() {
+        if 0 < count {
+            let labels = [("position", position.to_string())];
+            counter!(SPEC_DECODE_ACCEPTED_PER_POS, &labels).increment(count);
+        }
     }
 }
 
