@@ -2,6 +2,7 @@
 
 mod gguf;
 mod repository;
+mod speed;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,8 +11,12 @@ use std::path::PathBuf;
 use indicatif::HumanBytes;
 use serde::Serialize;
 
+use speed::ExpectedSpeed;
+
 use super::find_here;
 use super::models::WORKSPACE_BYTES;
+use crate::config::RopeScalingChoice;
+use crate::models::ModelConfig;
 use crate::weights::checkpoint::{Checkpoint, Source};
 use crate::weights::gguf::printable;
 
@@ -28,6 +33,10 @@ pub struct InspectArgs {
     /// List every tensor.
     #[arg(long)]
     pub tensors: bool,
+
+    /// Do not measure how fast this machine would run it, which takes a second.
+    #[arg(long)]
+    pub no_speed: bool,
 
     /// Print JSON.
     #[arg(long)]
@@ -57,6 +66,8 @@ struct Report {
     kv_cache_bytes_per_token: Option<u64>,
     memory_bytes: u64,
     memory_bytes_full_context: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expected_speed: Option<ExpectedSpeed>,
     tokenizer: TokenizerSummary,
     tensors_by_type: BTreeMap<&'static str, TypeSummary>,
     metadata: serde_json::Map<String, serde_json::Value>,
@@ -101,8 +112,15 @@ struct TensorLine {
 
 /// Runs the command.
 pub fn run(args: InspectArgs) -> anyhow::Result<()> {
-    let InspectArgs { model, tensors, json } = args;
-    let report = report(&Checkpoint::open(&find_here(&model)?.path)?, tensors)?;
+    let InspectArgs { model, tensors, no_speed, json } = args;
+    let checkpoint = Checkpoint::open(&find_here(&model)?.path)?;
+    let mut report = report(&checkpoint)?;
+    if !no_speed {
+        report.expected_speed = expected_speed(&checkpoint, &report)?;
+    }
+    if !tensors {
+        report.tensors.clear();
+    }
     if json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
@@ -111,7 +129,19 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn report(checkpoint: &Checkpoint, lists_tensors: bool) -> anyhow::Result<Report> {
+/// Of a model that can be run.
+fn expected_speed(
+    checkpoint: &Checkpoint,
+    report: &Report,
+) -> anyhow::Result<Option<ExpectedSpeed>> {
+    let Ok(config) = ModelConfig::from_checkpoint(checkpoint, RopeScalingChoice::Auto) else {
+        return Ok(None);
+    };
+    let experts = config.experts.map(|experts| (experts.num_experts_per_tok, experts.num_experts));
+    speed::expect(&report.tensors, experts)
+}
+
+fn report(checkpoint: &Checkpoint) -> anyhow::Result<Report> {
     let mut report = match checkpoint.source() {
         Source::Gguf(gguf) => gguf::report(gguf)?,
         Source::Repository(repository) => repository::report(checkpoint, repository)?,
@@ -145,9 +175,6 @@ fn report(checkpoint: &Checkpoint, lists_tensors: bool) -> anyhow::Result<Report
         // An output layer that only repeats the embedding is a copy, so it counts.
         report.num_parameters += tensor.num_parameters;
     }
-    if !lists_tensors {
-        report.tensors.clear();
-    }
     Ok(report)
 }
 
@@ -173,6 +200,7 @@ fn text(report: &Report) -> String {
     lines.extend(shape.into_iter().filter_map(|(name, n)| Some((name, n?.to_string()))));
     lines.extend(tokenizer_lines(&report.tokenizer));
     lines.push(("memory", memory_text(report)));
+    lines.extend(report.expected_speed.iter().map(|speed| ("speed", speed_text(speed))));
     let mut text = String::new();
     for (name, value) in lines {
         writeln!(text, "{name:<14} {value}").expect("writing to a string cannot fail");
@@ -210,6 +238,16 @@ fn tokenizer_lines(tokenizer: &TokenizerSummary) -> Vec<(&'static str, String)> 
         ("chat template", template.to_owned()),
         ("special", special.collect::<Vec<_>>().join(", ")),
     ]
+}
+
+fn speed_text(speed: &ExpectedSpeed) -> String {
+    let rounded = |rate: f64| if rate < 10.0 { format!("{rate:.1}") } else { format!("{rate:.0}") };
+    let decode = rounded(speed.decode_tokens_per_second);
+    let prefill = rounded(speed.prefill_tokens_per_second);
+    format!(
+        "up to {decode} tokens/s of one answer, {prefill} of a prompt, while texts are short ({})",
+        speed.device
+    )
 }
 
 fn memory_text(report: &Report) -> String {
@@ -261,7 +299,7 @@ mod tests {
     #[test]
     fn the_report_says_what_is_inside() {
         let (_directory, checkpoint) = open(&tiny());
-        let report = report(&checkpoint, true).unwrap();
+        let report = report(&checkpoint).unwrap();
         assert_eq!(report.quantization, "Q4_K_M");
         assert_eq!(report.num_parameters, 12);
         // Two layers, one head of 64, keys and values of two bytes.
@@ -286,7 +324,7 @@ mod tests {
     #[test]
     fn a_file_that_is_no_model_is_an_error() {
         let (_directory, checkpoint) = open(&Writer::new());
-        let message = report(&checkpoint, false).unwrap_err().to_string();
+        let message = report(&checkpoint).unwrap_err().to_string();
         assert!(message.contains("`general.architecture` is missing"), "{message}");
         let (_directory, checkpoint) = open(
             &Writer::new()
@@ -297,13 +335,13 @@ mod tests {
                 .u32("x.attention.key_length", u32::MAX)
                 .u32("x.context_length", u32::MAX),
         );
-        assert!(report(&checkpoint, false).is_ok());
+        assert!(report(&checkpoint).is_ok());
     }
 
     #[test]
     fn a_repository_is_shown_like_a_file() {
         let tiny = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny/hf-sharded");
-        let report = report(&Checkpoint::open(&tiny).unwrap(), false).unwrap();
+        let report = report(&Checkpoint::open(&tiny).unwrap()).unwrap();
         assert_eq!((report.files.len(), report.quantization.as_str()), (3, "BF16"));
         assert_eq!(report.kv_cache_bytes_per_token, Some(2 * 64 * 2 * 2));
         assert_eq!(report.tokenizer.special_tokens["eos"].text.as_deref(), Some("<|im_end|>"));

@@ -1,7 +1,7 @@
 //! `serve`: joins weights, engine and HTTP, and waits for a signal to stop.
 
 mod access;
-mod device;
+pub(super) mod device;
 mod draft;
 mod dummy;
 mod plan;

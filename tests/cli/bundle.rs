@@ -40,7 +40,7 @@ fn model_of(output: &Output) -> String {
 
 /// What `inspect` says of a model, without where its files are.
 fn inspection(model: &str) -> Value {
-    let output = run(&["inspect", "--json", "--tensors", model]);
+    let output = run(&["inspect", "--no-speed", "--json", "--tensors", model]);
     assert!(output.status.success(), "{}", stderr(&output));
     let mut report: Value = serde_json::from_str(&stdout(&output)).unwrap();
     report["files"].take();

@@ -8,16 +8,16 @@ use crate::device::Device;
 use crate::device::gpu::{Gpu, GpuError};
 
 /// An opened device, and why it is not a better one.
-pub(super) struct Opened {
-    pub(super) device: Device,
-    pub(super) why_not_gpu: Option<String>,
+pub(in crate::cli) struct Opened {
+    pub(in crate::cli) device: Device,
+    pub(in crate::cli) why_not_gpu: Option<String>,
 }
 
 /// Opens the device. `auto` takes the first card, or else the processor.
 ///
 /// # Errors
 /// If a card was asked for by number and cannot be used.
-pub(super) fn open(choice: DeviceChoice) -> Result<Opened> {
+pub(in crate::cli) fn open(choice: DeviceChoice) -> Result<Opened> {
     let cpu = |why_not_gpu| Ok(Opened { device: Device::Cpu, why_not_gpu });
     let number = match choice {
         DeviceChoice::Cpu => return cpu(None),
