@@ -123,9 +123,9 @@ impl PlannedModel {
         });
         let draft = draft.transpose()?;
         let num_blocks = self.blocks_that_fit()?;
-        let target = self.runner(model, &self.config, num_blocks, &pool)?;
+        let target = self.runner((model, &self.config), &self.options, num_blocks, &pool)?;
         let draft = draft
-            .map(|(model, config)| self.runner(model, config, num_blocks, &pool))
+            .map(|draft| self.runner(draft, &draft_options(&self.options), num_blocks, &pool))
             .transpose()?;
         Ok(DraftedRunner::new(target, draft, self.config.vocab_size))
     }
@@ -148,34 +148,34 @@ impl PlannedModel {
     /// Joins a model with a cache of its own.
     fn runner(
         &self,
-        model: Box<dyn Model>,
-        config: &ModelConfig,
+        (model, config): (Box<dyn Model>, &ModelConfig),
+        options: &LoadOptions,
         num_blocks: u32,
         pool: &Arc<ThreadPool>,
     ) -> anyhow::Result<ModelRunner> {
-        let device = &self.options.device;
+        let device = &options.device;
         let shape = KvCacheShape {
             num_blocks: num_blocks as usize,
             num_kv_heads: config.num_key_value_heads,
-            block_size: self.options.block_size,
+            block_size: options.block_size,
             head_dim: config.head_dim,
         };
         let layers = (0..config.num_hidden_layers)
-            .map(|_| KvCache::new(shape, self.options.kv_cache_dtype, device))
+            .map(|_| KvCache::new(shape, options.kv_cache_dtype, device))
             .collect::<candle_core::Result<Vec<_>>>()?;
-        let kv = LayerCaches { layers, num_blocks, block_size: self.options.block_size };
+        let kv = LayerCaches { layers, num_blocks, block_size: options.block_size };
         let runner = ModelRunner::new(model, kv, Arc::clone(pool));
         Ok(match device {
             Device::Cpu => runner,
             Device::Gpu(gpu) => {
                 let limits = StepLimits {
-                    max_num_batched_tokens: self.options.max_num_batched_tokens,
-                    max_num_seqs: self.options.max_num_seqs,
+                    max_num_batched_tokens: options.max_num_batched_tokens,
+                    max_num_seqs: options.max_num_seqs,
                     max_model_len: self.plan.max_model_len,
-                    block_size: self.options.block_size,
+                    block_size: options.block_size,
                     vocab_size: config.vocab_size,
                 };
-                runner.on_gpu(GpuSteps::new(gpu, limits, self.options.execution)?)
+                runner.on_gpu(GpuSteps::new(gpu, limits, options.execution)?)
             }
         })
     }
@@ -199,6 +199,7 @@ impl Draft {
     }
 
     fn memory(&self, options: &LoadOptions) -> DraftMemory {
+        let options = &draft_options(options);
         let bytes_per_value = options.kv_cache_dtype.size_in_bytes();
         let logits_bytes = logits_bytes(&options.device, self.config.vocab_size);
         let activations = activation_bytes(&self.config, options.max_num_batched_tokens);
@@ -226,6 +227,12 @@ impl Draft {
         );
         Ok(())
     }
+}
+
+/// A draft model's steps have a token more for each sequence whose guesses all came true.
+fn draft_options(options: &LoadOptions) -> LoadOptions {
+    let max_num_batched_tokens = options.max_num_batched_tokens + options.max_num_seqs;
+    LoadOptions { max_num_batched_tokens, ..options.clone() }
 }
 
 /// Hyperparameters of a model that the device can run.

@@ -266,7 +266,7 @@ impl Sequence {
 
     /// How many of the tokens behind the next one it may have.
     pub(super) fn max_drafts(&self) -> usize {
-        if self.spec.is_guided { 0 } else { self.max_len - self.tokens.len() - 1 }
+        if self.spec.is_guided { 0 } else { self.max_len.saturating_sub(self.tokens.len() + 1) }
     }
 
     /// Whether the next token is the last one, whatever it is.

@@ -1,10 +1,10 @@
 //! Guesses of the tokens that come next, so that one step can draw several of them.
 //!
 //! A step computes guesses behind a sequence's last token and draws a token behind each, as if they
-//! were true; [`SeqOutput::keep_verified`](super::step::SeqOutput::keep_verified) keeps what
-//! is drawn up to the first guess that is not. Draws
-//! are functions of the logits, the seed and the position, so what a sequence says is the same
-//! with guesses and without, whatever its temperature: guesses change when tokens come, never which.
+//! were true; [`SeqOutput::keep_verified`](super::step::SeqOutput::keep_verified) keeps what is drawn
+//! up to the first guess that is not. Draws are functions of the logits, the seed and the position,
+//! so what a sequence says is the same with guesses and without, whatever its temperature: guesses
+//! change when tokens come, never which.
 //!
 //! A guess costs the computation of a token, so it is made where that pays: while it is expected to
 //! yield more tokens for its time than the step does without it. How likely guesses come true is
@@ -109,8 +109,9 @@ impl Scheduler {
             // Both are in the same order.
             let seq = running.find(|seq| seq.id() == scheduled.id).expect("who is scheduled runs");
             let is_decode = scheduled.tokens.len() == 1 && scheduled.sample.is_some();
-            let max_drafts = if is_decode { config.max_drafts.min(seq.max_drafts()) } else { 0 };
-            if 0 < max_drafts
+            let max_drafts = config.max_drafts.min(MAX_DRAFTS).min(seq.max_drafts());
+            if is_decode
+                && 0 < max_drafts
                 && let Some((source, drafts)) =
                     guess(seq, (config.drafter, max_drafts), &is_worthwhile)
             {
