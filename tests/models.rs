@@ -9,7 +9,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::DType;
 use futures_util::StreamExt;
 use qwen_server::config::{Execution, RopeScalingChoice};
 use qwen_server::device::Device;
@@ -19,6 +18,7 @@ use qwen_server::engine::handle::EngineHandle;
 use qwen_server::engine::request::{Pooling, Priority, Request, StopConditions};
 use qwen_server::engine::thread::{EngineConfig, spawn};
 use qwen_server::grammar::{Constraint, GrammarCompiler};
+use qwen_server::ops::kv_cache::KvDtype;
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
 use qwen_server::sampling::SamplingParams;
 use qwen_server::text::{SpecialTokens, Tokenizer, TokenizerSpec};
@@ -32,6 +32,8 @@ mod architectures;
 mod dummy;
 #[path = "models/gpu.rs"]
 mod gpu;
+#[path = "models/kv_cache.rs"]
+mod kv_cache;
 #[path = "models/repositories.rs"]
 mod repositories;
 
@@ -41,7 +43,7 @@ struct Setup {
     kv_cache_bytes: u64,
     max_num_batched_tokens: usize,
     num_threads: usize,
-    kv_cache_dtype: DType,
+    kv_cache_dtype: KvDtype,
     place: Place,
 }
 
@@ -74,7 +76,7 @@ const ROOMY: Setup = Setup {
     kv_cache_bytes: 8 << 20,
     max_num_batched_tokens: 512,
     num_threads: 1,
-    kv_cache_dtype: DType::F16,
+    kv_cache_dtype: KvDtype::F16,
     place: Place::Cpu,
 };
 
@@ -285,7 +287,7 @@ async fn embeddings_are_of_hugging_face_hidden_states() {
     let golden = std::fs::read_to_string(tiny(&format!("{name}.json"))).unwrap();
     let golden: Golden = serde_json::from_str(&golden).unwrap();
     let checkpoint = Checkpoint::open(&tiny(&format!("{name}.gguf"))).unwrap();
-    let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
+    let setup = Setup { kv_cache_dtype: KvDtype::F32, ..ROOMY };
     let engine = start(&tiny(&format!("{name}.gguf")), setup);
     for prompt in &golden.prompts {
         // Of long prompts the file has only the last token's logits.
@@ -319,7 +321,7 @@ fn block_bytes(model: &Path, block_size: usize) -> u64 {
         gpu_memory_utilization: 0.9,
         execution: Execution::Eager,
         kv_cache_bytes: Some(1 << 20),
-        kv_cache_dtype: DType::F16,
+        kv_cache_dtype: KvDtype::F16,
         max_model_len: None,
         rope_scaling: RopeScalingChoice::Auto,
         block_size,
@@ -493,7 +495,7 @@ async fn hugging_face_computes_the_same() {
         ("qwen3moe-mixed", QUANTISED_EXPERTS),
         ("yarn", DENSE),
     ];
-    let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
+    let setup = Setup { kv_cache_dtype: KvDtype::F32, ..ROOMY };
     for (name, tolerance) in checkpoints {
         compare_with_golden(&format!("{name}.gguf"), tolerance, setup).await;
     }
@@ -521,7 +523,7 @@ async fn hugging_face_computes_the_same_from_its_own_repositories() {
         ("fp8-tensor", ROUNDED),
         ("fp8-channel", ROUNDED),
     ];
-    let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
+    let setup = Setup { kv_cache_dtype: KvDtype::F32, ..ROOMY };
     for (name, tolerance) in repositories {
         compare_with_golden(name, tolerance, setup).await;
     }

@@ -3,8 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::DType;
-
 use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, StepLimits};
 use super::memory::{CacheShare, MemoryPlan, MemoryRequest, plan};
 use super::model_runner::{LOGITS_ROWS_MAX, LayerCaches, ModelRunner};
@@ -12,7 +10,8 @@ use crate::config::{Execution, RopeScalingChoice};
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
 use crate::models::{ModelConfig, registry};
-use crate::ops::paged_attention::{KvCache, KvCacheShape, StepBounds, max_partial_bytes};
+use crate::ops::kv_cache::{KvCache, KvCacheShape, KvDtype};
+use crate::ops::paged_attention::{StepBounds, max_partial_bytes};
 use crate::weights::checkpoint::Checkpoint;
 
 /// Assumed where the system does not say how much memory is free.
@@ -30,7 +29,7 @@ pub struct LoadOptions {
     /// Memory for keys and values; `None` lets the plan decide.
     pub kv_cache_bytes: Option<u64>,
     /// How keys and values are stored.
-    pub kv_cache_dtype: DType,
+    pub kv_cache_dtype: KvDtype,
     /// Longest sequence; `None` lets the plan decide.
     pub max_model_len: Option<usize>,
     /// How positions beyond the trained ones are made usable.
@@ -74,11 +73,12 @@ impl PlannedModel {
         let config = ModelConfig::from_checkpoint(&checkpoint, options.rope_scaling)?;
         let weight_bytes = checkpoint.num_weight_bytes();
         let (available_bytes, cache_share) = memory(&options)?;
+        options.kv_cache_dtype.check(config.head_dim, &options.device)?;
         let request = MemoryRequest {
             kv_cache_bytes: options.kv_cache_bytes,
             max_model_len: options.max_model_len,
             block_size: options.block_size,
-            bytes_per_value: options.kv_cache_dtype.size_in_bytes(),
+            kv_cache_dtype: options.kv_cache_dtype,
             max_num_seqs: options.max_num_seqs,
             max_num_batched_tokens: options.max_num_batched_tokens,
             available_bytes,

@@ -1,6 +1,7 @@
 //! Decides, before anything is allocated, how much memory goes where.
 
 use crate::models::ModelConfig;
+use crate::ops::kv_cache::KvDtype;
 
 /// How much of what is free the KV cache gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,8 +21,8 @@ pub struct MemoryRequest {
     pub max_model_len: Option<usize>,
     /// Tokens a block holds.
     pub block_size: usize,
-    /// Bytes of one stored key or value element.
-    pub bytes_per_value: usize,
+    /// How keys and values are stored.
+    pub kv_cache_dtype: KvDtype,
     /// Sequences that may run at once.
     pub max_num_seqs: usize,
     /// Tokens computed in one step.
@@ -113,7 +114,7 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
         return Err(MemoryError::BeyondContext { asked, context });
     }
     let block_size = request.block_size as u64;
-    let bytes_per_token = config.kv_bytes_per_token(request.bytes_per_value) as u64;
+    let bytes_per_token = config.kv_bytes_per_token(request.kv_cache_dtype) as u64;
     let block_bytes = bytes_per_token.saturating_mul(block_size);
     let wanted_len = request.max_model_len.unwrap_or(context);
     let useful_blocks =
@@ -184,7 +185,7 @@ mod tests {
             kv_cache_bytes: None,
             max_model_len: None,
             block_size: 16,
-            bytes_per_value: 2,
+            kv_cache_dtype: KvDtype::F16,
             max_num_seqs: 64,
             max_num_batched_tokens: 256,
             available_bytes: 8 << 30,
