@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use half::bf16;
+
 use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, StepLimits};
 use super::memory::{CacheShare, MemoryPlan, MemoryRequest, plan};
 use super::model_runner::{LOGITS_ROWS_MAX, LayerCaches, ModelRunner};
@@ -10,6 +12,7 @@ use crate::config::{Execution, RopeScalingChoice};
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
 use crate::models::{ModelConfig, registry};
+use crate::ops::experts::{MAX_CHOSEN, max_group_rows};
 use crate::ops::kv_cache::{KvCache, KvCacheShape, KvDtype};
 use crate::ops::paged_attention::{StepBounds, max_partial_bytes};
 use crate::weights::checkpoint::Checkpoint;
@@ -69,11 +72,12 @@ impl PlannedModel {
 
     /// The same of files that are open already.
     pub fn plan(checkpoint: Checkpoint, options: LoadOptions) -> anyhow::Result<Self> {
-        registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?, &options.device)?;
+        registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?)?;
         let config = ModelConfig::from_checkpoint(&checkpoint, options.rope_scaling)?;
+        options.kv_cache_dtype.check(config.head_dim, &options.device)?;
+        check_experts(&config, &options.device)?;
         let weight_bytes = checkpoint.num_weight_bytes();
         let (available_bytes, cache_share) = memory(&options)?;
-        options.kv_cache_dtype.check(config.head_dim, &options.device)?;
         let request = MemoryRequest {
             kv_cache_bytes: options.kv_cache_bytes,
             max_model_len: options.max_model_len,
@@ -86,6 +90,7 @@ impl PlannedModel {
             cache_share,
             logits_bytes: logits_bytes(&options.device, config.vocab_size),
             attention_bytes: attention_bytes(&options, &config),
+            expert_bytes: expert_bytes(&options, &config),
         };
         let plan = plan(&config, &request)?;
         Ok(Self { checkpoint, config, plan, options })
@@ -177,6 +182,27 @@ fn attention_bytes(options: &LoadOptions, config: &ModelConfig) -> u64 {
     };
     let heads = (config.num_attention_heads, config.num_key_value_heads);
     max_partial_bytes(heads, config.head_dim, bounds) as u64
+}
+
+/// A card's kernels choose a bounded number of experts.
+fn check_experts(config: &ModelConfig, device: &Device) -> anyhow::Result<()> {
+    let num_chosen = config.experts.map_or(0, |experts| experts.num_experts_per_tok);
+    if matches!(device, Device::Gpu(_)) && MAX_CHOSEN < num_chosen {
+        anyhow::bail!(
+            "a token goes to {num_chosen} experts, and a GPU chooses at most {MAX_CHOSEN}; use \
+             `--device cpu`"
+        );
+    }
+    Ok(())
+}
+
+/// The rows of a card's experts that belong to nobody; a processor has none.
+fn expert_bytes(options: &LoadOptions, config: &ModelConfig) -> u64 {
+    let (Device::Gpu(_), Some(experts)) = (&options.device, config.experts) else { return 0 };
+    let num_choices = options.max_num_batched_tokens * experts.num_experts_per_tok;
+    let num_rows = max_group_rows(num_choices, experts.num_experts);
+    let per_row = 2 * config.hidden_size + 3 * experts.moe_intermediate_size;
+    (num_rows.saturating_sub(num_choices) * per_row * size_of::<bf16>()) as u64
 }
 
 /// Bytes that the server may take, and which part of them the cache gets.

@@ -35,6 +35,8 @@ pub struct MemoryRequest {
     pub logits_bytes: u64,
     /// Memory for partial results of attention.
     pub attention_bytes: u64,
+    /// Memory for rows of experts that no token fills.
+    pub expert_bytes: u64,
     /// What the cache gets of the rest, if the user did not fix it.
     pub cache_share: CacheShare,
 }
@@ -154,7 +156,7 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
 fn workspace_bytes(config: &ModelConfig, request: &MemoryRequest) -> u64 {
     let per_token = 4 * config.hidden_size + config.feed_forward_values_per_token();
     let activations = 4 * request.max_num_batched_tokens as u64 * per_token as u64;
-    activations + request.logits_bytes + request.attention_bytes
+    activations + request.logits_bytes + request.attention_bytes + request.expert_bytes
 }
 
 #[cfg(test)]
@@ -192,6 +194,7 @@ mod tests {
             weight_bytes: 500 << 20,
             logits_bytes: 32 * 151_936 * 8,
             attention_bytes: 0,
+            expert_bytes: 0,
             cache_share: CacheShare::Quarter,
         }
     }
