@@ -9,7 +9,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::DType;
 use futures_util::StreamExt;
 use qwen_server::config::{Execution, RopeScalingChoice};
 use qwen_server::device::Device;
@@ -19,6 +18,7 @@ use qwen_server::engine::handle::EngineHandle;
 use qwen_server::engine::request::{Pooling, Priority, Request, StopConditions};
 use qwen_server::engine::thread::{EngineConfig, spawn};
 use qwen_server::grammar::{Constraint, GrammarCompiler};
+use qwen_server::ops::kv_cache::KvDtype;
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
 use qwen_server::sampling::SamplingParams;
 use qwen_server::scheduler::{Drafter, SpeculationConfig};
@@ -33,6 +33,8 @@ mod architectures;
 mod dummy;
 #[path = "models/gpu.rs"]
 mod gpu;
+#[path = "models/kv_cache.rs"]
+mod kv_cache;
 #[path = "models/repositories.rs"]
 mod repositories;
 #[path = "models/speculation.rs"]
@@ -44,7 +46,7 @@ struct Setup {
     kv_cache_bytes: u64,
     max_num_batched_tokens: usize,
     num_threads: usize,
-    kv_cache_dtype: DType,
+    kv_cache_dtype: KvDtype,
     place: Place,
 }
 
@@ -77,7 +79,7 @@ const ROOMY: Setup = Setup {
     kv_cache_bytes: 8 << 20,
     max_num_batched_tokens: 512,
     num_threads: 1,
-    kv_cache_dtype: DType::F16,
+    kv_cache_dtype: KvDtype::F16,
     place: Place::Cpu,
 };
 
@@ -205,18 +207,18 @@ fn assert_same(context: &str, index: usize, ours: &Said, expected: &Said) {
     assert_eq!(ours.logprob_bits, expected.logprob_bits, "{context}: bits of prompt {index}");
 }
 
-const EQUALITY_MODELS: [&str; 4] =
-    ["mixed.gguf", "k-quants.gguf", "f32-untied.gguf", "qwen3-q8_0.gguf"];
-/// Those that cards cannot run.
-const CPU_EQUALITY_MODELS: [&str; 2] = ["qwen2moe-f16.gguf", "qwen3moe-mixed.gguf"];
-
-fn all_equality_models() -> impl Iterator<Item = PathBuf> {
-    EQUALITY_MODELS.into_iter().chain(CPU_EQUALITY_MODELS).map(tiny)
-}
+const EQUALITY_MODELS: [&str; 6] = [
+    "mixed.gguf",
+    "k-quants.gguf",
+    "f32-untied.gguf",
+    "qwen3-q8_0.gguf",
+    "qwen2moe-f16.gguf",
+    "qwen3moe-mixed.gguf",
+];
 
 #[tokio::test]
 async fn company_chunks_threads_and_preemption_change_no_bit() {
-    for model in all_equality_models() {
+    for model in EQUALITY_MODELS.map(tiny) {
         let mut expected = Vec::new();
         for (index, prompt) in prompts().iter().enumerate() {
             expected.push(alone(&model, index, prompt).await);
@@ -266,7 +268,7 @@ async fn embed_together(engine: &EngineHandle, pooling: Pooling) -> Vec<Vec<u32>
 
 #[tokio::test]
 async fn company_chunks_threads_and_preemption_change_no_bit_of_an_embedding() {
-    for model in all_equality_models() {
+    for model in EQUALITY_MODELS.map(tiny) {
         let bytes_per_block = block_bytes(&model, 4);
         let setups = [
             ROOMY,
@@ -297,7 +299,7 @@ async fn embeddings_are_of_hugging_face_hidden_states() {
     let golden = std::fs::read_to_string(tiny(&format!("{name}.json"))).unwrap();
     let golden: Golden = serde_json::from_str(&golden).unwrap();
     let checkpoint = Checkpoint::open(&tiny(&format!("{name}.gguf"))).unwrap();
-    let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
+    let setup = Setup { kv_cache_dtype: KvDtype::F32, ..ROOMY };
     let engine = start(&tiny(&format!("{name}.gguf")), setup);
     for prompt in &golden.prompts {
         // Of long prompts the file has only the last token's logits.
@@ -331,7 +333,7 @@ fn block_bytes(model: &Path, block_size: usize) -> u64 {
         gpu_memory_utilization: 0.9,
         execution: Execution::Eager,
         kv_cache_bytes: Some(1 << 20),
-        kv_cache_dtype: DType::F16,
+        kv_cache_dtype: KvDtype::F16,
         max_model_len: None,
         rope_scaling: RopeScalingChoice::Auto,
         block_size,
@@ -344,7 +346,7 @@ fn block_bytes(model: &Path, block_size: usize) -> u64 {
 
 #[tokio::test]
 async fn a_cached_prefix_changes_no_bit() {
-    for model in all_equality_models() {
+    for model in EQUALITY_MODELS.map(tiny) {
         let engine = start(&model, ROOMY);
         let prompt = &prompts()[6];
         let fresh = run(&engine, request(prompt, 24, sampled(6))).await;
@@ -505,7 +507,7 @@ async fn hugging_face_computes_the_same() {
         ("qwen3moe-mixed", QUANTISED_EXPERTS),
         ("yarn", DENSE),
     ];
-    let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
+    let setup = Setup { kv_cache_dtype: KvDtype::F32, ..ROOMY };
     for (name, tolerance) in checkpoints {
         compare_with_golden(&format!("{name}.gguf"), tolerance, setup).await;
     }
@@ -533,7 +535,7 @@ async fn hugging_face_computes_the_same_from_its_own_repositories() {
         ("fp8-tensor", ROUNDED),
         ("fp8-channel", ROUNDED),
     ];
-    let setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
+    let setup = Setup { kv_cache_dtype: KvDtype::F32, ..ROOMY };
     for (name, tolerance) in repositories {
         compare_with_golden(name, tolerance, setup).await;
     }

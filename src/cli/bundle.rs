@@ -14,7 +14,6 @@ use crate::access::Timestamp;
 use crate::bundle::manifest::{FORMAT_VERSION, License, Model, Program};
 use crate::bundle::{Manifest, Source, pack};
 use crate::config::{self, DEFAULT_MODEL};
-use crate::device::Device;
 use crate::models::{ModelConfig, registry};
 use crate::weights::checkpoint::{self, Checkpoint};
 use crate::weights::gguf::{Gguf, printable};
@@ -71,7 +70,7 @@ pub fn run(args: BundleArgs) -> Result<()> {
     refuse_existing(&output, force)?;
     let resolved = find_here(&model)?;
     let checkpoint = Checkpoint::open(&resolved.path)?;
-    registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?, &Device::Cpu)?;
+    registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?)?;
     let (model, mut sources) = describe(&resolved, &checkpoint)?;
     // Its pages are read once more, in order.
     drop(checkpoint);

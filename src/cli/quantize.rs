@@ -10,7 +10,6 @@ use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use super::text_side::TextSide;
 use crate::config::RopeScalingChoice;
-use crate::device::Device;
 use crate::device::threads::ThreadPool;
 use crate::layers::attention::RopeScaling;
 use crate::layers::content::rows;
@@ -77,7 +76,7 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
     let Source::Repository(repository) = checkpoint.source() else {
         bail!("{} is no repository with safetensors", input.display());
     };
-    registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?, &Device::Cpu)?;
+    registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?)?;
     let config = ModelConfig::from_checkpoint(&checkpoint, RopeScalingChoice::Auto)?;
     refuse_what_is_not_written(&config)?;
     let outputs = outputs(&checkpoint, repository)?;

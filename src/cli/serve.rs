@@ -16,7 +16,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use candle_core::DType;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::net::{TcpListener, TcpSocket, lookup_host};
 use tokio::runtime::Runtime;
@@ -38,6 +37,7 @@ use crate::http::{
 };
 use crate::ledger::Ledger;
 use crate::ledger::money::PriceList;
+use crate::ops::kv_cache::KvDtype;
 use crate::runner::load::{LoadOptions, PlannedModel};
 use crate::runner::{DraftedRunner, ModelRunner};
 use crate::scheduler::{Drafter, SpeculationConfig};
@@ -325,10 +325,11 @@ fn load_options(config: &Config, device: Device) -> LoadOptions {
         execution: engine.execution,
         kv_cache_bytes: engine.kv_cache_memory.map(ByteSize::bytes),
         kv_cache_dtype: match engine.kv_cache_dtype {
-            KvCacheDtype::F16 => DType::F16,
-            KvCacheDtype::Bf16 => DType::BF16,
-            KvCacheDtype::F32 => DType::F32,
-            KvCacheDtype::Fp8 => DType::F8E4M3,
+            KvCacheDtype::F16 => KvDtype::F16,
+            KvCacheDtype::Bf16 => KvDtype::Bf16,
+            KvCacheDtype::F32 => KvDtype::F32,
+            KvCacheDtype::Fp8 => KvDtype::Fp8,
+            KvCacheDtype::Q8_0 => KvDtype::Q8_0,
         },
         max_model_len: config.model.max_model_len.map(usize::from),
         rope_scaling: config.model.rope_scaling,

@@ -3,7 +3,8 @@
 use candle_core::Result;
 
 use super::linear::{Linear, Projection};
-pub use crate::ops::paged_attention::{AttentionMetadata, KvCache};
+pub use crate::ops::kv_cache::{KvCache, KvDtype};
+pub use crate::ops::paged_attention::AttentionMetadata;
 pub use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable, YarnScaling};
 
 use crate::ops::head_norm::{HeadNorms, norm_heads};

@@ -7,6 +7,7 @@ use anyhow::{bail, ensure};
 use candle_core::Result;
 
 use super::content::rows;
+use crate::ops::experts::{ExpertRows, ExpertWeights};
 use crate::ops::gather_columns::gather_columns;
 pub use crate::ops::matmul::Stacking;
 use crate::ops::matmul::{MatrixSource, RandomSource, Weights, gated_matmul, matmul, matmul_f32};
@@ -106,6 +107,26 @@ impl Linear {
         gated_matmul(&*self.ordered(x)?, &self.weight)
     }
 
+    /// [`Linear::forward`] of each expert's rows with the projection of that expert.
+    pub fn forward_each<'a>(
+        each: impl Iterator<Item = &'a Self>,
+        rows: &ExpertRows,
+    ) -> Result<ExpertRows> {
+        rows.matmul(&each.map(Self::of_expert).collect::<Vec<_>>())
+    }
+
+    /// [`Linear::forward_gated`] of each expert's rows with the projections of that expert.
+    pub fn forward_gated_each<'a>(
+        each: impl Iterator<Item = &'a Self>,
+        rows: &ExpertRows,
+    ) -> Result<ExpertRows> {
+        rows.gated_matmul(&each.map(Self::of_expert).collect::<Vec<_>>())
+    }
+
+    fn of_expert(&self) -> ExpertWeights<'_> {
+        ExpertWeights { weights: &self.weight, column_order: self.column_order.as_deref() }
+    }
+
     /// The input with its columns where the weights have them.
     fn ordered<'a>(&self, x: &'a Tensor) -> Result<Cow<'a, Tensor>> {
         match &self.column_order {
@@ -166,8 +187,7 @@ fn pack_each(
     if let Some(random) =
         stacks.iter().map(|stored| random_sources(stored)).collect::<Option<Vec<_>>>()
     {
-        let make_up = |sources: &Vec<_>| Weights::random(sources, in_features, stacking, device);
-        return random.iter().map(make_up).collect();
+        return Weights::random_each(&random, in_features, stacking, device);
     }
     let rows = stacks
         .iter()

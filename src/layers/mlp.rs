@@ -3,6 +3,7 @@
 use candle_core::Result;
 
 use super::linear::{Linear, Projection, Stacking};
+use crate::ops::experts::ExpertRows;
 use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::Checkpoint;
 
@@ -47,6 +48,13 @@ impl Mlp {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let gated = self.gate_up_proj.forward_gated(x)?; // [num_tokens, intermediate_size]
         self.down_proj.forward(&gated)
+    }
+
+    /// [`Mlp::forward`] of each expert's rows with that expert.
+    pub fn forward_each(each: &[Self], rows: &ExpertRows) -> Result<ExpertRows> {
+        let gate_ups = each.iter().map(|mlp| &mlp.gate_up_proj);
+        let gated = Linear::forward_gated_each(gate_ups, rows)?; // intermediate_size columns
+        Linear::forward_each(each.iter().map(|mlp| &mlp.down_proj), &gated)
     }
 
     /// Memory that the weights take.

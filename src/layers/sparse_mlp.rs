@@ -5,7 +5,6 @@ use candle_core::Result;
 use super::linear::{Linear, Projection};
 use super::mlp::Mlp;
 use crate::ops::experts::{Routes, add_gated};
-use crate::ops::gather_rows::gather_rows;
 use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::Checkpoint;
 
@@ -84,15 +83,8 @@ impl SparseMlp {
         let SparseMlpShape { hidden_size, num_experts_per_tok, norm_topk_prob, .. } = self.shape;
         let logits = self.gate.forward_f32(x)?; // [num_tokens, num_experts]
         let routes = Routes::choose(&logits, num_experts_per_tok, norm_topk_prob)?;
-        let mut outputs = Vec::with_capacity(self.experts.len());
-        for (expert, tokens) in self.experts.iter().zip(routes.tokens_by_expert()) {
-            outputs.push(if tokens.is_empty() {
-                None
-            } else {
-                Some(expert.forward(&gather_rows(x, &tokens)?)?) // [tokens.len(), hidden_size]
-            });
-        }
-        let out = routes.combine(&outputs, hidden_size)?;
+        let made = Mlp::forward_each(&self.experts, &routes.spread(x)?)?; // hidden_size columns
+        let out = routes.combine(&made, hidden_size)?;
         let Some(Shared { gate, expert }) = &self.shared else { return Ok(out) };
         add_gated(&out, &gate.forward_f32(x)?, &expert.forward(x)?)
     }

@@ -3,7 +3,7 @@
 mod config_json;
 
 use crate::config::RopeScalingChoice;
-use crate::layers::attention::RopeScaling;
+use crate::layers::attention::{KvDtype, RopeScaling};
 use crate::weights::checkpoint::{Checkpoint, CheckpointError, Source};
 use crate::weights::gguf::{Gguf, Metadata};
 
@@ -204,7 +204,7 @@ impl ModelConfig {
     }
 
     /// Bytes that keys and values of one token take in all layers.
-    pub fn kv_bytes_per_token(&self, bytes_per_value: usize) -> usize {
-        2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
+    pub fn kv_bytes_per_token(&self, dtype: KvDtype) -> usize {
+        2 * self.num_hidden_layers * self.num_key_value_heads * dtype.row_bytes(self.head_dim)
     }
 }

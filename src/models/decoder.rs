@@ -33,13 +33,6 @@ pub struct ExpertRules {
     pub norm_topk_prob: bool,
 }
 
-impl Architecture {
-    /// Whether there are kernels for cards.
-    pub fn runs_on_cards(&self) -> bool {
-        self.experts.is_none()
-    }
-}
-
 /// What stands behind the attention of a layer.
 enum FeedForward {
     Dense(Mlp),

@@ -5,17 +5,53 @@
 //!   out[t] = sum over the chosen experts e of t, in ascending order: weight(t, e) * y_e[t]
 //! ```
 //!
-//! On the CPU only.
+//! On the CPU each expert multiplies the rows of its tokens by itself. On a card the routes stay
+//! there, and all experts multiply in one launch, whose shape does not depend on them.
+
+mod gpu;
+
+use std::borrow::Cow;
 
 use candle_core::{Result, bail};
 
+use super::gather_columns::gather_columns;
+use super::gather_rows::gather_rows;
 use super::indices::Indices;
+use super::matmul::{Weights, gated_matmul, matmul};
 use super::rows::for_each_row_mut;
 use super::tensor::{Device, Tensor};
+pub use gpu::{MAX_CHOSEN, max_group_rows};
 
 /// The experts of each token of a batch.
+#[derive(Clone, Debug)]
+pub enum Routes {
+    /// In the program's memory.
+    Cpu(CpuRoutes),
+    /// In a card's memory.
+    Gpu(gpu::GpuRoutes),
+}
+
+/// Rows of activations, each for one expert.
+#[derive(Clone, Debug)]
+pub enum ExpertRows {
+    /// A matrix for each expert that has tokens.
+    Cpu(Vec<Option<Tensor>>),
+    /// One matrix on a card.
+    Gpu(gpu::GpuRows),
+}
+
+/// What one expert multiplies with.
+#[derive(Clone, Copy)]
+pub struct ExpertWeights<'a> {
+    /// The matrix; on a card those of all experts lie side by side.
+    pub weights: &'a Weights,
+    /// The column of the input that each column of the matrix is for, if not the same.
+    pub column_order: Option<&'a [u32]>,
+}
+
+/// The experts of each token, in the program's memory.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Routes {
+pub struct CpuRoutes {
     /// `[num_tokens, num_chosen]`, of each token in ascending order of experts.
     choices: Vec<Choice>,
     num_chosen: usize,
@@ -29,16 +65,100 @@ struct Choice {
 }
 
 impl Routes {
-    /// Chooses experts by logits `[num_tokens, num_experts]`; of equal ones the first. `normalised`
-    /// weights sum up to one.
+    /// Chooses experts by logits `[num_tokens, num_experts]` in `f32`; of equal ones the first.
+    /// `normalised` weights sum up to one.
     ///
     /// # Errors
-    /// If there are fewer experts than are to be chosen, or the logits are on a card.
+    /// If there are fewer experts than are to be chosen, or a card cannot choose so many.
     pub fn choose(logits: &Tensor, num_chosen: usize, normalised: bool) -> Result<Self> {
-        let (_, num_experts) = logits.cpu()?.dims2()?;
+        let (_, num_experts) = logits.dims2()?;
         if num_chosen == 0 || num_experts < num_chosen {
             bail!("{num_chosen} of {num_experts} experts cannot be chosen");
         }
+        Ok(match logits {
+            Tensor::Cpu(_) => Self::Cpu(CpuRoutes::choose(logits, num_chosen, normalised)?),
+            Tensor::Gpu(logits) => Self::Gpu(gpu::choose(logits, num_chosen, normalised)?),
+        })
+    }
+
+    /// The rows of `x` `[num_tokens, num_cols]` that each expert gets.
+    ///
+    /// # Errors
+    /// If there are other tokens than were chosen for.
+    pub fn spread(&self, x: &Tensor) -> Result<ExpertRows> {
+        match self {
+            Self::Cpu(routes) => {
+                let rows = |tokens: Indices| {
+                    let is_used = !tokens.is_empty();
+                    is_used.then(|| gather_rows(x, &tokens)).transpose()
+                };
+                Ok(ExpertRows::Cpu(
+                    routes.tokens_by_expert().into_iter().map(rows).collect::<Result<_>>()?,
+                ))
+            }
+            Self::Gpu(routes) => routes.spread(x.gpu()?).map(ExpertRows::Gpu),
+        }
+    }
+
+    /// The weighted sum of what the experts made of the rows that [`Routes::spread`] gave them:
+    /// `[num_tokens, num_cols]`.
+    ///
+    /// # Errors
+    /// If rows are missing.
+    pub fn combine(&self, made: &ExpertRows, num_cols: usize) -> Result<Tensor> {
+        match (self, made) {
+            (Self::Cpu(routes), ExpertRows::Cpu(made)) => routes.combine(made, num_cols),
+            (Self::Gpu(routes), ExpertRows::Gpu(made)) => routes.combine(made).map(Tensor::Gpu),
+            _ => bail!("routes and rows are on different devices"),
+        }
+    }
+}
+
+impl ExpertRows {
+    /// Each row times the matrix of its expert.
+    ///
+    /// # Errors
+    /// As [`matmul`].
+    pub fn matmul(&self, experts: &[ExpertWeights<'_>]) -> Result<Self> {
+        match self {
+            Self::Cpu(rows) => {
+                each_expert(rows, experts, |x, weights| matmul(x, weights, None)).map(Self::Cpu)
+            }
+            Self::Gpu(rows) => rows.matmul(experts[0].weights.gpu()?).map(Self::Gpu),
+        }
+    }
+
+    /// `silu(gate(x)) * up(x)` of each row with the matrices of its expert.
+    ///
+    /// # Errors
+    /// As [`gated_matmul`].
+    pub fn gated_matmul(&self, experts: &[ExpertWeights<'_>]) -> Result<Self> {
+        match self {
+            Self::Cpu(rows) => each_expert(rows, experts, gated_matmul).map(Self::Cpu),
+            Self::Gpu(rows) => rows.gated_matmul(experts[0].weights.gpu()?).map(Self::Gpu),
+        }
+    }
+}
+
+fn each_expert(
+    rows: &[Option<Tensor>],
+    experts: &[ExpertWeights<'_>],
+    multiply: impl Fn(&Tensor, &Weights) -> Result<Tensor>,
+) -> Result<Vec<Option<Tensor>>> {
+    let product = |(rows, expert): (&Option<Tensor>, &ExpertWeights<'_>)| {
+        let Some(rows) = rows else { return Ok(None) };
+        let rows = match expert.column_order {
+            None => Cow::Borrowed(rows),
+            Some(order) => Cow::Owned(gather_columns(rows, order)?),
+        };
+        multiply(&rows, expert.weights).map(Some)
+    };
+    rows.iter().zip(experts).map(product).collect()
+}
+
+impl CpuRoutes {
+    fn choose(logits: &Tensor, num_chosen: usize, normalised: bool) -> Result<Self> {
+        let (_, num_experts) = logits.dims2()?;
         let rows = logits.to_vec()?;
         let choose = |row| chosen(row, num_chosen, normalised);
         let choices = rows.chunks_exact(num_experts).flat_map(choose).collect();
@@ -46,7 +166,7 @@ impl Routes {
     }
 
     /// The tokens of each expert, in ascending order.
-    pub fn tokens_by_expert(&self) -> Vec<Indices> {
+    fn tokens_by_expert(&self) -> Vec<Indices> {
         let mut tokens = vec![Vec::new(); self.num_experts];
         for (i, choice) in self.choices.iter().enumerate() {
             tokens[choice.expert].push((i / self.num_chosen) as u32);
@@ -54,12 +174,7 @@ impl Routes {
         tokens.into_iter().map(Indices::from).collect()
     }
 
-    /// The weighted sum of what the experts made: `[num_tokens, num_cols]` from a matrix for each
-    /// expert that has tokens, one row for each of [`Routes::tokens_by_expert`].
-    ///
-    /// # Errors
-    /// If a matrix is missing or has another number of rows.
-    pub fn combine(&self, outputs: &[Option<Tensor>], num_cols: usize) -> Result<Tensor> {
+    fn combine(&self, outputs: &[Option<Tensor>], num_cols: usize) -> Result<Tensor> {
         let sources = self.sources();
         let mut num_rows = vec![0; self.num_experts];
         self.choices.iter().for_each(|choice| num_rows[choice.expert] += 1);
@@ -119,13 +234,15 @@ fn chosen(logits: &[f32], num_chosen: usize, normalised: bool) -> Vec<Choice> {
 /// `[num_tokens, 1]`.
 ///
 /// # Errors
-/// If shapes do not fit, or a tensor is on a card.
+/// If shapes do not fit.
 pub fn add_gated(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
     let shape @ (num_tokens, num_cols) = x.dims2()?;
     if y.dims2()? != shape || gate.dims2()? != (num_tokens, 1) {
         bail!("{shape:?} and {:?} with gates of {:?}", y.dims2()?, gate.dims2()?);
     }
-    x.cpu()?;
+    if let Tensor::Gpu(x) = x {
+        return gpu::add_gated(x, gate.gpu()?, y.gpu()?).map(Tensor::Gpu);
+    }
     let (mut out, gates, y) = (x.to_vec()?, gate.to_vec()?, y.to_vec()?);
     for_each_row_mut(&mut out, num_cols, |token, out| {
         let gate = 1.0 / (1.0 + (-gates[token]).exp());
@@ -153,7 +270,7 @@ mod tests {
             (false, [(2, 0.3), (3, 0.4), (0, 0.3), (1, 0.4)]),
             (true, [(2, 3.0 / 7.0), (3, 4.0 / 7.0), (0, 3.0 / 7.0), (1, 4.0 / 7.0)]),
         ] {
-            let routes = Routes::choose(&tensor(&logits, 4), 2, normalised).unwrap();
+            let routes = CpuRoutes::choose(&tensor(&logits, 4), 2, normalised).unwrap();
             for (choice, (expert, weight)) in routes.choices.iter().zip(expected) {
                 assert_eq!(choice.expert, expert);
                 assert!((choice.weight - weight).abs() < 1e-6, "{choice:?}, not {weight}");
@@ -166,7 +283,7 @@ mod tests {
     #[test]
     fn of_equal_logits_the_first_are_chosen_and_extremes_stay_finite() {
         let experts = |logits: &[f32]| {
-            let routes = Routes::choose(&tensor(logits, logits.len()), 2, true).unwrap();
+            let routes = CpuRoutes::choose(&tensor(logits, logits.len()), 2, true).unwrap();
             assert!(routes.choices.iter().all(|choice| choice.weight.is_finite()));
             routes.choices.iter().map(|choice| choice.expert).collect::<Vec<_>>()
         };
@@ -178,7 +295,7 @@ mod tests {
     #[test]
     fn outputs_are_added_by_weight_in_the_order_of_experts() {
         let logits: Vec<f32> = [1.0, 3.0, 0.0, 3.0, 1.0, 0.0].map(f32::ln).to_vec();
-        let routes = Routes::choose(&tensor(&logits, 3), 2, true).unwrap();
+        let routes = CpuRoutes::choose(&tensor(&logits, 3), 2, true).unwrap();
         let outputs = [Some(tensor(&[4.0, 8.0, 12.0, 16.0], 2)), Some(tensor(&[1.0; 4], 2)), None];
         let out = routes.combine(&outputs, 2).unwrap().to_vec().unwrap();
         let expected = [0.25 * 4.0 + 0.75, 0.25 * 8.0 + 0.75, 0.75 * 12.0 + 0.25, 12.25];

@@ -16,7 +16,7 @@ use crate::device::threads::parallel_for;
 const STRIP: usize = 16;
 
 /// What a byte means; not a number for two of them.
-fn e4m3_to_f32(byte: u8) -> f32 {
+pub(super) fn e4m3_to_f32(byte: u8) -> f32 {
     let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7));
     let size = match exponent {
         0 => mantissa / 8.0 * 2.0_f32.powi(-6),

@@ -34,7 +34,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, 
 use self::activations::{Activations, Group, SumFactor, SumKind, groups};
 use self::buffer::Buffer;
 use self::format::{BLOCK, GROUP_BYTES, packed_layout, panel_bytes};
-pub use self::gpu::{GpuMatrix, Stacking};
+pub use self::gpu::{GROUP_ROWS, GpuMatrix, RowOrder, Stacking};
 use self::kernel::Kernels;
 use self::plan::{Epilogue, Plan};
 use self::simd::{Isa, LANES};
@@ -100,7 +100,7 @@ impl Weights {
     }
 
     /// Packs several matrices of as many columns, each of sources of its own, into one piece of
-    /// memory where the device allows it.
+    /// memory.
     ///
     /// # Errors
     /// As [`Weights::pack`].
@@ -110,28 +110,39 @@ impl Weights {
         stacking: Stacking,
         device: &Device,
     ) -> Result<Vec<Self>> {
-        if let Device::Gpu(_) = device {
-            let pack = |sources: &Vec<_>| Self::pack(sources, num_cols, stacking, device);
-            return matrices.iter().map(pack).collect();
+        if let Device::Gpu(gpu) = device {
+            let packed = GpuMatrix::pack_each(gpu, matrices, num_cols, stacking)?;
+            return Ok(packed.into_iter().map(|matrix| Self::Gpu(Arc::new(matrix))).collect());
         }
         let packed = PackedMatrix::pack_each(matrices, num_cols)?;
         Ok(packed.into_iter().map(|matrix| Self::Cpu(Arc::new(matrix))).collect())
     }
 
-    /// Makes up weights on a device: other ones than another device does.
+    /// Makes up weights of several matrices on a device: other ones than another device does.
     ///
     /// # Errors
-    /// As [`Weights::pack`].
-    pub fn random(
+    /// As [`Weights::pack_each`].
+    pub fn random_each(
+        matrices: &[Vec<RandomSource>],
+        num_cols: usize,
+        stacking: Stacking,
+        device: &Device,
+    ) -> Result<Vec<Self>> {
+        if let Device::Gpu(gpu) = device {
+            let made = GpuMatrix::random_each(gpu, matrices, num_cols, stacking)?;
+            return Ok(made.into_iter().map(|matrix| Self::Gpu(Arc::new(matrix))).collect());
+        }
+        let random = |sources: &Vec<_>| Self::random(sources, num_cols, stacking, device);
+        matrices.iter().map(random).collect()
+    }
+
+    /// Makes up weights in the program's memory.
+    fn random(
         sources: &[RandomSource],
         num_cols: usize,
         stacking: Stacking,
         device: &Device,
     ) -> Result<Self> {
-        if let Device::Gpu(gpu) = device {
-            let matrix = GpuMatrix::random(gpu, sources, num_cols, stacking)?;
-            return Ok(Self::Gpu(Arc::new(matrix)));
-        }
         let rows = sources
             .iter()
             .map(|source| random_rows(source.dtype, (source.num_rows, num_cols), source.seed))
@@ -171,7 +182,7 @@ impl Weights {
         }
     }
 
-    fn gpu(&self) -> Result<&GpuMatrix> {
+    pub(super) fn gpu(&self) -> Result<&GpuMatrix> {
         match self {
             Self::Gpu(matrix) => Ok(matrix),
             Self::Cpu(_) => bail!("the activations are on the GPU, the weights are not"),

@@ -20,19 +20,20 @@ mod tile;
 use std::cmp::Reverse;
 use std::sync::{Mutex, PoisonError};
 
+use bytemuck::Pod;
 use candle_core::Tensor as CpuTensor;
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, WithDType, bail};
 use half::{bf16, f16};
 
 use super::indices::Indices;
+use super::kv_cache::{CpuKvCache, E4m3, KvCache, KvCacheShape, KvDtype, Q8_0Block, Stored};
 use super::operand::contiguous;
 use super::rows::parallel_chunks_mut;
-use super::simd::{Element, Isa};
+use super::simd::Isa;
 use super::tensor::Tensor;
-use crate::device::Device;
-use crate::device::gpu::{DeviceBuffer, Gpu};
 use crate::device::threads::current_num_threads;
 pub use gpu::{StepPlan, max_partial_bytes};
+pub(super) use gpu::{check_shape, new_counters};
 pub use plan::StepBounds;
 use tile::{
     Attend, CacheView, Destination, MergePartitions, PARTITION, Partial, QueryTile, Scratch,
@@ -121,149 +122,6 @@ impl AttentionMetadata {
     }
 }
 
-/// Dimensions of one layer's cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KvCacheShape {
-    /// How many blocks there are.
-    pub num_blocks: usize,
-    /// Heads that keys and values have.
-    pub num_kv_heads: usize,
-    /// Tokens per block.
-    pub block_size: usize,
-    /// Values per head; a multiple of 8.
-    pub head_dim: usize,
-}
-
-/// Keys and values of one layer.
-#[derive(Clone, Debug)]
-pub enum KvCache {
-    /// In the program's memory.
-    Cpu(CpuKvCache),
-    /// In a card's memory.
-    Gpu(GpuKvCache),
-}
-
-/// Keys and values of one layer in the program's memory, `f16`, `bf16` or `f32`.
-#[derive(Clone, Debug)]
-pub struct CpuKvCache {
-    /// `[num_blocks, num_kv_heads, block_size, head_dim]`
-    pub k: CpuTensor,
-    /// `[num_blocks, num_kv_heads, block_size, head_dim]`
-    pub v: CpuTensor,
-    /// Tokens per block.
-    pub block_size: usize,
-}
-
-/// Keys and values of one layer in a card's memory, `f16`, `bf16` or `f8e4m3`.
-#[derive(Clone, Debug)]
-pub struct GpuKvCache {
-    /// Whose memory.
-    pub gpu: Gpu,
-    /// `[num_blocks, num_kv_heads, block_size, head_dim]`
-    pub k: DeviceBuffer,
-    /// `[num_blocks, num_kv_heads, block_size, head_dim]`
-    pub v: DeviceBuffer,
-    /// Type of keys and values.
-    pub dtype: DType,
-    /// Dimensions of `k` and of `v`.
-    pub shape: KvCacheShape,
-    /// What keys are multiplied with where they are used; 1 unless they have 8 bits.
-    pub k_scale: f32,
-    /// What values are multiplied with where they are used; 1 unless they have 8 bits.
-    pub v_scale: f32,
-    /// Of partitions that are done, see the kernel.
-    counters: DeviceBuffer,
-}
-
-impl KvCache {
-    /// An empty cache, see [`CpuKvCache::new`] and [`GpuKvCache::new`].
-    ///
-    /// # Errors
-    /// If the shape or the type is not supported, or there is no memory.
-    pub fn new(shape: KvCacheShape, dtype: DType, device: &Device) -> Result<Self> {
-        Ok(match device {
-            Device::Cpu => Self::Cpu(CpuKvCache::new(shape, dtype)?),
-            Device::Gpu(gpu) => {
-                gpu::check_shape(shape)?;
-                Self::Gpu(GpuKvCache::new(shape, dtype, gpu)?)
-            }
-        })
-    }
-}
-
-impl KvCacheShape {
-    /// Values of all keys, or of all values.
-    fn num_elements(self) -> Result<usize> {
-        let Self { num_blocks, num_kv_heads, block_size, head_dim } = self;
-        if num_kv_heads == 0 || block_size == 0 || head_dim == 0 || head_dim % 8 != 0 {
-            bail!("a KV cache of {self:?} is not supported");
-        }
-        let num_slots = num_blocks.checked_mul(block_size).filter(|&n| u32::try_from(n).is_ok());
-        let num_heads = num_slots.and_then(|n| n.checked_mul(num_kv_heads));
-        match num_heads.and_then(|n| n.checked_mul(head_dim)) {
-            Some(num_elements) => Ok(num_elements),
-            None => bail!("a KV cache of {self:?} has too many slots"),
-        }
-    }
-}
-
-impl GpuKvCache {
-    /// A cache in `f16`, `bf16` or `f8e4m3`, which takes up its memory at once. No kernel reads a
-    /// slot that was not written.
-    ///
-    /// # Errors
-    /// If the shape or the type is not supported, or the card has no memory left.
-    pub fn new(shape: KvCacheShape, dtype: DType, gpu: &Gpu) -> Result<Self> {
-        let num_bytes = shape.num_elements()? * dtype.size_in_bytes();
-        if !matches!(dtype, DType::F16 | DType::BF16 | DType::F8E4M3) {
-            bail!("a KV cache of {dtype:?} is not supported on the GPU; use f16, bf16 or fp8");
-        }
-        let (k, v) = (gpu.alloc(num_bytes)?, gpu.alloc(num_bytes)?);
-        let counters = gpu::new_counters(gpu, shape.num_kv_heads)?;
-        let (k_scale, v_scale) = (1.0, 1.0);
-        Ok(Self { gpu: gpu.clone(), k, v, dtype, shape, k_scale, v_scale, counters })
-    }
-}
-
-impl CpuKvCache {
-    /// An empty cache in `f16`, `bf16` or `f32`. Blocks take up memory once written.
-    ///
-    /// # Errors
-    /// If the shape or the type is not supported, or there is no memory.
-    pub fn new(shape: KvCacheShape, dtype: DType) -> Result<Self> {
-        let KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim } = shape;
-        shape.num_elements()?;
-        let dims = (num_blocks, num_kv_heads, block_size, head_dim);
-        let zeros = || match dtype {
-            DType::F16 => lazy_zeros::<f16>(dims),
-            DType::BF16 => lazy_zeros::<bf16>(dims),
-            DType::F32 => lazy_zeros::<f32>(dims),
-            _ => bail!("a KV cache of {dtype:?} is not supported on the CPU; use f16, bf16 or f32"),
-        };
-        Ok(Self { k: zeros()?, v: zeros()?, block_size })
-    }
-
-    /// The cache's dimensions.
-    pub fn shape(&self) -> Result<KvCacheShape> {
-        let (num_blocks, num_kv_heads, block_size, head_dim) = self.k.dims4()?;
-        if block_size != self.block_size || self.v.dims() != self.k.dims() {
-            let (k, v) = (self.k.dims(), self.v.dims());
-            bail!("the cache's keys are {k:?} and its values {v:?}, not blocks of {block_size}");
-        }
-        Ok(KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim })
-    }
-}
-
-fn lazy_zeros<T: WithDType + bytemuck::Zeroable>(
-    dims: (usize, usize, usize, usize),
-) -> Result<CpuTensor> {
-    let Ok(zeros) = bytemuck::allocation::try_zeroed_vec::<T>(Shape::from(dims).elem_count())
-    else {
-        bail!("no memory for a KV cache of {dims:?}")
-    };
-    CpuTensor::from_vec(zeros, dims, &candle_core::Device::Cpu)
-}
-
 /// Causal attention of the step's tokens over everything cached of their sequences.
 ///
 /// Takes queries `[num_tokens, num_heads * head_dim]` and yields the same shape. Keys and values of
@@ -286,12 +144,14 @@ fn attend_on_cpu(
     meta: &AttentionMetadata,
     scale: f32,
 ) -> Result<CpuTensor> {
-    let op = PagedAttention { shape: kv.shape()?, meta, scale, isa: Isa::best() };
+    let (shape, dtype) = (kv.shape()?, kv.dtype);
+    let op = PagedAttention { shape, dtype, meta, scale, isa: Isa::best() };
     q.apply_op3_no_bwd(&kv.k, &kv.v, &op)
 }
 
 struct PagedAttention<'a> {
     shape: KvCacheShape,
+    dtype: KvDtype,
     meta: &'a AttentionMetadata,
     scale: f32,
     isa: Isa,
@@ -318,12 +178,14 @@ impl CustomOp3 for PagedAttention<'_> {
         }
         self.meta.check(num_tokens, self.shape)?;
         let queries = contiguous::<f32>("q", q, q_layout)?;
-        let out = match k {
-            CpuStorage::F16(_) => self.run::<f16>(queries, (k, k_layout), (v, v_layout), width),
-            CpuStorage::BF16(_) => self.run::<bf16>(queries, (k, k_layout), (v, v_layout), width),
-            CpuStorage::F32(_) => self.run::<f32>(queries, (k, k_layout), (v, v_layout), width),
-            _ => bail!("a KV cache of this type is not supported"),
-        }?;
+        let (k, v) = ((k, k_layout), (v, v_layout));
+        let out = match self.dtype {
+            KvDtype::F16 => self.run(queries, self.view::<f16, f16>(k, v)?, width),
+            KvDtype::Bf16 => self.run(queries, self.view::<bf16, bf16>(k, v)?, width),
+            KvDtype::F32 => self.run(queries, self.view::<f32, f32>(k, v)?, width),
+            KvDtype::Fp8 => self.run(queries, self.view::<u8, E4m3>(k, v)?, width),
+            KvDtype::Q8_0 => self.run(queries, self.view::<u8, Q8_0Block>(k, v)?, width),
+        };
         Ok((CpuStorage::F32(out), (num_tokens, width).into()))
     }
 }
@@ -350,20 +212,24 @@ impl Task<'_, '_> {
 }
 
 impl PagedAttention<'_> {
-    fn run<E: Element + WithDType>(
+    /// The cache's rows, which lie in its tensors as values of type `T`.
+    fn view<'a, T: WithDType + Pod, E: Pod>(
         &self,
-        queries: &[f32],
-        keys: (&CpuStorage, &Layout),
-        values: (&CpuStorage, &Layout),
-        width: usize,
-    ) -> Result<Vec<f32>> {
-        let cache = CacheView {
-            keys: contiguous::<E>("the key cache", keys.0, keys.1)?,
-            values: contiguous::<E>("the value cache", values.0, values.1)?,
+        (keys, keys_layout): (&'a CpuStorage, &Layout),
+        (values, values_layout): (&'a CpuStorage, &Layout),
+    ) -> Result<CacheView<'a, E>> {
+        let keys = contiguous::<T>("the key cache", keys, keys_layout)?;
+        let values = contiguous::<T>("the value cache", values, values_layout)?;
+        Ok(CacheView {
+            keys: bytemuck::cast_slice(keys),
+            values: bytemuck::cast_slice(values),
             num_kv_heads: self.shape.num_kv_heads,
             block_size: self.shape.block_size,
             head_dim: self.shape.head_dim,
-        };
+        })
+    }
+
+    fn run<E: Stored>(&self, queries: &[f32], cache: CacheView<'_, E>, width: usize) -> Vec<f32> {
         let mut out = vec![0.0; queries.len()];
         let mut items = self.work_items(queries, &mut out, width);
         let num_partials: usize = items.iter().map(|item| item.partials.len()).sum();
@@ -390,7 +256,7 @@ impl PagedAttention<'_> {
             self.isa.run(MergePartitions { tile, head_dim: cache.head_dim, partials, outputs });
         });
         drop(items);
-        Ok(out)
+        out
     }
 
     /// Cuts the batch into tiles of queries of one sequence and one KV head.

@@ -13,11 +13,10 @@ mod gpu;
 
 use candle_core::Tensor as CpuTensor;
 use candle_core::{CpuStorage, CustomOp2, InplaceOp2, InplaceOp3, Layout, Result, Shape, bail};
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 
+use super::kv_cache::{CacheWriter, CpuKvCache, KvCache, KvCacheShape, KvDtype};
 use super::operand::contiguous;
-use super::paged_attention::{AttentionMetadata, CpuKvCache, KvCache, KvCacheShape, PADDING_SLOT};
+use super::paged_attention::{AttentionMetadata, PADDING_SLOT};
 use super::rows::for_each_row_mut;
 use super::tensor::Tensor;
 use crate::device::Device;
@@ -216,9 +215,9 @@ fn rope_and_cache_on_cpu(
         bail!("cache slot {slot} is beyond those of the cache");
     }
     let (positions, slots) = (&meta.positions, &meta.slot_mapping);
-    let cos_sin = table.cos_sin.cpu()?;
-    kv.k.inplace_op3(qkv, cos_sin, &CacheKeys { shape, q_width, positions, slots })?;
-    kv.v.inplace_op2(qkv, &CacheValues { shape, q_width, slots })?;
+    let (cos_sin, dtype) = (table.cos_sin.cpu()?, kv.dtype);
+    kv.k.inplace_op3(qkv, cos_sin, &CacheKeys { shape, dtype, q_width, positions, slots })?;
+    kv.v.inplace_op2(qkv, &CacheValues { shape, dtype, q_width, slots })?;
     let rotate = RotateQueries { q_width, head_dim: shape.head_dim, positions };
     qkv.apply_op2_no_bwd(cos_sin, &rotate)
 }
@@ -306,6 +305,7 @@ impl CustomOp2 for RotateQueries<'_> {
 /// Writes by one thread: two tokens may name the same slot, and the work is small.
 struct CacheKeys<'a> {
     shape: KvCacheShape,
+    dtype: KvDtype,
     q_width: usize,
     positions: &'a [u32],
     slots: &'a [u32],
@@ -328,7 +328,7 @@ impl InplaceOp3 for CacheKeys<'_> {
         let head_dim = self.shape.head_dim;
         let qkv = contiguous::<f32>("qkv", qkv, qkv_layout)?;
         let cos_sin = contiguous::<f32>("cos_sin", cos_sin, cos_sin_layout)?;
-        let mut cache = CacheMut::new(cache, cache_layout, self.shape)?;
+        let mut cache = CacheWriter::new((cache, cache_layout), self.shape, self.dtype)?;
         let width = self.q_width + 2 * self.shape.num_kv_heads * head_dim;
         let mut rotated = vec![0.0; head_dim];
         for (token, row) in qkv.chunks_exact(width).enumerate() {
@@ -345,6 +345,7 @@ impl InplaceOp3 for CacheKeys<'_> {
 
 struct CacheValues<'a> {
     shape: KvCacheShape,
+    dtype: KvDtype,
     q_width: usize,
     slots: &'a [u32],
 }
@@ -364,7 +365,7 @@ impl InplaceOp2 for CacheValues<'_> {
         let head_dim = self.shape.head_dim;
         let kv_width = self.shape.num_kv_heads * head_dim;
         let qkv = contiguous::<f32>("qkv", qkv, qkv_layout)?;
-        let mut cache = CacheMut::new(cache, cache_layout, self.shape)?;
+        let mut cache = CacheWriter::new((cache, cache_layout), self.shape, self.dtype)?;
         let mut value = vec![0.0; head_dim];
         for (token, row) in qkv.chunks_exact(self.q_width + 2 * kv_width).enumerate() {
             let values = row[self.q_width + kv_width..].chunks_exact(head_dim);
@@ -374,53 +375,6 @@ impl InplaceOp2 for CacheValues<'_> {
             }
         }
         Ok(())
-    }
-}
-
-/// The keys or values of a layer: [num_blocks, num_kv_heads, block_size, head_dim].
-struct CacheMut<'a> {
-    values: CacheValuesMut<'a>,
-    shape: KvCacheShape,
-}
-
-enum CacheValuesMut<'a> {
-    F16(&'a mut [f16]),
-    Bf16(&'a mut [bf16]),
-    F32(&'a mut [f32]),
-}
-
-impl<'a> CacheMut<'a> {
-    fn new(storage: &'a mut CpuStorage, layout: &Layout, shape: KvCacheShape) -> Result<Self> {
-        let Some((start, end)) = layout.contiguous_offsets() else {
-            bail!("the KV cache must be contiguous, has strides {:?}", layout.stride())
-        };
-        let values = match storage {
-            CpuStorage::F16(values) => CacheValuesMut::F16(&mut values[start..end]),
-            CpuStorage::BF16(values) => CacheValuesMut::Bf16(&mut values[start..end]),
-            CpuStorage::F32(values) => CacheValuesMut::F32(&mut values[start..end]),
-            _ => bail!("a KV cache of this type is not supported"),
-        };
-        Ok(Self { values, shape })
-    }
-
-    /// Rounds one head's vector into a slot; `head` may be changed.
-    fn write(&mut self, slot: u32, kv_head: usize, head: &mut [f32]) {
-        let KvCacheShape { num_kv_heads, block_size, head_dim, .. } = self.shape;
-        let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-        let start = ((block * num_kv_heads + kv_head) * block_size + offset) * head_dim;
-        let range = start..start + head_dim;
-        match &mut self.values {
-            CacheValuesMut::F16(values) => {
-                // Saturated rather than infinite, which would turn into NaN later.
-                let limit = f16::MAX.to_f32();
-                for value in head.iter_mut() {
-                    *value = value.clamp(-limit, limit);
-                }
-                values[range].convert_from_f32_slice(head);
-            }
-            CacheValuesMut::Bf16(values) => values[range].convert_from_f32_slice(head),
-            CacheValuesMut::F32(values) => values[range].copy_from_slice(head),
-        }
     }
 }
 
@@ -473,7 +427,7 @@ mod tests {
         let (positions, slots) = ([0, 1, 31_999, 17], [14, 0, 4, 8]);
         let (data, qkv) = qkv(4);
         let table = table(32_000, RopeScaling::None);
-        for (dtype, unit) in [(DType::F32, 0.0), (DType::F16, 5e-4), (DType::BF16, 4e-3)] {
+        for (dtype, unit) in [(KvDtype::F32, 0.0), (KvDtype::F16, 5e-4), (KvDtype::Bf16, 4e-3)] {
             let kv = CpuKvCache::new(SHAPE, dtype).unwrap();
             let q = rope_and_cache_on_cpu(&qkv, &table, &kv, &meta(&positions, &slots)).unwrap();
             let q = q.to_vec2::<f32>().unwrap();
@@ -511,7 +465,7 @@ mod tests {
 
     #[test]
     fn large_values_saturate_in_f16() {
-        let kv = CpuKvCache::new(SHAPE, DType::F16).unwrap();
+        let kv = CpuKvCache::new(SHAPE, KvDtype::F16).unwrap();
         let (_, qkv) = qkv(1);
         let qkv = (qkv * 1e9).unwrap();
         rope_and_cache_on_cpu(&qkv, &table(1, RopeScaling::None), &kv, &meta(&[0], &[0])).unwrap();
@@ -577,7 +531,7 @@ mod tests {
 
     #[test]
     fn wrong_shapes_positions_and_slots_are_errors() {
-        let kv = CpuKvCache::new(SHAPE, DType::F16).unwrap();
+        let kv = CpuKvCache::new(SHAPE, KvDtype::F16).unwrap();
         let (_, qkv) = qkv(1);
         let table = table(8, RopeScaling::None);
         let run = |qkv: &CpuTensor, positions: &[u32], slots: &[u32]| {
@@ -593,7 +547,7 @@ mod tests {
         assert!(run(&qkv.narrow(1, 0, 127).unwrap(), &[0], &[0]).is_err());
         assert!(run(&qkv.to_dtype(DType::F16).unwrap(), &[0], &[0]).is_err());
         assert!(run(&qkv.flatten_all().unwrap(), &[0], &[0]).is_err());
-        let other = CpuKvCache::new(KvCacheShape { head_dim: 8, ..SHAPE }, DType::F16);
+        let other = CpuKvCache::new(KvCacheShape { head_dim: 8, ..SHAPE }, KvDtype::F16);
         assert!(rope_and_cache_on_cpu(&qkv, &table, &other.unwrap(), &meta(&[0], &[0])).is_err());
     }
 }

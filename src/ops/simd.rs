@@ -35,6 +35,12 @@ pub(super) trait Simd: Copy {
     fn load_f16(self, values: &[f16]) -> Self::V;
     /// The first 16 values, widened.
     fn load_bf16(self, values: &[bf16]) -> Self::V;
+    /// The first 16 floats of 8 bits (e4m3), widened.
+    fn load_e4m3(self, values: &[u8]) -> Self::V;
+    /// The first 16 integers, as floats.
+    fn load_i8(self, values: &[i8]) -> Self::V;
+    /// The same value in every lane, widened.
+    fn splat_f16(self, value: f16) -> Self::V;
     /// Writes the lanes to the first 16 places.
     fn store(self, values: &mut [f32], v: Self::V);
     /// `a + b`.
@@ -151,42 +157,21 @@ impl Isa {
     }
 }
 
-/// A type that vectors are read from.
-pub(super) trait Element: Copy + Default + Sync {
-    /// The first 16 values, widened to `f32`.
-    fn load<S: Simd>(simd: S, values: &[Self]) -> S::V;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    fn load<S: Simd>(simd: S, values: &[Self]) -> S::V {
-        simd.load(values)
+/// What `load` makes of the first 16 values, with zeros after the last if there are fewer.
+#[inline(always)]
+pub(super) fn padded<T: Copy + Default, V>(values: &[T], load: impl FnOnce(&[T]) -> V) -> V {
+    if values.len() < LANES {
+        let mut padded = [T::default(); LANES];
+        padded[..values.len()].copy_from_slice(values);
+        return load(&padded);
     }
-}
-
-impl Element for f16 {
-    #[inline(always)]
-    fn load<S: Simd>(simd: S, values: &[Self]) -> S::V {
-        simd.load_f16(values)
-    }
-}
-
-impl Element for bf16 {
-    #[inline(always)]
-    fn load<S: Simd>(simd: S, values: &[Self]) -> S::V {
-        simd.load_bf16(values)
-    }
+    load(values)
 }
 
 /// The first values, up to 16, with zeros after them.
 #[inline(always)]
-pub(super) fn load_padded<S: Simd, E: Element>(simd: S, values: &[E]) -> S::V {
-    if values.len() < LANES {
-        let mut padded = [E::default(); LANES];
-        padded[..values.len()].copy_from_slice(values);
-        return E::load(simd, &padded);
-    }
-    E::load(simd, values)
+pub(super) fn load_padded<S: Simd>(simd: S, values: &[f32]) -> S::V {
+    padded(values, |values| simd.load(values))
 }
 
 /// Writes as many of the 16 lanes as there is room for.

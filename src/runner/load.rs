@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use candle_core::DType;
+use half::bf16;
 
 use super::drafted::DraftedRunner;
 use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, StepLimits};
@@ -14,7 +14,9 @@ use crate::config::{Execution, RopeScalingChoice};
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
 use crate::models::{Model, ModelConfig, registry};
-use crate::ops::paged_attention::{KvCache, KvCacheShape, StepBounds, max_partial_bytes};
+use crate::ops::experts::{MAX_CHOSEN, max_group_rows};
+use crate::ops::kv_cache::{KvCache, KvCacheShape, KvDtype};
+use crate::ops::paged_attention::{StepBounds, max_partial_bytes};
 use crate::weights::checkpoint::Checkpoint;
 
 /// Assumed where the system does not say how much memory is free.
@@ -32,7 +34,7 @@ pub struct LoadOptions {
     /// Memory for keys and values; `None` lets the plan decide.
     pub kv_cache_bytes: Option<u64>,
     /// How keys and values are stored.
-    pub kv_cache_dtype: DType,
+    pub kv_cache_dtype: KvDtype,
     /// Longest sequence; `None` lets the plan decide.
     pub max_model_len: Option<usize>,
     /// How positions beyond the trained ones are made usable.
@@ -92,7 +94,7 @@ impl PlannedModel {
             kv_cache_bytes: options.kv_cache_bytes,
             max_model_len: options.max_model_len,
             block_size: options.block_size,
-            bytes_per_value: options.kv_cache_dtype.size_in_bytes(),
+            kv_cache_dtype: options.kv_cache_dtype,
             max_num_seqs: options.max_num_seqs,
             max_num_batched_tokens: options.max_num_batched_tokens,
             available_bytes,
@@ -101,6 +103,7 @@ impl PlannedModel {
             logits_bytes: logits_bytes(&options.device, config.vocab_size),
             attention_bytes: attention_bytes(&options, &config),
             draft: draft.as_ref().map(|draft| draft.memory(&options)).unwrap_or_default(),
+            expert_bytes: expert_bytes(&options, &config),
         };
         let plan = plan(&config, &request)?;
         if let Some(draft) = &draft {
@@ -200,13 +203,15 @@ impl Draft {
 
     fn memory(&self, options: &LoadOptions) -> DraftMemory {
         let options = &draft_options(options);
-        let bytes_per_value = options.kv_cache_dtype.size_in_bytes();
         let logits_bytes = logits_bytes(&options.device, self.config.vocab_size);
         let activations = activation_bytes(&self.config, options.max_num_batched_tokens);
         DraftMemory {
             weight_bytes: self.checkpoint.num_weight_bytes(),
-            kv_bytes_per_token: self.config.kv_bytes_per_token(bytes_per_value) as u64,
-            workspace_bytes: activations + logits_bytes + attention_bytes(options, &self.config),
+            kv_bytes_per_token: self.config.kv_bytes_per_token(options.kv_cache_dtype) as u64,
+            workspace_bytes: activations
+                + logits_bytes
+                + attention_bytes(options, &self.config)
+                + expert_bytes(options, &self.config),
         }
     }
 
@@ -237,8 +242,11 @@ fn draft_options(options: &LoadOptions) -> LoadOptions {
 
 /// Hyperparameters of a model that the device can run.
 fn read_config(checkpoint: &Checkpoint, options: &LoadOptions) -> anyhow::Result<ModelConfig> {
-    registry::check_architecture(&ModelConfig::architecture_of(checkpoint)?, &options.device)?;
-    Ok(ModelConfig::from_checkpoint(checkpoint, options.rope_scaling)?)
+    registry::check_architecture(&ModelConfig::architecture_of(checkpoint)?)?;
+    let config = ModelConfig::from_checkpoint(checkpoint, options.rope_scaling)?;
+    options.kv_cache_dtype.check(config.head_dim, &options.device)?;
+    check_experts(&config, &options.device)?;
+    Ok(config)
 }
 
 impl PlannedModel {
@@ -287,6 +295,27 @@ fn attention_bytes(options: &LoadOptions, config: &ModelConfig) -> u64 {
     };
     let heads = (config.num_attention_heads, config.num_key_value_heads);
     max_partial_bytes(heads, config.head_dim, bounds) as u64
+}
+
+/// A card's kernels choose a bounded number of experts.
+fn check_experts(config: &ModelConfig, device: &Device) -> anyhow::Result<()> {
+    let num_chosen = config.experts.map_or(0, |experts| experts.num_experts_per_tok);
+    if matches!(device, Device::Gpu(_)) && MAX_CHOSEN < num_chosen {
+        anyhow::bail!(
+            "a token goes to {num_chosen} experts, and a GPU chooses at most {MAX_CHOSEN}; use \
+             `--device cpu`"
+        );
+    }
+    Ok(())
+}
+
+/// The rows of a card's experts that belong to nobody; a processor has none.
+fn expert_bytes(options: &LoadOptions, config: &ModelConfig) -> u64 {
+    let (Device::Gpu(_), Some(experts)) = (&options.device, config.experts) else { return 0 };
+    let num_choices = options.max_num_batched_tokens * experts.num_experts_per_tok;
+    let num_rows = max_group_rows(num_choices, experts.num_experts);
+    let per_row = 2 * config.hidden_size + 3 * experts.moe_intermediate_size;
+    (num_rows.saturating_sub(num_choices) * per_row * size_of::<bf16>()) as u64
 }
 
 /// Bytes that the server may take, and which part of them the cache gets.

@@ -1,6 +1,7 @@
 //! Decides, before anything is allocated, how much memory goes where.
 
 use crate::models::ModelConfig;
+use crate::ops::kv_cache::KvDtype;
 
 /// How much of what is free the KV cache gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,8 +21,8 @@ pub struct MemoryRequest {
     pub max_model_len: Option<usize>,
     /// Tokens a block holds.
     pub block_size: usize,
-    /// Bytes of one stored key or value element.
-    pub bytes_per_value: usize,
+    /// How keys and values are stored.
+    pub kv_cache_dtype: KvDtype,
     /// Sequences that may run at once.
     pub max_num_seqs: usize,
     /// Tokens computed in one step.
@@ -34,6 +35,8 @@ pub struct MemoryRequest {
     pub logits_bytes: u64,
     /// Memory for partial results of attention.
     pub attention_bytes: u64,
+    /// Memory for rows of experts that no token fills.
+    pub expert_bytes: u64,
     /// What the cache gets of the rest, if the user did not fix it.
     pub cache_share: CacheShare,
     /// What a draft model needs beside the model itself.
@@ -126,8 +129,8 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
         return Err(MemoryError::BeyondContext { asked, context });
     }
     let block_size = request.block_size as u64;
-    let bytes_per_token = config.kv_bytes_per_token(request.bytes_per_value) as u64
-        + request.draft.kv_bytes_per_token;
+    let bytes_per_token =
+        config.kv_bytes_per_token(request.kv_cache_dtype) as u64 + request.draft.kv_bytes_per_token;
     let weight_bytes = request.weight_bytes + request.draft.weight_bytes;
     let block_bytes = bytes_per_token.saturating_mul(block_size);
     let wanted_len = request.max_model_len.unwrap_or(context);
@@ -167,7 +170,8 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
 /// attention adds up.
 fn workspace_bytes(config: &ModelConfig, request: &MemoryRequest) -> u64 {
     let activations = activation_bytes(config, request.max_num_batched_tokens);
-    activations + request.logits_bytes + request.attention_bytes + request.draft.workspace_bytes
+    let layers = activations + request.attention_bytes + request.expert_bytes;
+    layers + request.logits_bytes + request.draft.workspace_bytes
 }
 
 /// The same of the layers alone.
@@ -204,13 +208,14 @@ mod tests {
             kv_cache_bytes: None,
             max_model_len: None,
             block_size: 16,
-            bytes_per_value: 2,
+            kv_cache_dtype: KvDtype::F16,
             max_num_seqs: 64,
             max_num_batched_tokens: 256,
             available_bytes: 8 << 30,
             weight_bytes: 500 << 20,
             logits_bytes: 32 * 151_936 * 8,
             attention_bytes: 0,
+            expert_bytes: 0,
             cache_share: CacheShare::Quarter,
             draft: DraftMemory::default(),
         }

@@ -8,7 +8,7 @@ use super::gpu_steps::{GPU_LOGITS_ROWS_MAX, GpuSteps, Launched, StepInputs};
 use crate::device::threads::{ThreadPool, parallel_for};
 use crate::models::Model;
 use crate::ops::indices::Indices;
-use crate::ops::paged_attention::KvCache;
+use crate::ops::kv_cache::KvCache;
 use crate::ops::tensor::Tensor;
 use crate::sampling::device_sampler::{Wanted, Yielded};
 use crate::sampling::logprobs::token_logprobs;

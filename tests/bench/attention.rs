@@ -4,9 +4,8 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use qwen_server::device::threads::ThreadPool;
-use qwen_server::ops::paged_attention::{
-    AttentionMetadata, CpuKvCache, KvCache, KvCacheShape, paged_attention,
-};
+use qwen_server::ops::kv_cache::{CpuKvCache, KvCache, KvCacheShape, KvDtype};
+use qwen_server::ops::paged_attention::{AttentionMetadata, paged_attention};
 use qwen_server::ops::tensor::Tensor as Activations;
 
 const NUM_HEADS: usize = 14;
@@ -16,26 +15,32 @@ const SECONDS: f64 = 0.5;
 
 fn main() -> candle_core::Result<()> {
     for num_threads in [1, 2] {
-        println!("{num_threads} threads");
-        ThreadPool::new(num_threads).install(run)?;
+        for dtype in [KvDtype::F16, KvDtype::Fp8, KvDtype::Q8_0] {
+            println!("{num_threads} threads, {dtype:?}");
+            ThreadPool::new(num_threads).install(|| run(dtype))?;
+        }
     }
     Ok(())
 }
 
 /// Measures what the first argument names, `decode` or `prefill`, or both.
-fn run() -> candle_core::Result<()> {
+fn run(dtype: KvDtype) -> candle_core::Result<()> {
     let only = std::env::args().nth(1).filter(|argument| !argument.starts_with('-'));
     let wanted = |name: &str| only.as_ref().is_none_or(|only| only == name);
-    let kv = CpuKvCache::new(SHAPE, DType::F16)?;
-    let kv = KvCache::Cpu(CpuKvCache { k: fill(&kv.k)?, v: fill(&kv.v)?, ..kv });
+    let kv = CpuKvCache::new(SHAPE, dtype)?;
+    let KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim } = SHAPE;
+    let num_values = num_blocks * num_kv_heads * block_size * head_dim;
+    let values: Vec<f32> = (0..num_values).map(|i| ((i % 1013) as f32).sin()).collect();
+    kv.fill(&values, &values)?;
+    let kv = KvCache::Cpu(kv);
     for context in [128, 1024, 8192].into_iter().filter(|_| wanted("decode")) {
         for num_seqs in [1, 8, 16] {
             let seconds = measure(&kv, num_seqs, context, 1)?;
-            let num_values = 2 * num_seqs * context * SHAPE.num_kv_heads * SHAPE.head_dim;
+            let num_rows = 2 * num_seqs * context * SHAPE.num_kv_heads;
             println!(
                 "decode  {num_seqs:>2} x {context:>4}: {:>9.1} us {:>6.1} GB/s",
                 seconds * 1e6,
-                2.0 * num_values as f64 / seconds / 1e9
+                (num_rows * dtype.row_bytes(SHAPE.head_dim)) as f64 / seconds / 1e9
             );
         }
     }
@@ -49,11 +54,6 @@ fn run() -> candle_core::Result<()> {
         );
     }
     Ok(())
-}
-
-fn fill(cache: &Tensor) -> candle_core::Result<Tensor> {
-    let values: Vec<f32> = (0..cache.elem_count()).map(|i| ((i % 1013) as f32).sin()).collect();
-    Tensor::from_vec(values, cache.shape(), &Device::Cpu)?.to_dtype(DType::F16)
 }
 
 /// Seconds of the fastest call, which other programs disturb least.

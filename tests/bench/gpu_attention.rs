@@ -10,9 +10,8 @@ use std::time::Instant;
 use candle_core::{DType, Result};
 use qwen_server::device::gpu::Gpu;
 use qwen_server::ops::indices::Indices;
-use qwen_server::ops::paged_attention::{
-    AttentionMetadata, GpuKvCache, KvCache, KvCacheShape, paged_attention,
-};
+use qwen_server::ops::kv_cache::{GpuKvCache, KvCache, KvCacheShape, KvDtype};
+use qwen_server::ops::paged_attention::{AttentionMetadata, paged_attention};
 use qwen_server::ops::tensor::{GpuTensor, Tensor};
 
 const NUM_LAYERS: usize = 8;
@@ -70,13 +69,13 @@ fn main() -> Result<()> {
     };
     println!("{}", gpu.properties().name);
     for model in MODELS {
-        for dtype in [DType::BF16, DType::F8E4M3] {
+        for dtype in [KvDtype::Bf16, KvDtype::Fp8] {
             let caches = caches(&gpu, model, dtype)?;
             for (num_seqs, len) in DECODE {
                 let row = Row { num_seqs, len, query_len: 1 };
                 let seconds = measure(&gpu, model, &caches, &row)?;
                 let num_values = 2 * num_seqs * len * model.num_kv_heads * model.head_dim;
-                let rate = (num_values * dtype.size_in_bytes()) as f64 / seconds / 1e9;
+                let rate = (num_values * dtype.row_bytes(1)) as f64 / seconds / 1e9;
                 print(model, dtype, &row, seconds, &format!("{rate:>7.0} GB/s"));
             }
             for (num_seqs, len, query_len) in PREFILL {
@@ -92,16 +91,16 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn print(model: Model, dtype: DType, row: &Row, seconds: f64, rate: &str) {
+fn print(model: Model, dtype: KvDtype, row: &Row, seconds: f64, rate: &str) {
     let Row { num_seqs, len, query_len } = row;
-    let (name, dtype, micros) = (model.name, dtype.as_str(), seconds * 1e6);
+    let (name, dtype, micros) = (model.name, format!("{dtype:?}"), seconds * 1e6);
     println!(
         "{name:>5} {dtype:>7} {num_seqs:>3} x {query_len:>5} of {len:>5}: {micros:>9.1} us {rate}"
     );
 }
 
 /// The layers' caches, with numbers that differ as much as real ones: power depends on them.
-fn caches(gpu: &Gpu, model: Model, dtype: DType) -> Result<Vec<KvCache>> {
+fn caches(gpu: &Gpu, model: Model, dtype: KvDtype) -> Result<Vec<KvCache>> {
     let Model { num_kv_heads, head_dim, .. } = model;
     let num_blocks = NUM_TOKENS / BLOCK_SIZE;
     let shape = KvCacheShape { num_blocks, num_kv_heads, block_size: BLOCK_SIZE, head_dim };
@@ -112,7 +111,7 @@ fn caches(gpu: &Gpu, model: Model, dtype: DType) -> Result<Vec<KvCache>> {
         (state >> 33) as u32
     };
     // Exponents around that of one.
-    let pattern: Vec<u8> = if dtype == DType::BF16 {
+    let pattern: Vec<u8> = if dtype == KvDtype::Bf16 {
         (0..1 << 22).flat_map(|_| ((random() & 0x81ff) as u16 | 0x3e00).to_le_bytes()).collect()
     } else {
         (0..1 << 23).map(|_| (random() & 0x9f) as u8 | 0x20).collect()

@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::quantized::gguf_file;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_transformers::models::quantized_qwen2::ModelWeights;
 use qwen_server::config::Execution;
 use qwen_server::device::Device as ModelDevice;
 use qwen_server::kv::{BlockId, BlockTable};
+use qwen_server::ops::kv_cache::KvDtype;
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
 use qwen_server::runner::model_runner::ModelRunner;
 use qwen_server::sampling::SamplingParams;
@@ -82,7 +83,7 @@ fn load_ours(path: &Path) -> anyhow::Result<ModelRunner> {
         gpu_memory_utilization: 0.9,
         execution: Execution::Eager,
         kv_cache_bytes: Some(64 << 20),
-        kv_cache_dtype: DType::F16,
+        kv_cache_dtype: KvDtype::F16,
         max_model_len: None,
         rope_scaling: qwen_server::config::RopeScalingChoice::Auto,
         block_size: BLOCK_SIZE,

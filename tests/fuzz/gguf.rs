@@ -3,9 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::DType;
 use qwen_server::config::Execution;
 use qwen_server::device::Device;
+use qwen_server::ops::kv_cache::KvDtype;
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
 use qwen_server::text::{Tokenizer, TokenizerSpec};
 use qwen_server::weights::gguf::{Gguf, Metadata};
@@ -48,7 +48,7 @@ pub(crate) fn options() -> LoadOptions {
         gpu_memory_utilization: 0.9,
         execution: Execution::Eager,
         kv_cache_bytes: Some(1 << 20),
-        kv_cache_dtype: DType::F16,
+        kv_cache_dtype: KvDtype::F16,
         max_model_len: None,
         rope_scaling: qwen_server::config::RopeScalingChoice::Auto,
         block_size: 16,

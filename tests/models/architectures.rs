@@ -169,16 +169,3 @@ async fn stretched_and_plain_texts_share_no_blocks() {
         assert_same("one after the other", 4, &said, &fresh);
     }
 }
-
-/// Goal: an architecture without kernels for cards is refused before anything is loaded.
-#[test]
-fn experts_are_refused_on_a_card() {
-    if Gpu::for_tests().is_none() {
-        return;
-    }
-    let setup = Setup { place: Place::Gpu(Execution::Eager), ..ROOMY };
-    for name in CPU_EQUALITY_MODELS {
-        let error = PlannedModel::open(&tiny(name), load_options(setup)).err().unwrap().to_string();
-        assert!(error.contains("`--device cpu`"), "{error}");
-    }
-}

@@ -9,6 +9,8 @@ const ON_GPU: Setup = Setup { place: Place::Gpu(Execution::Recorded), ..ROOMY };
 const BF16_ACTIVATIONS: Tolerance = Tolerance { max: 0.4, mean: 0.05, margin: 0.3 };
 /// Weights of more bits are rounded to `bf16` too.
 const BF16_WEIGHTS: Tolerance = Tolerance { max: 1.2, mean: 0.06, margin: 0.4 };
+/// Of two experts that are nearly as likely rounding chooses the other one for some tokens.
+const BF16_EXPERTS: Tolerance = Tolerance { max: 3.5, mean: 0.1, margin: 1.0 };
 
 fn has_gpu() -> bool {
     Gpu::for_tests().is_some()
@@ -27,6 +29,8 @@ async fn a_card_computes_what_hugging_face_does() {
         ("mixed", BF16_ACTIVATIONS),
         ("k-quants", BF16_ACTIVATIONS),
         ("qwen3-q8_0", BF16_ACTIVATIONS),
+        ("qwen2moe-f16", BF16_EXPERTS),
+        ("qwen3moe-mixed", BF16_EXPERTS),
     ] {
         compare_with_golden(&format!("{name}.gguf"), tolerance, ON_GPU).await;
     }
@@ -79,7 +83,10 @@ async fn chunks_and_preemption_change_no_more_than_rounding() {
         return;
     }
     let greedy = || SamplingParams { temperature: 0.0, logprobs: Some(5), ..sampled(0) };
-    for model in EQUALITY_MODELS.map(tiny) {
+    for name in EQUALITY_MODELS {
+        // Rounding may send a token to another expert where two are nearly as likely.
+        let limit = if name.contains("moe") { 1.0 } else { 0.1 };
+        let model = tiny(name);
         let tight = 20 * block_bytes(&model, 8);
         let setups = [
             Setup { max_num_batched_tokens: 16, ..ON_GPU },
@@ -92,19 +99,19 @@ async fn chunks_and_preemption_change_no_more_than_rounding() {
             let found = futures_util::future::join_all(runs).await;
             for (prompt, found) in prompts.iter().zip(found) {
                 let expected = run(&reference, request(prompt, 24, greedy())).await;
-                compare_while_equal(&found, &expected);
+                compare_while_equal(&found, &expected, limit);
             }
         }
     }
 }
 
 /// Compares the five log-probabilities of each token up to the first token that differs.
-fn compare_while_equal(found: &Said, expected: &Said) {
+fn compare_while_equal(found: &Said, expected: &Said, limit: f32) {
     let steps = found.logprob_bits.chunks(5).zip(expected.logprob_bits.chunks(5));
     for (step, (ours, theirs)) in steps.enumerate() {
         for (ours, theirs) in ours.iter().zip(theirs) {
             let error = (f32::from_bits(*ours) - f32::from_bits(*theirs)).abs();
-            assert!(error < 0.1, "step {step}: {error}");
+            assert!(error < limit, "step {step}: {error}");
         }
         if found.tokens[step] != expected.tokens[step] {
             break;

@@ -3,8 +3,8 @@
 
 use std::path::Path;
 
-use candle_core::DType;
 use qwen_server::cli::quantize::{self, QuantizeArgs};
+use qwen_server::ops::kv_cache::KvDtype;
 use qwen_server::runner::load::PlannedModel;
 use qwen_server::text::{Tokenizer, TokenizerSpec};
 use qwen_server::weights::checkpoint::Checkpoint;
@@ -92,7 +92,7 @@ fn defaults_may_be_left_out() {
     assert_eq!(planned.config, plain.config);
 }
 
-const EXACT_CACHE: Setup = Setup { kv_cache_dtype: DType::F32, ..ROOMY };
+const EXACT_CACHE: Setup = Setup { kv_cache_dtype: KvDtype::F32, ..ROOMY };
 
 /// Goal: weights quantised while they are loaded compute about the same, in less memory.
 #[tokio::test]

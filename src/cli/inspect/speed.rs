@@ -133,7 +133,8 @@ fn measure(dtype: GgmlDType, device: &Device) -> Result<TokenWork> {
     let row_bytes = SAMPLE_COLS / dtype.block_size() * dtype.type_size();
     let num_rows = (sample_bytes / row_bytes).next_multiple_of(64);
     let source = RandomSource { dtype, num_rows, seed: 1 };
-    let weights = Weights::random(&[source], SAMPLE_COLS, Stacking::Below, device)?;
+    let sample = [vec![source]];
+    let weights = Weights::random_each(&sample, SAMPLE_COLS, Stacking::Below, device)?.remove(0);
     let seconds = |num_tokens: usize| -> Result<f64> {
         let x = Tensor::from_vec(
             vec![1.0; num_tokens * SAMPLE_COLS],

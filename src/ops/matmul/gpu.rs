@@ -6,6 +6,7 @@
 //! **Invariant:** up to [`SMALL_TOKENS`] tokens, a token's result is the same bits whatever other
 //! tokens there are: how the columns are shared out depends on the shape of the matrix alone.
 
+mod experts;
 mod launch;
 mod layout;
 mod pack;
@@ -16,6 +17,7 @@ mod tests;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Result, bail};
 
+pub use self::experts::{GROUP_ROWS, RowOrder};
 use self::layout::{PackedFormat, TILE_COLS, TILE_ROWS, packed_format};
 use self::pack::{RowTile, pack_dense};
 use super::{MatrixSource, SharedMut};
@@ -60,6 +62,8 @@ struct Segment {
     first_row: usize,
     num_rows: usize,
     buffer: DeviceBuffer,
+    /// The same rows of all matrices that lie side by side, this one's among them.
+    all: DeviceBuffer,
     layout: Interleaving,
 }
 
@@ -100,25 +104,54 @@ impl GpuMatrix {
         num_cols: usize,
         stacking: Stacking,
     ) -> Result<Self> {
+        Ok(Self::pack_each(gpu, &[sources], num_cols, stacking)?.remove(0))
+    }
+
+    /// The same for several matrices that differ in nothing but their weights, side by side in
+    /// memory: see [`GpuMatrix::multiply_by_experts`].
+    ///
+    /// # Errors
+    /// As [`GpuMatrix::pack`], and if they differ.
+    pub fn pack_each<'a>(
+        gpu: &Gpu,
+        matrices: &[impl AsRef<[MatrixSource<'a>]>],
+        num_cols: usize,
+        stacking: Stacking,
+    ) -> Result<Vec<Self>> {
+        let plans: Vec<_> = matrices
+            .iter()
+            .map(|sources| plan_segments(sources.as_ref(), num_cols, stacking))
+            .collect::<Result<_>>()?;
+        let Some(first) = plans.first() else { return Ok(Vec::new()) };
+        let shape = |plan: &[PlannedSegment<'_>]| -> Vec<_> {
+            plan.iter().map(|it| (it.rows.dtype(), it.rows.layout, it.rows.num_rows)).collect()
+        };
+        if plans.iter().any(|plan| shape(plan) != shape(first)) {
+            bail!(
+                "the experts of a layer are stored in different formats, which runs on the CPU only; \
+                 use `--device cpu`"
+            );
+        }
         let counters = gpu.alloc(launch::NUM_COUNTERS * size_of::<u32>())?;
         gpu.zero(&counters)?;
-        let num_rows = sources.iter().map(|source| source.num_rows).sum();
-        let gpu = gpu.clone();
-        let mut matrix = Self { gpu, segments: Vec::new(), stacking, num_rows, num_cols, counters };
-        if let (Stacking::Gated, [gate, up]) = (stacking, sources)
-            && gate.dtype == up.dtype
-            && gate.num_rows == up.num_rows
-        {
-            matrix.add_segment(sources, 0, Interleaving::Gated)?;
-            return Ok(matrix);
+        let rooms = first
+            .iter()
+            .map(|segment| Ok(gpu.alloc(segment.num_bytes * plans.len())?))
+            .collect::<Result<Vec<_>>>()?;
+        let mut packed = Vec::with_capacity(plans.len());
+        for (index, plan) in plans.iter().enumerate() {
+            let mut segments = Vec::new();
+            for (planned, all) in plan.iter().zip(&rooms) {
+                let num_bytes = planned.num_bytes;
+                let buffer = all.slice(index * num_bytes..(index + 1) * num_bytes);
+                upload(&buffer, planned.weights, &planned.rows, num_cols)?;
+                segments.push(planned.placed(buffer, all.clone()));
+            }
+            let num_rows = segments.iter().map(|segment| segment.num_rows).sum();
+            let (gpu, counters) = (gpu.clone(), counters.clone());
+            packed.push(Self { gpu, segments, stacking, num_rows, num_cols, counters });
         }
-        let mut first_row = 0;
-        // Neighbours of one format need one launch.
-        for alike in sources.chunk_by(|a, b| a.dtype == b.dtype) {
-            matrix.add_segment(alike, first_row, Interleaving::Plain)?;
-            first_row += alike.iter().map(|source| source.num_rows).sum::<usize>();
-        }
-        Ok(matrix)
+        Ok(packed)
     }
 
     /// Rows of all sources.
@@ -134,38 +167,6 @@ impl GpuMatrix {
     /// Memory that the weights take.
     pub fn num_bytes(&self) -> usize {
         self.segments.iter().map(|segment| segment.buffer.len()).sum()
-    }
-
-    fn add_segment(
-        &mut self,
-        sources: &[MatrixSource<'_>],
-        first_row: usize,
-        layout: Interleaving,
-    ) -> Result<()> {
-        let num_cols = self.num_cols;
-        let dtype = sources[0].dtype;
-        let row_bytes = row_bytes(dtype, num_cols)?;
-        for MatrixSource { data, num_rows, .. } in sources {
-            if Some(data.len()) != row_bytes.checked_mul(*num_rows) {
-                bail!(
-                    "{num_rows} rows of {num_cols} {dtype:?} weights are not {} bytes",
-                    data.len()
-                );
-            }
-        }
-        let weights = match packed_format(dtype) {
-            Some(format) => Weights::Packed(format),
-            None if dtype == GgmlDType::Q8K => bail!("there is no kernel for {dtype:?} weights"),
-            None => Weights::Dense { row_stride: num_cols },
-        };
-        if !num_cols.is_multiple_of(8) {
-            bail!("rows of {num_cols} weights: a card takes multiples of 8");
-        }
-        let num_rows = sources.iter().map(|source| source.num_rows).sum();
-        let rows = SourceRows { sources, row_bytes, layout, num_rows };
-        let buffer = upload(&self.gpu, weights, &rows, num_cols)?;
-        self.segments.push(Segment { weights, first_row, num_rows, buffer, layout });
-        Ok(())
     }
 
     /// `x * w^T + bias` for `x: [num_tokens, num_cols]`, as `bf16` or `f32`.
@@ -202,7 +203,7 @@ impl GpuMatrix {
     }
 
     /// `silu(x * gate^T) * (x * up^T)`.
-    pub(super) fn gated_matmul(&self, x: &GpuTensor) -> Result<GpuTensor> {
+    pub(in crate::ops) fn gated_matmul(&self, x: &GpuTensor) -> Result<GpuTensor> {
         self.check(x)?;
         let fused = match &self.segments[..] {
             [segment] if segment.layout == Interleaving::Gated => segment,
@@ -259,6 +260,80 @@ impl std::fmt::Debug for GpuMatrix {
     }
 }
 
+/// A segment before it is in the card's memory.
+struct PlannedSegment<'a> {
+    weights: Weights,
+    first_row: usize,
+    rows: SourceRows<'a>,
+    num_bytes: usize,
+}
+
+impl PlannedSegment<'_> {
+    fn placed(&self, buffer: DeviceBuffer, all: DeviceBuffer) -> Segment {
+        let Self { weights, first_row, rows: SourceRows { layout, num_rows, .. }, .. } = *self;
+        Segment { weights, first_row, num_rows, buffer, all, layout }
+    }
+}
+
+/// Neighbours of one format need one launch.
+fn plan_segments<'a>(
+    sources: &'a [MatrixSource<'a>],
+    num_cols: usize,
+    stacking: Stacking,
+) -> Result<Vec<PlannedSegment<'a>>> {
+    if let (Stacking::Gated, [gate, up]) = (stacking, sources)
+        && gate.dtype == up.dtype
+        && gate.num_rows == up.num_rows
+    {
+        return Ok(vec![plan_segment(sources, num_cols, 0, Interleaving::Gated)?]);
+    }
+    let mut first_row = 0;
+    let mut planned = Vec::new();
+    for alike in sources.chunk_by(|a, b| a.dtype == b.dtype) {
+        let segment = plan_segment(alike, num_cols, first_row, Interleaving::Plain)?;
+        first_row += segment.rows.num_rows;
+        planned.push(segment);
+    }
+    Ok(planned)
+}
+
+fn plan_segment<'a>(
+    sources: &'a [MatrixSource<'a>],
+    num_cols: usize,
+    first_row: usize,
+    layout: Interleaving,
+) -> Result<PlannedSegment<'a>> {
+    let dtype = sources[0].dtype;
+    let row_bytes = row_bytes(dtype, num_cols)?;
+    for MatrixSource { data, num_rows, .. } in sources {
+        if Some(data.len()) != row_bytes.checked_mul(*num_rows) {
+            bail!("{num_rows} rows of {num_cols} {dtype:?} weights are not {} bytes", data.len());
+        }
+    }
+    let weights = match packed_format(dtype) {
+        Some(format) => Weights::Packed(format),
+        None if dtype == GgmlDType::Q8K => bail!("there is no kernel for {dtype:?} weights"),
+        None => Weights::Dense { row_stride: num_cols },
+    };
+    if !num_cols.is_multiple_of(8) {
+        bail!("rows of {num_cols} weights: a card takes multiples of 8");
+    }
+    let num_rows = sources.iter().map(|source| source.num_rows).sum();
+    let rows = SourceRows { sources, row_bytes, layout, num_rows };
+    let num_bytes = rows.num_row_tiles() * weights.row_tile_bytes(num_cols);
+    Ok(PlannedSegment { weights, first_row, rows, num_bytes })
+}
+
+impl Weights {
+    /// Bytes of sixteen rows.
+    fn row_tile_bytes(self, num_cols: usize) -> usize {
+        match self {
+            Self::Packed(format) => format.row_tile_bytes(num_cols.div_ceil(TILE_COLS)),
+            Self::Dense { row_stride } => TILE_ROWS * row_stride * 2,
+        }
+    }
+}
+
 /// The rows of sources in the order of a matrix.
 struct SourceRows<'a> {
     sources: &'a [MatrixSource<'a>],
@@ -268,6 +343,10 @@ struct SourceRows<'a> {
 }
 
 impl SourceRows<'_> {
+    fn dtype(&self) -> GgmlDType {
+        self.sources[0].dtype
+    }
+
     fn num_row_tiles(&self) -> usize {
         match self.layout {
             Interleaving::Plain => self.num_rows.div_ceil(TILE_ROWS),
@@ -294,20 +373,16 @@ impl SourceRows<'_> {
     }
 }
 
-/// Packs rows in portions and copies each to the card.
+/// Packs rows in portions and copies each to its place.
 fn upload(
-    gpu: &Gpu,
+    buffer: &DeviceBuffer,
     weights: Weights,
     rows: &SourceRows<'_>,
     num_cols: usize,
-) -> Result<DeviceBuffer> {
+) -> Result<()> {
     let num_tiles = num_cols.div_ceil(TILE_COLS);
-    let tile_bytes = match weights {
-        Weights::Packed(format) => format.row_tile_bytes(num_tiles),
-        Weights::Dense { row_stride } => TILE_ROWS * row_stride * 2,
-    };
+    let tile_bytes = weights.row_tile_bytes(num_cols);
     let num_row_tiles = rows.num_row_tiles();
-    let buffer = gpu.alloc(num_row_tiles * tile_bytes)?;
     let portion = (UPLOAD_BYTES / tile_bytes.max(1)).clamp(1, num_row_tiles.max(1));
     let mut host = vec![0_u8; portion * tile_bytes];
     for first in (0..num_row_tiles).step_by(portion) {
@@ -319,17 +394,16 @@ fn upload(
             let to = unsafe {
                 std::slice::from_raw_parts_mut(start.get().add(index * tile_bytes), tile_bytes)
             };
-            let dtype = rows.sources[0].dtype;
             let data: [_; TILE_ROWS] = std::array::from_fn(|i| rows.get(first + index, i));
             match weights {
                 Weights::Packed(format) => {
-                    RowTile::new(num_tiles).pack(format, dtype, &data, to);
+                    RowTile::new(num_tiles).pack(format, rows.dtype(), &data, to);
                 }
-                Weights::Dense { row_stride } => pack_dense(dtype, &data, row_stride, to),
+                Weights::Dense { row_stride } => pack_dense(rows.dtype(), &data, row_stride, to),
             }
         });
         let range = first * tile_bytes..(first + count) * tile_bytes;
         buffer.slice(range).upload(&host[..count * tile_bytes])?;
     }
-    Ok(buffer)
+    Ok(())
 }

@@ -11,11 +11,12 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Result, bail};
 
+use super::AttentionMetadata;
 use super::plan::{
     Heads, MAX_DECODE_ROWS, Plan, Round, StepBounds, TILE_ROWS, max_partial_rows, max_partitions,
 };
-use super::{AttentionMetadata, GpuKvCache, KvCacheShape};
 use crate::device::gpu::{Arg, DeviceBuffer, Gpu, Kernel, LaunchConfig};
+use crate::ops::kv_cache::{GpuKvCache, KvCacheShape};
 use crate::ops::tensor::GpuTensor;
 
 const THREADS: u32 = 128;
@@ -88,7 +89,7 @@ impl StepPlan {
 
 /// Counts the partitions that are done, per sequence, KV head and tile of rows. Always zero between
 /// launches.
-pub(super) fn new_counters(gpu: &Gpu, num_kv_heads: usize) -> Result<DeviceBuffer> {
+pub(in crate::ops) fn new_counters(gpu: &Gpu, num_kv_heads: usize) -> Result<DeviceBuffer> {
     zeros(gpu.alloc(counter_bytes(NUM_COUNTED_SEQS, num_kv_heads))?, gpu)
 }
 
@@ -122,7 +123,7 @@ pub(super) fn attend(
 }
 
 /// Refuses caches that no kernel reads.
-pub(super) fn check_shape(shape: KvCacheShape) -> Result<()> {
+pub(in crate::ops) fn check_shape(shape: KvCacheShape) -> Result<()> {
     let KvCacheShape { block_size, head_dim, .. } = shape;
     if !matches!(head_dim, 64 | 128) {
         bail!("attention heads of {head_dim} values have no kernel; use `--device cpu`");

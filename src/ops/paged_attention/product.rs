@@ -1,7 +1,7 @@
 //! Small matrix products whose sums have one order, whatever the shape of the rest.
 #![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
 
-use crate::ops::simd::{Element, LANES, Simd};
+use crate::ops::simd::{LANES, Simd};
 
 /// The longest sum that a product adds at once.
 pub(super) const MAX_DEPTH: usize = 64;
@@ -44,7 +44,7 @@ pub(super) struct Product<'a, E> {
     pub(super) ahead: Ahead<'a, E>,
 }
 
-impl<E: Element> Product<'_, E> {
+impl<E> Product<'_, E> {
     /// Writes the result to `c`, a matrix of rows `stride` apart.
     #[inline(always)]
     pub(super) fn write<S: Simd>(&self, simd: S, c: &mut [f32], stride: usize) {

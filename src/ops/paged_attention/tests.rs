@@ -1,5 +1,7 @@
 //! Attention against an f64 loop, and the equalities that make outputs independent of the batch.
 
+use candle_core::DType;
+
 use super::*;
 use crate::device::threads::ThreadPool;
 
@@ -12,7 +14,7 @@ pub(super) struct Setup {
     pub(super) num_kv_heads: usize,
     pub(super) head_dim: usize,
     pub(super) block_size: usize,
-    pub(super) dtype: DType,
+    pub(super) dtype: KvDtype,
     /// Distance between consecutive blocks of a sequence in the cache; odd.
     pub(super) block_step: usize,
 }
@@ -22,9 +24,12 @@ pub(super) const QWEN: Setup = Setup {
     num_kv_heads: 2,
     head_dim: 64,
     block_size: 16,
-    dtype: DType::F16,
+    dtype: KvDtype::F16,
     block_step: 1,
 };
+
+const DTYPES: [KvDtype; 5] =
+    [KvDtype::F16, KvDtype::Bf16, KvDtype::F32, KvDtype::Fp8, KvDtype::Q8_0];
 
 /// A sequence's content depends on `id` only.
 #[derive(Clone, Copy)]
@@ -88,10 +93,10 @@ impl Setup {
             meta.seq_lens.push(seq.len as u32);
             meta.query_start_loc.push(num_tokens as u32);
         }
-        let dims = (num_blocks, self.num_kv_heads, self.block_size, self.head_dim);
-        let tensor = |data| CpuTensor::from_vec(data, dims, &candle_core::Device::Cpu).unwrap();
-        let cast = |data| tensor(data).to_dtype(self.dtype).unwrap();
-        let kv = CpuKvCache { k: cast(k), v: cast(v), block_size: self.block_size };
+        let Self { num_kv_heads, block_size, head_dim, .. } = *self;
+        let shape = KvCacheShape { num_blocks, num_kv_heads, block_size, head_dim };
+        let kv = CpuKvCache::new(shape, self.dtype).unwrap();
+        kv.fill(&k, &v).unwrap();
         let q_dims = (num_tokens, self.num_heads * self.head_dim);
         Batch {
             q: CpuTensor::from_vec(queries, q_dims, &candle_core::Device::Cpu).unwrap(),
@@ -102,11 +107,22 @@ impl Setup {
 
     /// The cached value: rounded to the cache's type.
     fn cached(&self, kind: usize, seq: usize, position: usize, index: usize) -> f64 {
-        let value = value(kind, seq, position, index);
+        let exact = value(kind, seq, position, index);
         match self.dtype {
-            DType::F16 => f16::from_f32(value).to_f64(),
-            DType::BF16 => bf16::from_f32(value).to_f64(),
-            _ => f64::from(value),
+            KvDtype::F16 => f16::from_f32(exact).to_f64(),
+            KvDtype::Bf16 => bf16::from_f32(exact).to_f64(),
+            KvDtype::F32 => f64::from(exact),
+            KvDtype::Fp8 => {
+                // The values are below 16; 2^-3 of their power of two is their unit.
+                let unit = 2.0_f64.powi((exact.abs().log2().floor() as i32).max(-6) - 3);
+                (f64::from(exact) / unit).round_ties_even() * unit
+            }
+            KvDtype::Q8_0 => {
+                let block = (index / 32 * 32..).take(32);
+                let sizes = block.map(|index| value(kind, seq, position, index).abs());
+                let scale = f16::from_f32(sizes.fold(0.0, f32::max) / 127.0).to_f32();
+                f64::from((exact * scale.recip()).round_ties_even() * scale)
+            }
         }
     }
 
@@ -144,8 +160,8 @@ impl Setup {
 
 impl Batch {
     fn run_with(&self, isa: Isa) -> Result<Vec<Vec<f32>>> {
-        let shape = self.kv.shape()?;
-        let op = PagedAttention { shape, meta: &self.meta, scale: SCALE, isa };
+        let (shape, dtype) = (self.kv.shape()?, self.kv.dtype);
+        let op = PagedAttention { shape, dtype, meta: &self.meta, scale: SCALE, isa };
         self.q.apply_op3_no_bwd(&self.kv.k, &self.kv.v, &op)?.to_vec2()
     }
 
@@ -186,7 +202,10 @@ fn matches_f64_for_head_sizes_groups_and_types() {
     let seqs = [Seq { id: 0, len: 33, query_len: 5 }, Seq { id: 1, len: 70, query_len: 1 }];
     for head_dim in [8, 64, 72, 128] {
         for (num_heads, num_kv_heads) in [(2, 2), (4, 2), (7, 1), (9, 1)] {
-            for dtype in [DType::F16, DType::BF16, DType::F32] {
+            for dtype in DTYPES {
+                if dtype == KvDtype::Q8_0 && head_dim % 32 != 0 {
+                    continue;
+                }
                 let setup = Setup { num_heads, num_kv_heads, head_dim, dtype, ..QWEN };
                 check_against_f64(setup, &seqs);
             }
@@ -209,15 +228,20 @@ fn matches_f64_at_lengths_around_blocks_tiles_and_partitions() {
 fn a_batch_gives_each_sequence_the_bits_it_gets_alone() {
     let seqs = [(1, 1), (130, 130), (600, 1), (64, 3), (1100, 40), (17, 1)]
         .map(|(len, query_len)| Seq { id: len, len, query_len });
-    let together = QWEN.batch(&seqs).run();
-    let apart: Vec<_> = seqs.iter().flat_map(|&seq| QWEN.batch(&[seq]).run()).collect();
-    assert!(together == apart);
+    for dtype in DTYPES {
+        let setup = Setup { dtype, ..QWEN };
+        let together = setup.batch(&seqs).run();
+        let apart: Vec<_> = seqs.iter().flat_map(|&seq| setup.batch(&[seq]).run()).collect();
+        assert!(together == apart, "{dtype:?}");
+    }
 }
 
 #[test]
 fn chunks_of_a_prompt_give_the_bits_of_the_whole() {
     for (setup, len) in [
         (QWEN, 1100),
+        (Setup { dtype: KvDtype::Fp8, ..QWEN }, 300),
+        (Setup { dtype: KvDtype::Q8_0, ..QWEN }, 300),
         (Setup { num_heads: 2, num_kv_heads: 2, head_dim: 72, ..QWEN }, 300),
         (Setup { num_heads: 9, num_kv_heads: 1, head_dim: 128, ..QWEN }, 300),
     ] {
@@ -254,10 +278,13 @@ fn the_number_of_threads_does_not_change_a_bit() {
 
 #[test]
 fn instruction_sets_with_fused_multiply_add_agree_to_the_bit() {
-    let batch = QWEN.batch(&[Seq { id: 0, len: 600, query_len: 40 }]);
-    let mut results = Isa::available().into_iter().skip(1).map(|isa| batch.run_with(isa).unwrap());
-    if let Some(first) = results.next() {
-        assert!(results.all(|result| result == first));
+    for dtype in DTYPES {
+        let batch = Setup { dtype, ..QWEN }.batch(&[Seq { id: 0, len: 600, query_len: 40 }]);
+        let run = |isa| batch.run_with(isa).unwrap();
+        let mut results = Isa::available().into_iter().skip(1).map(run);
+        if let Some(first) = results.next() {
+            assert!(results.all(|result| result == first), "{dtype:?}");
+        }
     }
 }
 
@@ -272,7 +299,7 @@ fn empty_batches_and_sequences_without_queries_are_fine() {
 fn wrong_metadata_shapes_and_types_are_errors() {
     let new = || QWEN.batch(&[Seq { id: 0, len: 20, query_len: 2 }]);
     assert!(new().run_with(Isa::best()).is_ok());
-    let wrong: [fn(&mut Batch); 12] = [
+    let wrong: [fn(&mut Batch); 13] = [
         |b| b.meta.block_table[1] = 4,
         |b| b.meta.block_table.truncate(1),
         |b| b.meta.max_blocks_per_seq = usize::MAX,
@@ -283,6 +310,7 @@ fn wrong_metadata_shapes_and_types_are_errors() {
         |b| b.meta.query_start_loc = vec![1, 2].into(),
         |b| b.meta.query_start_loc.clear(),
         |b| b.kv.block_size = 8,
+        |b| b.kv.dtype = KvDtype::Fp8,
         |b| b.kv.v = b.kv.v.to_dtype(DType::F32).unwrap(),
         |b| b.q = b.q.narrow(1, 0, 13 * 64).unwrap(),
     ];
@@ -295,9 +323,10 @@ fn wrong_metadata_shapes_and_types_are_errors() {
     falling.meta.query_start_loc = vec![0, 5, 4].into();
     assert!(falling.run_with(Isa::best()).is_err());
     let shape = KvCacheShape { num_blocks: 1, num_kv_heads: 1, block_size: 16, head_dim: 12 };
-    assert!(CpuKvCache::new(shape, DType::F16).is_err());
+    assert!(CpuKvCache::new(shape, KvDtype::F16).is_err());
     let shape = KvCacheShape { head_dim: 16, ..shape };
-    assert!(CpuKvCache::new(shape, DType::U32).is_err());
+    assert!(CpuKvCache::new(shape, KvDtype::Fp8).is_ok());
+    assert!(CpuKvCache::new(shape, KvDtype::Q8_0).is_err());
 }
 
 #[test]
@@ -309,11 +338,11 @@ fn an_unused_cache_takes_up_no_memory() {
     };
     let before = resident_pages();
     let shape = KvCacheShape { num_blocks: 1 << 16, num_kv_heads: 8, block_size: 16, head_dim: 64 };
-    let kv = CpuKvCache::new(shape, DType::F16).unwrap();
+    let kv = CpuKvCache::new(shape, KvDtype::F16).unwrap();
     let grown = resident_pages().saturating_sub(before);
     assert!(grown < 1 << 16, "{grown} pages of {} values", 2 * kv.k.elem_count());
     let vast = KvCacheShape { num_blocks: 1 << 27, num_kv_heads: 1 << 20, ..shape };
-    assert!(CpuKvCache::new(vast, DType::F16).is_err());
+    assert!(CpuKvCache::new(vast, KvDtype::F16).is_err());
     let vast = KvCacheShape { num_blocks: usize::MAX / 2, ..shape };
-    assert!(CpuKvCache::new(vast, DType::F16).is_err());
+    assert!(CpuKvCache::new(vast, KvDtype::F16).is_err());
 }

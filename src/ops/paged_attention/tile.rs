@@ -17,7 +17,8 @@
 use std::ops::Range;
 
 use super::product::{Ahead, MAX_DEPTH, PANEL, Product, Start};
-use crate::ops::simd::{Element, Kernel, LANES, Simd, load_padded};
+use crate::ops::kv_cache::Stored;
+use crate::ops::simd::{Kernel, LANES, Simd};
 
 /// Keys per tile.
 const TILE: usize = MAX_DEPTH;
@@ -29,13 +30,20 @@ const MAX_PRODUCT_ROWS: usize = 8;
 /// How one layer's keys and values lie in memory.
 #[derive(Clone, Copy)]
 pub(super) struct CacheView<'a, E> {
-    /// [num_blocks, num_kv_heads, block_size, head_dim]
+    /// [num_blocks, num_kv_heads, block_size, row_len]
     pub(super) keys: &'a [E],
-    /// [num_blocks, num_kv_heads, block_size, head_dim]
+    /// [num_blocks, num_kv_heads, block_size, row_len]
     pub(super) values: &'a [E],
     pub(super) num_kv_heads: usize,
     pub(super) block_size: usize,
     pub(super) head_dim: usize,
+}
+
+impl<E: Stored> CacheView<'_, E> {
+    /// Of what rows are made of, how much one has.
+    fn row_len(&self) -> usize {
+        self.head_dim / E::LEN
+    }
 }
 
 /// The queries of a work item and what they look at.
@@ -153,7 +161,7 @@ pub(super) enum Destination<'a, 'o> {
     Partials { first: usize, partials: &'a mut [Partial] },
 }
 
-impl<E: Element> Kernel for Attend<'_, '_, '_, E> {
+impl<E: Stored> Kernel for Attend<'_, '_, '_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -236,14 +244,14 @@ impl Scratch {
     }
 
     /// Looks up where the keys from `first_key` on lie, up to a tile's.
-    fn find_keys<E: Element>(
+    fn find_keys<E: Stored>(
         &mut self,
         cache: CacheView<'_, E>,
         tile: &QueryTile<'_>,
         first_key: usize,
     ) {
         const CACHE_LINE: usize = 64;
-        let (block_size, head_dim) = (cache.block_size, cache.head_dim);
+        let (block_size, row_len) = (cache.block_size, cache.row_len());
         self.offsets.clear();
         self.lines.clear();
         let end = tile.num_keys().min(first_key + TILE);
@@ -252,8 +260,8 @@ impl Scratch {
             let (block, slot) = (tile.blocks[key / block_size] as usize, key % block_size);
             let first = (block * cache.num_kv_heads + tile.kv_head) * block_size + slot;
             let num_keys = (block_size - slot).min(end - key);
-            let range = first * head_dim..(first + num_keys) * head_dim;
-            self.offsets.extend(range.clone().step_by(head_dim));
+            let range = first * row_len..(first + num_keys) * row_len;
+            self.offsets.extend(range.clone().step_by(row_len));
             self.lines.extend(range.step_by(CACHE_LINE / size_of::<E>()));
             key += num_keys;
         }
@@ -268,7 +276,7 @@ fn first_row(tile: &QueryTile<'_>, key: usize) -> usize {
 /// Adds the keys of the partition from `start` on to a state. The scratch memory knows where the
 /// first tile lies; afterwards it knows so of the first one after the partition.
 #[inline(always)]
-fn attend_partition<S: Simd, E: Element>(
+fn attend_partition<S: Simd, E: Stored>(
     simd: S,
     cache: CacheView<'_, E>,
     tile: &QueryTile<'_>,
@@ -299,7 +307,7 @@ fn attend_partition<S: Simd, E: Element>(
 
 /// Adds the tile in `scratch` to the rows' state; all of them see the tile's first `visible` keys.
 #[inline(always)]
-fn attend_rows<S: Simd, E: Element>(
+fn attend_rows<S: Simd, E: Stored>(
     simd: S,
     cache: CacheView<'_, E>,
     (scratch, partial): (&Scratch, &mut Partial),
@@ -339,7 +347,7 @@ fn attend_rows<S: Simd, E: Element>(
 
 /// Products of the rows from `row` on with the tile's first `visible` keys.
 #[inline(always)]
-fn multiply_queries<S: Simd, E: Element>(
+fn multiply_queries<S: Simd, E: Stored>(
     simd: S,
     scratch: &Scratch,
     (row, visible): (usize, usize),
@@ -403,27 +411,23 @@ fn softmax<S: Simd>(
 /// Writes the keys as columns of `[TILE / PANEL, head_dim, PANEL]`. Columns after the last key, up
 /// to a multiple of 16, get copies of another.
 #[inline(always)]
-fn load_keys<S: Simd, E: Element>(
+fn load_keys<S: Simd, E: Stored>(
     simd: S,
     cache: CacheView<'_, E>,
     panels: &mut [[f32; PANEL]],
     offsets: &[usize],
 ) {
-    let head_dim = cache.head_dim;
+    let (head_dim, row_len) = (cache.head_dim, cache.row_len());
     for (group, offsets) in offsets.chunks(LANES).enumerate() {
         let (panel, half) = (group / 2, group % 2);
-        let mut keys = [&cache.keys[offsets[0]..][..head_dim]; LANES];
+        let mut keys = [&cache.keys[offsets[0]..][..row_len]; LANES];
         for (key, offset) in keys.iter_mut().zip(offsets) {
-            *key = &cache.keys[*offset..][..head_dim];
+            *key = &cache.keys[*offset..][..row_len];
         }
         for first in (0..head_dim).step_by(LANES) {
             let end = head_dim.min(first + LANES);
             let columns = &mut panels[panel * head_dim..][first..end];
-            let mut rows = if end - first == LANES {
-                std::array::from_fn(|i| E::load(simd, &keys[i][first..end]))
-            } else {
-                std::array::from_fn(|i| load_padded(simd, &keys[i][first..end]))
-            };
+            let mut rows = keys.map(|key| E::load(simd, key, first));
             simd.transpose(&mut rows);
             for (column, row) in columns.iter_mut().zip(&rows) {
                 simd.store(&mut column[half * LANES..], *row);
@@ -434,24 +438,20 @@ fn load_keys<S: Simd, E: Element>(
 
 /// Writes the values as rows of `[head_dim / PANEL, TILE, PANEL]`.
 #[inline(always)]
-fn load_values<S: Simd, E: Element>(
+fn load_values<S: Simd, E: Stored>(
     simd: S,
     cache: CacheView<'_, E>,
     panels: &mut [[f32; PANEL]],
     offsets: &[usize],
 ) {
+    let (head_dim, row_len) = (cache.head_dim, cache.row_len());
     for (panel, rows) in panels.chunks_exact_mut(TILE).enumerate() {
         let first = panel * PANEL;
-        let num_dims = PANEL.min(cache.head_dim - first);
         for (row, offset) in rows.iter_mut().zip(offsets) {
-            let values = &cache.values[offset + first..][..num_dims];
-            if let Some(values) = values.first_chunk::<PANEL>() {
-                simd.store(row, E::load(simd, values));
-                simd.store(&mut row[LANES..], E::load(simd, &values[LANES..]));
-            } else {
-                for (row, values) in row.chunks_mut(LANES).zip(values.chunks(LANES)) {
-                    simd.store(row, load_padded(simd, values));
-                }
+            let values = &cache.values[*offset..][..row_len];
+            simd.store(row, E::load(simd, values, first));
+            if first + LANES < head_dim {
+                simd.store(&mut row[LANES..], E::load(simd, values, first + LANES));
             }
         }
     }

@@ -3,14 +3,16 @@
 
 use std::arch::x86_64::{
     __m128i, __m256, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0,
-    _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
-    _mm_movehdup_ps, _mm_movehl_ps, _mm_prefetch, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps,
-    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
-    _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps,
-    _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps,
-    _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadl_epi64, _mm_loadu_si128, _mm_max_ps,
+    _mm_max_ss, _mm_movehdup_ps, _mm_movehl_ps, _mm_prefetch, _mm_set1_epi16, _mm256_add_epi32,
+    _mm256_add_ps, _mm256_and_si256, _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi256_ps,
+    _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cmpeq_epi16, _mm256_cvtepi8_epi16,
+    _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
+    _mm256_cvtps_epi32, _mm256_div_ps, _mm256_extractf128_ps, _mm256_extracti128_si256,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256,
+    _mm256_permute2f128_ps, _mm256_round_ps, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_storeu_ps,
+    _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 
 use half::{bf16, f16};
@@ -82,6 +84,43 @@ impl Simd for Avx2 {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
             ]
         }
+    }
+
+    #[inline(always)]
+    fn load_e4m3(self, values: &[u8]) -> Pair {
+        let values = values[..LANES].as_ptr().cast::<__m128i>();
+        // SAFETY: the slice has 16 values; the token is made by `detect` only.
+        unsafe {
+            // Sign extension puts the sign where half precision has it. Numbers of the same
+            // exponent are smaller there by 2^8; where all other bits are set it is a NaN.
+            let wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(values));
+            let magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+            let is_nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+            let sign = _mm256_and_si256(wide, _mm256_set1_epi16(i16::MIN));
+            let half = _mm256_or_si256(sign, _mm256_slli_epi16::<7>(magnitude));
+            let half = _mm256_or_si256(half, is_nan);
+            let low = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+            let high = _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half));
+            let factor = _mm256_set1_ps(256.0);
+            [_mm256_mul_ps(low, factor), _mm256_mul_ps(high, factor)]
+        }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, values: &[i8]) -> Pair {
+        let values = &values[..LANES];
+        // SAFETY: the slice has 16 values; the token is made by `detect` only.
+        unsafe {
+            let low = _mm_loadl_epi64(values.as_ptr().cast());
+            let high = _mm_loadl_epi64(values.as_ptr().add(8).cast());
+            [low, high].map(|eight| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)))
+        }
+    }
+
+    #[inline(always)]
+    fn splat_f16(self, value: f16) -> Pair {
+        // SAFETY: the token is made by `detect` only.
+        unsafe { [_mm256_cvtph_ps(_mm_set1_epi16(value.to_bits() as i16)); 2] }
     }
 
     #[inline(always)]

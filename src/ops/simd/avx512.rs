@@ -2,15 +2,18 @@
 #![expect(clippy::cast_ptr_alignment, reason = "the loads are unaligned ones")]
 
 use std::arch::x86_64::{
-    __m256i, __m512, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0,
-    _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_max_ps, _mm_max_ss, _mm_movehdup_ps, _mm_movehl_ps,
-    _mm_prefetch, _mm256_add_ps, _mm256_castps256_ps128, _mm256_extractf128_ps, _mm256_loadu_si256,
-    _mm256_max_ps, _mm512_add_ps, _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps512_ps256,
-    _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_div_ps,
-    _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_blend_ps, _mm512_max_ps,
-    _mm512_min_ps, _mm512_mul_ps, _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
-    _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+    __m128i, __m256i, __m512, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT,
+    _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
+    _mm_movehdup_ps, _mm_movehl_ps, _mm_prefetch, _mm256_add_ps, _mm256_and_si256,
+    _mm256_castps256_ps128, _mm256_cmpeq_epi16, _mm256_cvtepi8_epi16, _mm256_extractf128_ps,
+    _mm256_loadu_si256, _mm256_max_ps, _mm256_or_si256, _mm256_set1_epi16, _mm256_slli_epi16,
+    _mm512_add_ps, _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps512_ps256, _mm512_castsi512_ps,
+    _mm512_cmp_ps_mask, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_div_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_mask_blend_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_roundscale_ps,
+    _mm512_scalef_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32,
+    _mm512_storeu_ps, _mm512_sub_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
+    _mm512_unpacklo_ps,
 };
 
 use half::{bf16, f16};
@@ -72,6 +75,36 @@ impl Simd for Avx512 {
             let bits = _mm256_loadu_si256(values.as_ptr().cast::<__m256i>());
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
         }
+    }
+
+    #[inline(always)]
+    fn load_e4m3(self, values: &[u8]) -> __m512 {
+        let values = values[..LANES].as_ptr().cast::<__m128i>();
+        // SAFETY: the slice has 16 values; the token is made by `detect` only.
+        unsafe {
+            // Sign extension puts the sign where half precision has it. Numbers of the same
+            // exponent are smaller there by 2^8; where all other bits are set it is a NaN.
+            let wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(values));
+            let magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+            let is_nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+            let sign = _mm256_and_si256(wide, _mm256_set1_epi16(i16::MIN));
+            let half = _mm256_or_si256(sign, _mm256_slli_epi16::<7>(magnitude));
+            let wide = _mm512_cvtph_ps(_mm256_or_si256(half, is_nan));
+            _mm512_mul_ps(wide, _mm512_set1_ps(256.0))
+        }
+    }
+
+    #[inline(always)]
+    fn load_i8(self, values: &[i8]) -> __m512 {
+        let values = values[..LANES].as_ptr().cast::<__m128i>();
+        // SAFETY: the slice has 16 values; the token is made by `detect` only.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(values))) }
+    }
+
+    #[inline(always)]
+    fn splat_f16(self, value: f16) -> __m512 {
+        // SAFETY: the token is made by `detect` only.
+        unsafe { _mm512_cvtph_ps(_mm256_set1_epi16(value.to_bits() as i16)) }
     }
 
     #[inline(always)]

@@ -48,6 +48,26 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn load_e4m3(self, values: &[u8]) -> Self::V {
+        std::array::from_fn(|i| {
+            let bits = u16::from(values[i]);
+            // The numbers of half precision with these exponents are smaller by 2^8.
+            let half = f16::from_bits((bits & 0x80) << 8 | (bits & 0x7f) << 7);
+            if bits & 0x7f == 0x7f { f32::NAN } else { half.to_f32() * 256.0 }
+        })
+    }
+
+    #[inline(always)]
+    fn load_i8(self, values: &[i8]) -> Self::V {
+        std::array::from_fn(|i| f32::from(values[i]))
+    }
+
+    #[inline(always)]
+    fn splat_f16(self, value: f16) -> Self::V {
+        [value.to_f32(); LANES]
+    }
+
+    #[inline(always)]
     fn store(self, values: &mut [f32], v: Self::V) {
         values[..LANES].copy_from_slice(&v);
     }

@@ -137,7 +137,7 @@ impl Weights {
 
 impl Segment {
     /// Rows that the kernels see.
-    fn num_kernel_rows(&self) -> usize {
+    pub(super) fn num_kernel_rows(&self) -> usize {
         match self.layout {
             Interleaving::Plain => self.num_rows,
             Interleaving::Gated => self.num_rows.next_multiple_of(TILE_ROWS),
@@ -265,7 +265,7 @@ impl Product<'_> {
         let (module, function) = match self.segment.weights {
             Weights::Packed(format) => {
                 sums = if format.has_min() {
-                    Some(self.sums(gpu, format.run_len(), sum_stride)?)
+                    Some(run_sums(self.x, format.run_len(), sum_stride)?)
                 } else {
                     None
                 };
@@ -288,26 +288,26 @@ impl Product<'_> {
         gpu.launch(Kernel { module, function }, config, &args)?;
         Ok(())
     }
+}
 
-    /// The sum of each run of activations, for the minima.
-    fn sums(&self, gpu: &Gpu, run_len: usize, sum_stride: usize) -> Result<DeviceBuffer> {
-        const NUM_THREADS: usize = 128;
-        let num_groups = self.x.num_cols.div_ceil(TILE_COLS) * (TILE_COLS / run_len);
-        let sums = gpu.scratch(num_groups * sum_stride * 4)?;
-        let function = if run_len == 16 { "matmul_sums_16" } else { "matmul_sums_32" };
-        let config = LaunchConfig {
-            grid: [sum_stride.div_ceil(NUM_THREADS) as u32, num_groups as u32, 1],
-            block: [NUM_THREADS as u32, 1, 1],
-            shared_bytes: 0,
-        };
-        let args = [
-            Arg::Buffer(&self.x.buffer),
-            Arg::Buffer(&sums),
-            Arg::I32(self.x.num_rows as i32),
-            Arg::I32(self.x.num_cols as i32),
-            Arg::I32(sum_stride as i32),
-        ];
-        gpu.launch(Kernel { module: "matmul_sums", function }, config, &args)?;
-        Ok(sums)
-    }
+/// The sum of each run of activations, for the minima: `[runs of a row][sum_stride]`.
+pub(super) fn run_sums(x: &GpuTensor, run_len: usize, sum_stride: usize) -> Result<DeviceBuffer> {
+    const NUM_THREADS: usize = 128;
+    let num_groups = x.num_cols.div_ceil(TILE_COLS) * (TILE_COLS / run_len);
+    let sums = x.gpu.scratch(num_groups * sum_stride * 4)?;
+    let function = if run_len == 16 { "matmul_sums_16" } else { "matmul_sums_32" };
+    let config = LaunchConfig {
+        grid: [sum_stride.div_ceil(NUM_THREADS) as u32, num_groups as u32, 1],
+        block: [NUM_THREADS as u32, 1, 1],
+        shared_bytes: 0,
+    };
+    let args = [
+        Arg::Buffer(&x.buffer),
+        Arg::Buffer(&sums),
+        Arg::I32(x.num_rows as i32),
+        Arg::I32(x.num_cols as i32),
+        Arg::I32(sum_stride as i32),
+    ];
+    x.gpu.launch(Kernel { module: "matmul_sums", function }, config, &args)?;
+    Ok(sums)
 }

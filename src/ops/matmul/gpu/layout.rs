@@ -37,6 +37,8 @@ pub(super) struct PackedFormat {
     pub(super) small: [&'static str; 7],
     /// By tokens of a block: 32, 64, 128.
     pub(super) large: [&'static str; 3],
+    /// For experts: few choices, and rows in groups.
+    pub(super) experts: [&'static str; 2],
 }
 
 impl PackedFormat {
@@ -97,6 +99,10 @@ macro_rules! format {
                 concat!("matmul_large_", $name, "_n32"),
                 concat!("matmul_large_", $name, "_n64"),
                 concat!("matmul_large_", $name, "_n128"),
+            ],
+            experts: [
+                concat!("matmul_experts_small_", $name),
+                concat!("matmul_experts_large_", $name),
             ],
         }
     };

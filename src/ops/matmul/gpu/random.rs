@@ -17,16 +17,17 @@ const NUM_THREADS: u32 = 256;
 const BLOCKS_PER_MULTIPROCESSOR: usize = 16;
 
 impl GpuMatrix {
-    /// Makes a matrix of random weights on the card.
+    /// Makes matrices of random weights on the card, side by side; all like the first one.
     ///
     /// # Errors
     /// As [`GpuMatrix::pack`].
-    pub fn random(
+    pub fn random_each(
         gpu: &Gpu,
-        sources: &[RandomSource],
+        matrices: &[Vec<RandomSource>],
         num_cols: usize,
         stacking: Stacking,
-    ) -> Result<Self> {
+    ) -> Result<Vec<Self>> {
+        let Some(sources) = matrices.first() else { return Ok(Vec::new()) };
         let rows = sources
             .iter()
             .map(|source| random_rows(source.dtype, (TILE_ROWS, num_cols), source.seed))
@@ -36,49 +37,56 @@ impl GpuMatrix {
             .zip(&rows)
             .map(|(source, data)| MatrixSource { dtype: source.dtype, data, num_rows: TILE_ROWS })
             .collect();
-        let mut matrix = Self::pack(gpu, &samples, num_cols, stacking)?;
-        matrix.num_rows = 0;
-        for segment in &mut matrix.segments {
+        let sample = Self::pack(gpu, &samples, num_cols, stacking)?;
+        let mut num_rows = 0;
+        let mut segments = Vec::new();
+        for segment in &sample.segments {
             let first = segment.first_row / TILE_ROWS;
             let sources = &sources[first..first + segment.num_rows / TILE_ROWS];
-            let num_rows = sources.iter().map(|source| source.num_rows).sum();
-            segment.buffer = segment.filled(gpu, num_rows, (num_cols, sources[0].seed))?;
-            segment.first_row = matrix.num_rows;
-            segment.num_rows = num_rows;
-            matrix.num_rows += num_rows;
+            let first_row = num_rows;
+            let own_rows: usize = sources.iter().map(|source| source.num_rows).sum();
+            let num_row_tiles = match segment.layout {
+                Interleaving::Plain => own_rows.div_ceil(TILE_ROWS),
+                Interleaving::Gated => (own_rows / 2).div_ceil(GATED_ROWS),
+            };
+            let shape = (num_row_tiles * matrices.len(), num_cols);
+            let all = segment.filled(gpu, shape, sources[0].seed)?;
+            segments.push((segment, all, first_row, own_rows));
+            num_rows += own_rows;
         }
-        Ok(matrix)
+        let matrix = |index: usize| {
+            let place = |(segment, all, first_row, num_rows): &(&Segment, DeviceBuffer, _, _)| {
+                let num_bytes = all.len() / matrices.len();
+                let buffer = all.slice(index * num_bytes..(index + 1) * num_bytes);
+                let Segment { weights, layout, .. } = **segment;
+                let (first_row, num_rows) = (*first_row, *num_rows);
+                Segment { weights, first_row, num_rows, buffer, all: all.clone(), layout }
+            };
+            let (gpu, counters) = (gpu.clone(), sample.counters.clone());
+            let segments = segments.iter().map(place).collect();
+            Self { gpu, segments, stacking, num_rows, num_cols, counters }
+        };
+        Ok((0..matrices.len()).map(matrix).collect())
     }
 }
 
 impl Segment {
-    /// Memory for `num_rows` rows, filled after the first row tile of this segment.
+    /// Memory for so many row tiles, filled after the first one of this segment.
     fn filled(
         &self,
         gpu: &Gpu,
-        num_rows: usize,
-        (num_cols, seed): (usize, u64),
+        (num_row_tiles, num_cols): (usize, usize),
+        seed: u64,
     ) -> Result<DeviceBuffer> {
         let num_tiles = num_cols.div_ceil(TILE_COLS);
-        let (row_tile_bytes, tile_bytes, integer_bytes, mask) = match self.weights {
-            Weights::Packed(format) => (
-                format.row_tile_bytes(num_tiles),
-                format.tile_bytes(),
-                format.integer_bytes(),
-                u32::MAX,
-            ),
-            Weights::Dense { row_stride } => {
-                let bytes = TILE_ROWS * row_stride * 2;
-                (bytes, bytes, bytes, 0x807f_807f)
-            }
+        let row_tile_bytes = self.weights.row_tile_bytes(num_cols);
+        let (tile_bytes, integer_bytes, mask) = match self.weights {
+            Weights::Packed(format) => (format.tile_bytes(), format.integer_bytes(), u32::MAX),
+            Weights::Dense { .. } => (row_tile_bytes, row_tile_bytes, 0x807f_807f),
         };
         let tiles_bytes = match self.weights {
             Weights::Packed(_) => num_tiles * tile_bytes,
             Weights::Dense { .. } => tile_bytes,
-        };
-        let num_row_tiles = match self.layout {
-            Interleaving::Plain => num_rows.div_ceil(TILE_ROWS),
-            Interleaving::Gated => (num_rows / 2).div_ceil(GATED_ROWS),
         };
         let buffer = gpu.alloc(num_row_tiles * row_tile_bytes)?;
         let num_units = buffer.len() / UNIT;
@@ -110,6 +118,15 @@ mod tests {
     use crate::ops::gguf_blocks::tests::Random;
     use crate::ops::tensor::GpuTensor;
 
+    fn random_one(
+        gpu: &Gpu,
+        sources: &[RandomSource],
+        num_cols: usize,
+        stacking: Stacking,
+    ) -> GpuMatrix {
+        GpuMatrix::random_each(gpu, &[sources.to_vec()], num_cols, stacking).unwrap().remove(0)
+    }
+
     /// Goal: random weights are as large as they should be, and rows differ. Method: the products
     /// with random activations have the activations' spread, and equal no other's.
     #[test]
@@ -136,7 +153,7 @@ mod tests {
         ] {
             let source = |num_rows, seed| RandomSource { dtype, num_rows, seed };
             let sources = [source(160, 1), source(48, 2), source(16, 3)];
-            let matrix = GpuMatrix::random(&gpu, &sources, num_cols, Stacking::Below).unwrap();
+            let matrix = random_one(&gpu, &sources, num_cols, Stacking::Below);
             assert_eq!(matrix.num_rows(), 224);
             let y = matrix.matmul(&x, None, DType::F32).unwrap();
             let y = y.to_vec().unwrap();
@@ -156,7 +173,7 @@ mod tests {
         let x = GpuTensor::from_slice(&gpu, &[1.0; 256], DType::BF16, (1, 256)).unwrap();
         let source = |seed| RandomSource { dtype: GgmlDType::Q4K, num_rows: 72, seed };
         let sources = [source(1), source(2)];
-        let matrix = GpuMatrix::random(&gpu, &sources, 256, Stacking::Gated).unwrap();
+        let matrix = random_one(&gpu, &sources, 256, Stacking::Gated);
         let y = matrix.gated_matmul(&x).unwrap().to_vec().unwrap();
         assert_eq!(y.len(), 72);
         assert!(y.iter().all(|y| y.is_finite()) && y.iter().any(|y| y.abs() > 0.01));
