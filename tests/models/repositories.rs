@@ -126,7 +126,7 @@ async fn a_repository_with_experts_becomes_a_file() {
         quantize(name, &path).unwrap();
         compare_engine(&start(&path, EXACT_CACHE), name, REQUANTISED).await;
         let gguf = Gguf::open(&path).unwrap();
-        let layer = if name == "hf-qwen3moe" { 1 } else { 0 };
+        let layer = usize::from(name == "hf-qwen3moe");
         let info = |part: &str| {
             let (info, _) = gguf.tensor(&format!("blk.{layer}.ffn_{part}.weight")).unwrap();
             (info.dtype, info.shape.clone())
