@@ -1,5 +1,5 @@
-"""Writes models/tiny/{hf,gptq,awq,fp8}-*: small random Qwen2 repositories with safetensors, and what
-transformers says of them.
+"""Writes models/tiny/{hf,gptq,awq,fp8}-*: small random repositories with safetensors, and what transformers
+says of them.
 
 usage: python scripts/gen_tiny_hf.py [NAME...]     needs: what scripts/gen_tiny.py needs
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import transformers
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import gen_tiny
 from gen_tiny import CHAT_TEMPLATE, CONTEXT_LENGTH, OUT
@@ -43,8 +42,17 @@ class Variant:
     act_order: bool = False
     checkpoint_format: str = "gptq"
     rope_theta: float = 1e6
+    family: str = "Qwen2"  # of transformers' classes
+    num_experts: int = 0
+    moe_intermediate_size: int = 0
+    shared_intermediate_size: int = 0
+
+    @property
+    def has_biases(self):
+        return self.family.startswith("Qwen2")
 
 
+EXPERTS = dict(num_experts=5, moe_intermediate_size=64)
 VARIANTS = [
     Variant("hf-bf16", floats="BF16", intermediate_size=64),
     Variant("hf-f16", tied=False, intermediate_size=32),
@@ -61,6 +69,11 @@ VARIANTS = [
     Variant("fp8-block", form="fp8-block", floats="BF16"),
     Variant("fp8-tensor", form="fp8-tensor", floats="BF16"),
     Variant("fp8-channel", form="fp8-channel", floats="BF16"),
+    Variant("gptq-int4-qwen2moe", form="gptq", group_size=64, family="Qwen2Moe", shared_intermediate_size=96,
+            **EXPERTS),
+    Variant("gptq-int4-qwen3moe", form="gptq", family="Qwen3Moe", **EXPERTS),
+    Variant("awq-qwen3moe", form="awq", group_size=32, sym=False, family="Qwen3Moe", **EXPERTS),
+    Variant("fp8-block-qwen3moe", form="fp8-block", floats="BF16", family="Qwen3Moe", **EXPERTS),
 ]
 
 
@@ -234,14 +247,30 @@ def random_model(variant):
     for layer in range(variant.num_layers):
         prefix = f"model.layers.{layer}."
         floats(prefix + "input_layernorm.weight", rng.normal(1, 0.2, hidden))
-        for name, rows, size in (("q", hidden, 0.5), ("k", kv, 0.5), ("v", kv, 0.1)):
-            floats(f"{prefix}self_attn.{name}_proj.bias", rng.normal(0, size, rows))
+        if variant.has_biases:
+            for name, rows, size in (("q", hidden, 0.5), ("k", kv, 0.5), ("v", kv, 0.1)):
+                floats(f"{prefix}self_attn.{name}_proj.bias", rng.normal(0, size, rows))
+        else:
+            for name in "qk":
+                floats(f"{prefix}self_attn.{name}_norm.weight", rng.normal(1.5, 0.4, hidden // variant.num_heads))
         attention = prefix + "self_attn."
         projections(attention, {"q_proj": (hidden, 2.5), "k_proj": (kv, 2.5), "v_proj": (kv, 1.0)}, hidden)
         projections(attention, {"o_proj": (hidden, 1.0)}, hidden)
         floats(prefix + "post_attention_layernorm.weight", rng.normal(1, 0.2, hidden))
-        projections(prefix + "mlp.", {"gate_proj": (inner, 1.0), "up_proj": (inner, 1.0)}, hidden)
-        projections(prefix + "mlp.", {"down_proj": (hidden, 4.0)}, inner)
+        def feed_forward(prefix, inner):
+            projections(prefix, {"gate_proj": (inner, 1.0), "up_proj": (inner, 1.0)}, hidden)
+            projections(prefix, {"down_proj": (hidden, 4.0)}, inner)
+
+        if variant.num_experts:
+            # The choice of experts is not quantised.
+            floats(prefix + "mlp.gate.weight", rng.normal(0, 2.0 / np.sqrt(hidden), (variant.num_experts, hidden)))
+            for expert in range(variant.num_experts):
+                feed_forward(f"{prefix}mlp.experts.{expert}.", variant.moe_intermediate_size)
+            if variant.shared_intermediate_size:
+                floats(prefix + "mlp.shared_expert_gate.weight", rng.normal(0, 0.3, (1, hidden)))
+                feed_forward(prefix + "mlp.shared_expert.", variant.shared_intermediate_size)
+            continue
+        feed_forward(prefix + "mlp.", inner)
         if variant.name == "gptq-int4":
             # As older tools do, which give every projection a bias.
             for name, rows in ("gate", inner), ("up", inner), ("down", hidden):
@@ -286,7 +315,18 @@ def write_json(path, value):
 
 
 def model_config(variant):
-    return Qwen2Config(
+    options = {}
+    if variant.num_experts:
+        options = dict(
+            num_experts=variant.num_experts, num_experts_per_tok=2, decoder_sparse_step=1, mlp_only_layers=[],
+            moe_intermediate_size=variant.moe_intermediate_size, norm_topk_prob=variant.family == "Qwen3Moe",
+            experts_implementation="eager",
+        )
+    if variant.shared_intermediate_size:
+        options |= dict(shared_expert_intermediate_size=variant.shared_intermediate_size)
+    if not variant.has_biases:
+        options |= dict(head_dim=variant.hidden_size // variant.num_heads)
+    return getattr(transformers, variant.family + "Config")(
         vocab_size=len(gen_tiny.vocabulary(gen_tiny.VARIANTS[0])[0]),
         hidden_size=variant.hidden_size,
         intermediate_size=variant.intermediate_size,
@@ -299,12 +339,13 @@ def model_config(variant):
         tie_word_embeddings=variant.tied,
         use_sliding_window=False,
         attn_implementation="eager",
+        **options,
     )
 
 
 def write_descriptions(variant, folder):
     config = model_config(variant).to_dict()
-    config |= {"architectures": ["Qwen2ForCausalLM"], "_name_or_path": f"tiny {variant.name}"}
+    config |= {"architectures": [variant.family + "ForCausalLM"], "_name_or_path": f"tiny {variant.name}"}
     config |= {"torch_dtype": {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[variant.floats]}
     if variant.form != "float":
         config["quantization_config"] = quantization_config(variant)
@@ -339,11 +380,25 @@ def write_text_side(name, folder):
 
 
 def reference_model(variant, state):
-    model = Qwen2ForCausalLM(model_config(variant)).float().eval()
+    model = getattr(transformers, variant.family + "ForCausalLM")(model_config(variant)).float().eval()
     state = {name: torch.from_numpy(np.array(values)) for name, values in state.items()}
+    if variant.num_experts:
+        stack_experts(variant, state)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and all("inv_freq" in name for name in missing), (missing, unexpected)
     return model
+
+
+def stack_experts(variant, state):
+    """Puts the matrices of a layer's experts into one tensor each, as transformers has them in memory."""
+    for layer in range(variant.num_layers):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            [state.pop(f"{prefix}{expert}.{name}_proj.weight") for expert in range(variant.num_experts)]
+            for name in ("gate", "up", "down")
+        )
+        state[prefix + "gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up)])
+        state[prefix + "down_proj"] = torch.stack(down)
 
 
 def generate(variant):

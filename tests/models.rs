@@ -479,6 +479,8 @@ const ROUNDED: Tolerance = Tolerance { max: 2e-2, mean: 2e-3, margin: 2e-2 };
 /// does so for five, and transformers with activations of eight bits errs by 1.5 there, by 0.3
 /// elsewhere.
 const QUANTISED_EXPERTS: Tolerance = Tolerance { max: 1.7, mean: 0.1, margin: 1.0 };
+/// The same where a token goes to two of five: one of them is nearly half of what it gets.
+const QUANTISED_PAIRS: Tolerance = Tolerance { max: 4.0, mean: 0.1, margin: 1.0 };
 /// The checkpoint with these has logits half as far spread.
 const K_QUANTS: Tolerance = Tolerance { max: 0.15, mean: 0.03, margin: 0.1 };
 /// Of the 96 greedy tokens of a checkpoint, at least as many must be clear enough to compare.
@@ -531,7 +533,11 @@ async fn hugging_face_computes_the_same_from_its_own_repositories() {
         ("gptq-int8", QUANTISED),
         ("gptq-int8-asym", ROUNDED),
         ("awq", QUANTISED),
+        ("gptq-int4-qwen2moe", QUANTISED_PAIRS),
+        ("gptq-int4-qwen3moe", QUANTISED_PAIRS),
+        ("awq-qwen3moe", QUANTISED_PAIRS),
         ("fp8-block", ROUNDED),
+        ("fp8-block-qwen3moe", ROUNDED),
         ("fp8-tensor", ROUNDED),
         ("fp8-channel", ROUNDED),
     ];

@@ -1,5 +1,6 @@
 //! `qwen-server quantize`: writes a repository's weights into a GGUF file, in fewer bits.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufWriter, IntoInnerError, IsTerminal, Write, stderr};
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use crate::device::threads::ThreadPool;
 use crate::layers::attention::RopeScaling;
 use crate::layers::content::rows;
 use crate::models::{ModelConfig, registry};
-use crate::ops::gguf_blocks::row_bytes;
+use crate::ops::gguf_blocks::{dequantize_row, row_bytes};
 use crate::text::TokenizerSpec;
 use crate::weights::checkpoint::{Checkpoint, Source, gguf_name};
 use crate::weights::gguf::printable;
@@ -51,11 +52,14 @@ pub struct QuantizeArgs {
 
 /// A tensor of the file to be written.
 struct Output {
-    /// Its Hugging Face name.
-    name: String,
+    /// The Hugging Face names of what it holds: of one parameter, or of the matrices of all
+    /// experts in their order.
+    parts: Vec<String>,
     gguf_name: String,
+    /// Of a part.
     shape: Vec<usize>,
     dtype: GgmlDType,
+    /// Of all parts.
     num_bytes: u64,
 }
 
@@ -79,13 +83,14 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
     registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?)?;
     let config = ModelConfig::from_checkpoint(&checkpoint, RopeScalingChoice::Auto)?;
     refuse_what_is_not_written(&config)?;
-    let outputs = outputs(&checkpoint, repository)?;
+    let num_experts = config.experts.map_or(0, |experts| experts.num_experts);
+    let outputs = outputs(&checkpoint, repository, num_experts)?;
     let mut writer = metadata(repository, &checkpoint, &config)?
         .u32("general.file_type", quantization.file_type())
         .u32("general.quantization_version", 2);
     for output in &outputs {
-        let dimensions: Vec<u64> = output.shape.iter().rev().map(|&size| size as u64).collect();
-        writer = writer.hole(&output.gguf_name, &dimensions, output.dtype, output.num_bytes);
+        writer =
+            writer.hole(&output.gguf_name, &output.dimensions(), output.dtype, output.num_bytes);
     }
     let default_threads = || std::thread::available_parallelism().map_or(1, usize::from);
     let pool = ThreadPool::new(num_threads.unwrap_or_else(default_threads));
@@ -95,19 +100,46 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
 }
 
 fn refuse_what_is_not_written(config: &ModelConfig) -> Result<()> {
-    let what = if config.experts.is_some() {
-        "a model with experts"
-    } else if config.rope_scaling != RopeScaling::None {
-        "a model with stretched positions (`rope_scaling`)"
-    } else {
-        return Ok(());
-    };
-    bail!("{what} cannot be written to a GGUF file; `serve --quantization` quantises it")
+    ensure!(
+        config.rope_scaling == RopeScaling::None,
+        "a model with stretched positions (`rope_scaling`) cannot be written to a GGUF file; \
+         `serve --quantization` quantises it"
+    );
+    Ok(())
 }
 
-/// Every parameter, with the type that it will have.
-fn outputs(checkpoint: &Checkpoint, repository: &Repository) -> Result<Vec<Output>> {
-    let mut outputs = Vec::new();
+impl Output {
+    /// Innermost first, as the file has them.
+    fn dimensions(&self) -> Vec<u64> {
+        let mut dimensions: Vec<u64> = self.shape.iter().rev().map(|&size| size as u64).collect();
+        if is_of_experts(&self.gguf_name) {
+            dimensions.push(self.parts.len() as u64);
+        } else if is_router(&self.gguf_name) && dimensions[1] == 1 {
+            // The gate of the shared expert is a vector there.
+            dimensions.pop();
+        }
+        dimensions
+    }
+}
+
+fn is_of_experts(gguf_name: &str) -> bool {
+    gguf_name.contains("_exps.")
+}
+
+/// Whether a tensor chooses experts. It is small, and an error sends a token to the wrong one.
+fn is_router(gguf_name: &str) -> bool {
+    gguf_name.contains("ffn_gate_inp")
+}
+
+/// Every parameter, with the type that it will have; the matrices of a layer's experts are one
+/// tensor, where the first of them stands.
+fn outputs(
+    checkpoint: &Checkpoint,
+    repository: &Repository,
+    num_experts: usize,
+) -> Result<Vec<Output>> {
+    let mut outputs = Vec::<Output>::new();
+    let mut stacks = HashMap::<String, usize>::new();
     for tensor in repository.tensors() {
         let is_tied_head = tensor.name == "lm_head.weight" && repository.is_head_tied();
         // Scales only help to read others; the angles of old checkpoints are computed.
@@ -115,22 +147,55 @@ fn outputs(checkpoint: &Checkpoint, repository: &Repository) -> Result<Vec<Outpu
         if is_tied_head || !is_parameter || tensor.name.ends_with("rotary_emb.inv_freq") {
             continue;
         }
-        let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
-        let shown = printable(&name);
-        let gguf_name = gguf_name(&name)
+        let shown = printable(&tensor.name);
+        let (gguf_name, expert) = gguf_name(&tensor.name)
             .with_context(|| format!("a GGUF file has no tensor like `{shown}`"))?;
-        let (dtype, num_rows) = match shape[..] {
-            [_] => (GgmlDType::F32, 1),
-            [num_rows, num_cols] => {
-                (checkpoint.matrix(&name, num_rows, num_cols)?.row_dtype(), num_rows)
-            }
-            _ => bail!("the tensor `{shown}` has {} dimensions", shape.len()),
+        let mut output = output(checkpoint, &tensor.name, gguf_name, &tensor.shape)?;
+        let Some(expert) = expert else {
+            outputs.push(output);
+            continue;
         };
-        let num_cols = shape.last().copied().unwrap_or(0);
-        let num_bytes = (row_bytes(dtype, num_cols)? * num_rows) as u64;
-        outputs.push(Output { name, gguf_name, shape, dtype, num_bytes });
+        ensure!(expert < num_experts, "`{shown}` is of an expert beyond the {num_experts}");
+        let index = *stacks.entry(output.gguf_name.clone()).or_insert(outputs.len());
+        if index == outputs.len() {
+            let first = std::mem::take(&mut output.parts);
+            output.parts = vec![String::new(); num_experts];
+            output.parts[expert].clone_from(&first[0]);
+            output.num_bytes *= num_experts as u64;
+            outputs.push(output);
+            continue;
+        }
+        let stack = &mut outputs[index];
+        let is_alike = (stack.dtype, &stack.shape) == (output.dtype, &output.shape);
+        ensure!(is_alike, "`{shown}` differs in shape or type from that of another expert");
+        stack.parts[expert] = output.parts.remove(0);
+    }
+    for output in &outputs {
+        let is_whole = output.parts.iter().all(|part| !part.is_empty());
+        ensure!(is_whole, "`{}` would lack the matrices of some experts", output.gguf_name);
     }
     Ok(outputs)
+}
+
+/// A parameter by itself.
+fn output(
+    checkpoint: &Checkpoint,
+    name: &str,
+    gguf_name: String,
+    shape: &[usize],
+) -> Result<Output> {
+    let (dtype, num_rows) = match *shape {
+        [_] => (GgmlDType::F32, 1),
+        [num_rows, _] if is_router(&gguf_name) => (GgmlDType::F32, num_rows),
+        [num_rows, num_cols] => {
+            (checkpoint.matrix(name, num_rows, num_cols)?.row_dtype(), num_rows)
+        }
+        _ => bail!("the tensor `{}` has {} dimensions", printable(name), shape.len()),
+    };
+    let num_cols = shape.last().copied().unwrap_or(0);
+    let num_bytes = (row_bytes(dtype, num_cols)? * num_rows) as u64;
+    let (parts, shape) = (vec![name.to_owned()], shape.to_vec());
+    Ok(Output { parts, gguf_name, shape, dtype, num_bytes })
 }
 
 /// The keys that serving and other programs read, by the GGUF specification.
@@ -173,6 +238,19 @@ fn metadata(
         .strings("tokenizer.ggml.merges", &merges)
         .u32("tokenizer.ggml.eos_token_id", eos)
         .bool("tokenizer.ggml.add_bos_token", false);
+    if let Some(experts) = &config.experts {
+        writer = writer
+            .u32(&key("expert_count"), experts.num_experts as u32)
+            .u32(&key("expert_used_count"), experts.num_experts_per_tok as u32)
+            .u32(&key("expert_feed_forward_length"), experts.moe_intermediate_size as u32);
+        if 0 < experts.shared_expert_intermediate_size {
+            let size = experts.shared_expert_intermediate_size as u32;
+            writer = writer.u32(&key("expert_shared_feed_forward_length"), size);
+        }
+        if let Some(norm) = experts.norm_topk_prob {
+            writer = writer.bool(&key("expert_weights_norm"), norm);
+        }
+    }
     let bos = text.template_tokens.bos_token.as_deref();
     if let Some(bos) = bos.and_then(|token| text.tokenizer.id_of(token)) {
         writer = writer.u32("tokenizer.ggml.bos_token_id", bos);
@@ -218,8 +296,10 @@ fn write_all(
     file.write_all(&header)?;
     for output in outputs {
         let padding = output.num_bytes.next_multiple_of(ALIGNMENT) - output.num_bytes;
-        write_tensor(&mut file, checkpoint, output)
-            .with_context(|| format!("tensor `{}`", printable(&output.name)))?;
+        for name in &output.parts {
+            write_tensor(&mut file, checkpoint, output, name)
+                .with_context(|| format!("tensor `{}`", printable(name)))?;
+        }
         file.write_all(&vec![0; padding as usize])?;
         bar.inc(1);
     }
@@ -228,18 +308,29 @@ fn write_all(
     Ok(num_bytes)
 }
 
-fn write_tensor(file: &mut impl Write, checkpoint: &Checkpoint, output: &Output) -> Result<()> {
-    match output.shape[..] {
-        [num_rows, num_cols] => {
-            let matrix = checkpoint.matrix(&output.name, num_rows, num_cols)?;
-            file.write_all(&rows(&matrix)?)?;
-            matrix.bytes.release();
+fn write_tensor(
+    file: &mut impl Write,
+    checkpoint: &Checkpoint,
+    output: &Output,
+    name: &str,
+) -> Result<()> {
+    let [num_rows, num_cols] = output.shape[..] else {
+        for value in checkpoint.vector(name, output.shape[0])? {
+            file.write_all(&value.to_le_bytes())?;
         }
-        _ => {
-            for value in checkpoint.vector(&output.name, output.shape[0])? {
-                file.write_all(&value.to_le_bytes())?;
-            }
+        return Ok(());
+    };
+    let matrix = checkpoint.matrix(name, num_rows, num_cols)?;
+    let data = rows(&matrix)?;
+    if output.dtype == matrix.row_dtype() {
+        file.write_all(&data)?;
+    } else {
+        let mut values = vec![0.0_f32; num_rows * num_cols];
+        dequantize_row(matrix.row_dtype(), &data, &mut values)?;
+        for value in values {
+            file.write_all(&value.to_le_bytes())?;
         }
     }
+    matrix.bytes.release();
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The published Qwen2.5 and Qwen3 models: where their files are and how they want to be used.
+//! The published Qwen models: where their files are and how they want to be used.
 //!
 //! The data are the TOML files under `models/`, compiled in; `models/README.md` explains the
 //! fields. Nothing here touches the network or the disk.
@@ -14,11 +14,13 @@ pub const DEFAULT_MODEL: &str = "qwen2.5-coder-0.5b-instruct:q4_k_m";
 /// The quantisation that is taken when none is named.
 pub const DEFAULT_QUANTIZATION: &str = "q4_k_m";
 
-const FILES: [(&str, &str); 6] = [
+const FILES: [(&str, &str); 8] = [
     ("qwen2.5/instruct.toml", include_str!("../../models/qwen2.5/instruct.toml")),
     ("qwen2.5/coder-instruct.toml", include_str!("../../models/qwen2.5/coder-instruct.toml")),
     ("qwen2.5/math-instruct.toml", include_str!("../../models/qwen2.5/math-instruct.toml")),
     ("qwq/qwq-32b.toml", include_str!("../../models/qwq/qwq-32b.toml")),
+    ("qwen1.5/experts.toml", include_str!("../../models/qwen1.5/experts.toml")),
+    ("qwen2/experts.toml", include_str!("../../models/qwen2/experts.toml")),
     ("qwen3/dense.toml", include_str!("../../models/qwen3/dense.toml")),
     ("qwen3/experts.toml", include_str!("../../models/qwen3/experts.toml")),
 ];
@@ -147,6 +149,9 @@ pub struct Experts {
     pub num_experts_per_tok: u32,
     /// Width inside an expert.
     pub moe_intermediate_size: u32,
+    /// Width inside the expert that every token goes to; zero if there is none.
+    #[serde(default)]
+    pub shared_expert_intermediate_size: u32,
 }
 
 /// YaRN scaling for longer contexts.

@@ -427,10 +427,11 @@ fn le_words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
     words.iter().copied()
 }
 
-/// What a parameter is called in GGUF files, if it has a tensor of its own there.
-pub(crate) fn gguf_name(name: &str) -> Option<String> {
+/// What a parameter is called in GGUF files, if there is such a tensor, and which part of it a
+/// matrix of one expert is.
+pub(crate) fn gguf_name(name: &str) -> Option<(String, Option<usize>)> {
     let GgufName { tensor, expert } = GgufName::of(name);
-    (tensor != name && expert.is_none()).then_some(tensor)
+    (tensor != name).then_some((tensor, expert))
 }
 
 /// Where a GGUF file has a parameter, by the table of llama.cpp's converter for Qwen models.

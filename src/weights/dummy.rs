@@ -262,6 +262,18 @@ impl Description {
         ] {
             self.matrix(&format!("blk.{layer}.ffn_{part}_exps.weight"), &shape, dtype);
         }
+        let width = u64::from(experts.shared_expert_intermediate_size);
+        if width == 0 {
+            return;
+        }
+        self.vector(&format!("blk.{layer}.ffn_gate_inp_shexp.weight"), hidden);
+        for (part, shape, dtype) in [
+            ("gate", [hidden, width], base),
+            ("up", [hidden, width], base),
+            ("down", [width, hidden], sensitive),
+        ] {
+            self.matrix(&format!("blk.{layer}.ffn_{part}_shexp.weight"), &shape, dtype);
+        }
     }
 
     /// One matrix, or as many as the last dimension says; columns first.
@@ -355,6 +367,12 @@ fn add_metadata(entry: &Entry, quantization: Quantization) -> Writer {
         (
             "expert_feed_forward_length",
             model.experts.as_ref().map(|experts| experts.moe_intermediate_size),
+        ),
+        (
+            "expert_shared_feed_forward_length",
+            (model.experts.as_ref())
+                .map(|experts| experts.shared_expert_intermediate_size)
+                .filter(|width| 0 < *width),
         ),
     ] {
         if let Some(value) = value {

@@ -10,7 +10,12 @@ fn small_entry(architecture: &str) -> Entry {
     let catalogue = Catalogue::builtin();
     let is_wanted = |entry: &&Entry| entry.architecture == architecture;
     let entry = catalogue.entries().iter().find(is_wanted).unwrap().clone();
-    let experts = Experts { num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 256 };
+    let experts = |of: &Experts| Experts {
+        num_experts: 4,
+        num_experts_per_tok: 2,
+        moe_intermediate_size: 256,
+        shared_expert_intermediate_size: of.shared_expert_intermediate_size.min(256),
+    };
     let model = Model {
         num_hidden_layers: 3,
         hidden_size: 256,
@@ -19,7 +24,7 @@ fn small_entry(architecture: &str) -> Entry {
         num_key_value_heads: 2,
         vocab_size: 300,
         context_length: 512,
-        experts: entry.model.experts.as_ref().map(|_| experts),
+        experts: entry.model.experts.as_ref().map(experts),
         ..entry.model
     };
     Entry { model, ..entry }
@@ -66,7 +71,7 @@ async fn dummies_of_every_architecture_run() {
     let catalogue = Catalogue::builtin();
     let mut architectures: Vec<_> = catalogue.entries().iter().map(|e| &e.architecture).collect();
     architectures.dedup();
-    assert_eq!(architectures, ["qwen2", "qwen3", "qwen3moe"]);
+    assert_eq!(architectures, ["qwen2", "qwen2moe", "qwen3", "qwen3moe"]);
     for architecture in architectures {
         let said = greedy_of(architecture, "q4_k_m", Place::Cpu, &prompts()[4]).await;
         let again = greedy_of(architecture, "q4_k_m", Place::Cpu, &prompts()[4]).await;

@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// e4m3 rounds every number to 6 %.
+const COARSE: Tolerance = Tolerance { max: 5.0, mean: 0.3, margin: 1.0 };
+
 const TYPES: [KvDtype; 2] = [KvDtype::Fp8, KvDtype::Q8_0];
 
 /// Goal: who is in the batch, how a prompt is cut and whether its blocks were cached change no bit.
@@ -42,9 +45,8 @@ async fn company_chunks_and_cached_blocks_of_8_bits_change_no_bit() {
 /// Rounding to 8 bits costs as much as activations of 8 bits do, e4m3 several times that.
 #[tokio::test]
 async fn a_cache_of_8_bits_gives_about_what_hugging_face_does() {
-    let coarse = Tolerance { max: 3.0, mean: 0.3, margin: 2.0 };
     for name in ["f32-untied.gguf", "bf16.gguf"] {
-        for (kv_cache_dtype, tolerance) in [(KvDtype::Q8_0, QUANTISED), (KvDtype::Fp8, coarse)] {
+        for (kv_cache_dtype, tolerance) in [(KvDtype::Q8_0, QUANTISED), (KvDtype::Fp8, COARSE)] {
             compare_with_golden(name, tolerance, Setup { kv_cache_dtype, ..ROOMY }).await;
         }
     }

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use candle_core::quantized::GgmlDType;
 use qwen_server::cli::quantize::{self, QuantizeArgs};
 use qwen_server::ops::kv_cache::KvDtype;
 use qwen_server::runner::load::PlannedModel;
@@ -112,6 +113,33 @@ async fn floats_may_be_quantised_as_they_are_loaded() {
         let checkpoint = Checkpoint::open(&tiny(name)).unwrap();
         let error = checkpoint.quantized("q8_0".parse().unwrap()).err().unwrap().to_string();
         assert!(error.contains("already"), "{name}: {error}");
+    }
+}
+
+/// Goal: the matrices of a layer's experts are one tensor, which choose experts as exactly as before.
+/// Method: goldens, and names, shapes and types of the tensors.
+#[tokio::test]
+async fn a_repository_with_experts_becomes_a_file() {
+    let directory = tempfile::tempdir().unwrap();
+    for (name, num_experts) in [("hf-qwen2moe", 6), ("hf-qwen3moe", 6), ("fp8-block-qwen3moe", 5)] {
+        let path = directory.path().join(format!("{name}.gguf"));
+        quantize(name, &path).unwrap();
+        compare_engine(&start(&path, EXACT_CACHE), name, REQUANTISED).await;
+        let gguf = Gguf::open(&path).unwrap();
+        let layer = usize::from(name == "hf-qwen3moe");
+        let info = |part: &str| {
+            let (info, _) = gguf.tensor(&format!("blk.{layer}.ffn_{part}.weight")).unwrap();
+            (info.dtype, info.shape.clone())
+        };
+        let hidden = if name.starts_with("hf") { 64 } else { 128 };
+        let width = hidden / 2;
+        assert_eq!(info("up_exps"), (GgmlDType::Q8_0, vec![num_experts, width, hidden]));
+        assert_eq!(info("down_exps"), (GgmlDType::Q8_0, vec![num_experts, hidden, width]));
+        assert_eq!(info("gate_inp"), (GgmlDType::F32, vec![num_experts, hidden]));
+        if name == "hf-qwen2moe" {
+            assert_eq!(info("gate_inp_shexp"), (GgmlDType::F32, vec![hidden]));
+            assert_eq!(info("up_shexp"), (GgmlDType::Q8_0, vec![64, hidden]));
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use super::*;
 #[test]
 fn entries_are_consistent() {
     let catalogue = Catalogue::builtin();
-    assert_eq!(catalogue.entries().len(), 7 + 6 + 3 + 1 + 6 + 2);
+    assert_eq!(catalogue.entries().len(), 7 + 6 + 3 + 1 + 1 + 1 + 6 + 2);
     let mut names = HashSet::new();
     let mut digests = HashSet::new();
     for entry in catalogue.entries() {
@@ -67,20 +67,25 @@ fn check_file(model: &Model, file: &GgufFile) {
 }
 
 /// Counted from the shapes: embedding, attention with biases or norms of heads, MLP or experts with
-/// their router, norms, output layer.
+/// their router and the shared one with its gate, norms, output layer.
 fn num_parameters(entry: &Entry) -> u64 {
     let model = &entry.model;
     let hidden = u64::from(model.hidden_size);
     let head_dim = u64::from(model.values_per_head());
     let query = head_dim * u64::from(model.num_attention_heads);
     let kv = head_dim * u64::from(model.num_key_value_heads);
-    let extras = if entry.architecture == "qwen2" { query + 2 * kv } else { 2 * head_dim };
+    let extras =
+        if entry.architecture.starts_with("qwen2") { query + 2 * kv } else { 2 * head_dim };
     let attention = 2 * hidden * query + 2 * hidden * kv + extras;
     let mlp = match &model.experts {
         None => 3 * hidden * u64::from(model.intermediate_size),
         Some(experts) => {
             let one = 3 * hidden * u64::from(experts.moe_intermediate_size) + hidden;
-            u64::from(experts.num_experts) * one
+            let shared = match u64::from(experts.shared_expert_intermediate_size) {
+                0 => 0,
+                width => 3 * hidden * width + hidden,
+            };
+            u64::from(experts.num_experts) * one + shared
         }
     };
     let embeddings = if model.tie_word_embeddings { 1 } else { 2 };

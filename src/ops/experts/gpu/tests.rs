@@ -178,14 +178,13 @@ fn outputs_are_added_by_weight() {
         let x = random(num_tokens * 12, 9);
         let x = GpuTensor::from_slice(&gpu, &x, DType::BF16, (num_tokens, 12)).unwrap();
         // Every expert gives back what it gets.
-        let rows = match &routes.groups {
-            Some(_) => routes.spread(&x).unwrap().rows,
-            None => {
-                let tokens = (0..num_tokens as u32).flat_map(|token| [token; NUM_CHOSEN]);
-                let tokens: Vec<u32> = tokens.collect();
-                let buffer = gpu.alloc_from(bytemuck::cast_slice(&tokens)).unwrap();
-                gather_by_card(&x, &buffer, tokens.len()).unwrap()
-            }
+        let rows = if routes.groups.is_some() {
+            routes.spread(&x).unwrap().rows
+        } else {
+            let tokens = (0..num_tokens as u32).flat_map(|token| [token; NUM_CHOSEN]);
+            let tokens: Vec<u32> = tokens.collect();
+            let buffer = gpu.alloc_from(bytemuck::cast_slice(&tokens)).unwrap();
+            gather_by_card(&x, &buffer, tokens.len()).unwrap()
         };
         let order = RowOrder::Groups { blocks: gpu.alloc(0).unwrap() };
         let found = routes.combine(&GpuRows { rows, order }).unwrap().to_vec().unwrap();

@@ -18,6 +18,8 @@ const LARGE_ROWS: usize = 128;
 const LARGE_THREADS: u32 = 256;
 /// Warps that share the columns of a choice: as many for every shape, for the order of sums.
 const SMALL_WARPS: usize = 8;
+/// The kernels for few choices and for rows in groups.
+const DENSE: [&str; 2] = ["matmul_experts_small_dense", "matmul_experts_large_dense"];
 
 /// Which expert each row of activations is for.
 #[derive(Clone, Debug)]
@@ -120,7 +122,7 @@ impl Segment {
         let y_buffer = y.buffer.slice(y_at..y.buffer.len());
         let (routed, count, sums) = match order {
             RowOrder::Choices { experts, per_row, .. } => (experts, *per_row, None),
-            RowOrder::Groups { blocks } => (blocks, x.num_rows, self.group_sums(x, format)?),
+            RowOrder::Groups { blocks } => (blocks, x.num_rows, group_sums(x, format)?),
         };
         let int = |value: usize| Arg::I32(value as i32);
         let mut args = vec![
@@ -143,7 +145,6 @@ impl Segment {
                 1
             }
         };
-        const DENSE: [&str; 2] = ["matmul_experts_small_dense", "matmul_experts_large_dense"];
         let function = format.map_or(DENSE, |format| format.experts)[index];
         let kernel = Kernel { module: "matmul_experts", function };
         x.gpu.launch(kernel, self.expert_grid(order, y.num_rows), &args)?;
@@ -168,13 +169,10 @@ impl Segment {
             },
         }
     }
+}
 
-    fn group_sums(
-        &self,
-        x: &GpuTensor,
-        format: Option<&PackedFormat>,
-    ) -> Result<Option<DeviceBuffer>> {
-        let Some(format) = format.filter(|format| format.has_min()) else { return Ok(None) };
-        super::launch::run_sums(x, format.run_len(), x.num_rows).map(Some)
-    }
+/// What minima need of the rows of groups.
+fn group_sums(x: &GpuTensor, format: Option<&PackedFormat>) -> Result<Option<DeviceBuffer>> {
+    let Some(format) = format.filter(|format| format.has_min()) else { return Ok(None) };
+    super::launch::run_sums(x, format.run_len(), x.num_rows).map(Some)
 }
