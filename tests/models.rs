@@ -218,7 +218,7 @@ const EQUALITY_MODELS: [&str; 6] = [
 
 #[tokio::test]
 async fn company_chunks_threads_and_preemption_change_no_bit() {
-    for model in EQUALITY_MODELS.map(tiny) {
+    for model in EQUALITY_MODELS.into_iter().chain(["hf-sliding"]).map(tiny) {
         let mut expected = Vec::new();
         for (index, prompt) in prompts().iter().enumerate() {
             expected.push(alone(&model, index, prompt).await);
@@ -525,6 +525,7 @@ async fn hugging_face_computes_the_same_from_its_own_repositories() {
         ("hf-qwen3", DENSE),
         ("hf-qwen2moe", DENSE),
         ("hf-qwen3moe", DENSE),
+        ("hf-sliding", DENSE),
         ("hf-yarn", DENSE),
         ("gptq-int4", QUANTISED),
         ("gptq-int4-act-order", QUANTISED),

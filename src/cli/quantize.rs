@@ -105,6 +105,11 @@ fn refuse_what_is_not_written(config: &ModelConfig) -> Result<()> {
         "a model with stretched positions (`rope_scaling`) cannot be written to a GGUF file; \
          `serve --quantization` quantises it"
     );
+    ensure!(
+        config.sliding_window.is_none(),
+        "a model with a sliding window (`use_sliding_window`) cannot be written to a GGUF file; \
+         `serve --quantization` quantises it"
+    );
     Ok(())
 }
 

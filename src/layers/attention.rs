@@ -8,7 +8,7 @@ pub use crate::ops::paged_attention::AttentionMetadata;
 pub use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable, YarnScaling};
 
 use crate::ops::head_norm::{HeadNorms, norm_heads};
-use crate::ops::paged_attention::paged_attention;
+use crate::ops::paged_attention::{Attending, paged_attention};
 use crate::ops::rope::rope_and_cache;
 use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::Checkpoint;
@@ -26,6 +26,8 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Where queries and keys are normalised: what is added to the mean square of a head.
     pub head_norm_eps: Option<f32>,
+    /// How many tokens a token looks at, itself included; all of them if absent.
+    pub window: Option<usize>,
 }
 
 /// Self-attention of one decoder layer.
@@ -33,7 +35,7 @@ pub struct Attention {
     qkv_proj: Linear,
     head_norms: Option<HeadNorms>,
     o_proj: Linear,
-    scale: f32,
+    how: Attending,
 }
 
 impl Attention {
@@ -66,7 +68,7 @@ impl Attention {
             qkv_proj: Linear::load(checkpoint, prefix, &qkv, hidden_size, device)?,
             head_norms,
             o_proj: Linear::load(checkpoint, prefix, &o, num_heads * head_dim, device)?,
-            scale: (head_dim as f32).sqrt().recip(),
+            how: Attending { scale: (head_dim as f32).sqrt().recip(), window: shape.window },
         })
     }
 
@@ -83,7 +85,7 @@ impl Attention {
             norm_heads(&qkv, norms)?;
         }
         let q = rope_and_cache(&qkv, rope, kv, metadata)?; // [num_tokens, num_heads head_dim]
-        let attended = paged_attention(&q, kv, metadata, self.scale)?;
+        let attended = paged_attention(&q, kv, metadata, self.how)?;
         self.o_proj.forward(&attended)
     }
 

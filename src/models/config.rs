@@ -36,6 +36,17 @@ pub struct ModelConfig {
     pub rope_scaling: RopeScaling,
     /// Present where layers have experts.
     pub experts: Option<ExpertsConfig>,
+    /// Present where layers look at the latest tokens only.
+    pub sliding_window: Option<SlidingWindow>,
+}
+
+/// Layers that look at the latest tokens only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlidingWindow {
+    /// How many tokens a token looks at, itself included.
+    pub num_tokens: usize,
+    /// Which layers these are.
+    pub layers: Vec<bool>,
 }
 
 /// The experts of a model. Which layers have them is said by the parameters that there are.
@@ -145,6 +156,7 @@ impl ModelConfig {
         Ok(Self {
             rope_scaling: RopeScaling::None,
             experts: ExpertsConfig::from_gguf(metadata, &architecture, intermediate_size)?,
+            sliding_window: None,
             hidden_size,
             intermediate_size,
             num_hidden_layers: size("block_count")?,
@@ -201,6 +213,12 @@ impl ModelConfig {
             experts.num_experts + experts.num_experts_per_tok * one + shared
         });
         sparse.max(3 * self.intermediate_size)
+    }
+
+    /// How many tokens a token looks at in a layer, itself included; all of them if absent.
+    pub fn window_of(&self, layer: usize) -> Option<usize> {
+        let sliding = self.sliding_window.as_ref()?;
+        sliding.layers.get(layer).copied().unwrap_or(false).then_some(sliding.num_tokens)
     }
 
     /// Bytes that keys and values of one token take in all layers.

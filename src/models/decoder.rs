@@ -109,6 +109,7 @@ impl DecoderLayer {
             num_kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
             head_norm_eps: architecture.has_head_norms.then_some(config.rms_norm_eps),
+            window: config.window_of(index),
         };
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,

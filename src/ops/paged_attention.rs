@@ -122,6 +122,16 @@ impl AttentionMetadata {
     }
 }
 
+/// How keys become weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attending {
+    /// What products of queries and keys are multiplied with.
+    pub scale: f32,
+    /// How many tokens a token looks at, itself and those right before it; all of them if absent.
+    /// On the CPU only.
+    pub window: Option<usize>,
+}
+
 /// Causal attention of the step's tokens over everything cached of their sequences.
 ///
 /// Takes queries `[num_tokens, num_heads * head_dim]` and yields the same shape. Keys and values of
@@ -130,11 +140,12 @@ pub fn paged_attention(
     q: &Tensor,
     kv: &KvCache,
     meta: &AttentionMetadata,
-    scale: f32,
+    how: Attending,
 ) -> Result<Tensor> {
-    match kv {
-        KvCache::Cpu(kv) => attend_on_cpu(q.cpu()?, kv, meta, scale).map(Tensor::Cpu),
-        KvCache::Gpu(kv) => gpu::attend(q.gpu()?, kv, meta, scale).map(Tensor::Gpu),
+    match (kv, how.window) {
+        (KvCache::Cpu(kv), _) => attend_on_cpu(q.cpu()?, kv, meta, how).map(Tensor::Cpu),
+        (KvCache::Gpu(kv), None) => gpu::attend(q.gpu()?, kv, meta, how.scale).map(Tensor::Gpu),
+        (KvCache::Gpu(_), Some(_)) => bail!("attention in a window is not supported on the GPU"),
     }
 }
 
@@ -142,10 +153,10 @@ fn attend_on_cpu(
     q: &CpuTensor,
     kv: &CpuKvCache,
     meta: &AttentionMetadata,
-    scale: f32,
+    how: Attending,
 ) -> Result<CpuTensor> {
     let (shape, dtype) = (kv.shape()?, kv.dtype);
-    let op = PagedAttention { shape, dtype, meta, scale, isa: Isa::best() };
+    let op = PagedAttention { shape, dtype, meta, how, isa: Isa::best() };
     q.apply_op3_no_bwd(&kv.k, &kv.v, &op)
 }
 
@@ -153,7 +164,7 @@ struct PagedAttention<'a> {
     shape: KvCacheShape,
     dtype: KvDtype,
     meta: &'a AttentionMetadata,
-    scale: f32,
+    how: Attending,
     isa: Isa,
 }
 
@@ -314,7 +325,8 @@ impl PagedAttention<'_> {
             group: self.group(width),
             kv_head,
             blocks: &meta.block_table[seq * meta.max_blocks_per_seq..][..num_blocks],
-            scale: self.scale,
+            scale: self.how.scale,
+            window: self.how.window.unwrap_or(usize::MAX).max(1),
         }
     }
 

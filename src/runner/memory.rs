@@ -200,6 +200,7 @@ mod tests {
             rope_theta: 1e6,
             rope_scaling: RopeScaling::None,
             experts: None,
+            sliding_window: None,
         }
     }
 

@@ -11,7 +11,7 @@ use candle_core::{DType, Result};
 use qwen_server::device::gpu::Gpu;
 use qwen_server::ops::indices::Indices;
 use qwen_server::ops::kv_cache::{GpuKvCache, KvCache, KvCacheShape, KvDtype};
-use qwen_server::ops::paged_attention::{AttentionMetadata, paged_attention};
+use qwen_server::ops::paged_attention::{Attending, AttentionMetadata, paged_attention};
 use qwen_server::ops::tensor::{GpuTensor, Tensor};
 
 const NUM_LAYERS: usize = 8;
@@ -152,9 +152,9 @@ fn measure(gpu: &Gpu, model: Model, caches: &[KvCache], row: &Row) -> Result<f64
     let shape = (num_seqs * query_len, model.num_heads * model.head_dim);
     let queries: Vec<f32> = (0..shape.0 * shape.1).map(|i| (i as f32 * 0.7).sin()).collect();
     let q = Tensor::Gpu(GpuTensor::from_slice(gpu, &queries, DType::BF16, shape)?);
-    let scale = (model.head_dim as f32).sqrt().recip();
+    let how = Attending { scale: (model.head_dim as f32).sqrt().recip(), window: None };
     let attend =
-        || caches.iter().try_for_each(|kv| paged_attention(&q, kv, &meta, scale).map(drop));
+        || caches.iter().try_for_each(|kv| paged_attention(&q, kv, &meta, how).map(drop));
     attend()?;
     let ((), graph) = gpu.capture(attend)?;
     gpu.replay(&graph)?;

@@ -3,11 +3,14 @@
 //! What the file asks for and the models here do not do is refused by name, so that nothing runs as
 //! another model than it is.
 
-use super::{ExpertsConfig, ModelConfig};
+use super::{ExpertsConfig, ModelConfig, SlidingWindow};
 use crate::layers::attention::RopeScaling;
 use crate::weights::checkpoint::CheckpointError;
 use crate::weights::gguf::shown;
 use crate::weights::repository::{JsonFile, Repository, RepositoryError};
+
+/// What transformers takes where `max_window_layers` is missing.
+const DEFAULT_WINDOW_LAYERS: usize = 28;
 
 /// The architecture by its GGUF name: `qwen2_moe` is `qwen2moe` there.
 pub(super) fn architecture(config: &JsonFile) -> Result<String, RepositoryError> {
@@ -38,6 +41,7 @@ pub(super) fn read(repository: &Repository) -> Result<ModelConfig, CheckpointErr
         rope_theta: rope_theta(config)?.unwrap_or(10_000.0),
         rope_scaling: RopeScaling::None,
         experts: experts(config)?,
+        sliding_window: sliding_window(config)?,
     })
 }
 
@@ -75,6 +79,40 @@ fn experts(config: &JsonFile) -> Result<Option<ExpertsConfig>, RepositoryError> 
     }))
 }
 
+/// Without `layer_types`, which files have since transformers 5, windows begin at the layer
+/// `max_window_layers`.
+fn sliding_window(config: &JsonFile) -> Result<Option<SlidingWindow>, RepositoryError> {
+    if config.optional_bool("use_sliding_window")? != Some(true) {
+        return Ok(None);
+    }
+    let Some(num_tokens) = config.optional_size("sliding_window")? else { return Ok(None) };
+    if num_tokens == 0 {
+        return Err(config.complaint("has a `sliding_window` of zero"));
+    }
+    let num_layers = config.size("num_hidden_layers")?;
+    let layers = match config.value()["layer_types"].as_array() {
+        None => {
+            let first = config.optional_size("max_window_layers")?.unwrap_or(DEFAULT_WINDOW_LAYERS);
+            (0..num_layers).map(|layer| first <= layer).collect()
+        }
+        Some(types) if types.len() != num_layers => {
+            return Err(config.complaint("has not one of `layer_types` for each layer"));
+        }
+        Some(types) => types
+            .iter()
+            .map(|kind| match kind.as_str() {
+                Some("full_attention") => Ok(false),
+                Some("sliding_attention") => Ok(true),
+                _ => {
+                    let kind = shown(&kind.to_string());
+                    Err(config.unsupported(format!("a layer of the type {kind}")))
+                }
+            })
+            .collect::<Result<Vec<_>, _>>()?,
+    };
+    Ok(layers.contains(&true).then_some(SlidingWindow { num_tokens, layers }))
+}
+
 fn check_kind(config: &JsonFile) -> Result<(), RepositoryError> {
     let kinds = config.value()["architectures"].as_array();
     let is_causal =
@@ -86,9 +124,6 @@ fn check_kind(config: &JsonFile) -> Result<(), RepositoryError> {
     }
     if let Some(activation) = config.optional_str("hidden_act")?.filter(|name| *name != "silu") {
         return Err(config.unsupported(format!("the activation `{}`", shown(activation))));
-    }
-    if config.optional_bool("use_sliding_window")? == Some(true) {
-        return Err(config.unsupported("attention in a sliding window (`use_sliding_window`)"));
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use super::*;
 use crate::device::threads::ThreadPool;
 
 pub(super) const SCALE: f32 = 0.125;
+pub(super) const TO_ALL: Attending = Attending { scale: SCALE, window: None };
 
 /// Dimensions of a model and how its cache is laid out.
 #[derive(Clone, Copy)]
@@ -17,6 +18,8 @@ pub(super) struct Setup {
     pub(super) dtype: KvDtype,
     /// Distance between consecutive blocks of a sequence in the cache; odd.
     pub(super) block_step: usize,
+    /// Tokens that a token looks at.
+    pub(super) window: Option<usize>,
 }
 
 pub(super) const QWEN: Setup = Setup {
@@ -26,6 +29,7 @@ pub(super) const QWEN: Setup = Setup {
     block_size: 16,
     dtype: KvDtype::F16,
     block_step: 1,
+    window: None,
 };
 
 const DTYPES: [KvDtype; 5] =
@@ -50,6 +54,7 @@ pub(super) struct Batch {
     pub(super) q: CpuTensor,
     pub(super) kv: CpuKvCache,
     pub(super) meta: AttentionMetadata,
+    how: Attending,
 }
 
 impl Setup {
@@ -102,6 +107,7 @@ impl Setup {
             q: CpuTensor::from_vec(queries, q_dims, &candle_core::Device::Cpu).unwrap(),
             kv,
             meta,
+            how: Attending { scale: SCALE, window: self.window },
         }
     }
 
@@ -142,13 +148,14 @@ impl Setup {
             });
             round(products.fold(0.0, |sum, product| round(sum + product)) * f64::from(SCALE))
         };
-        let scores: Vec<f64> = (0..=position).map(score).collect();
+        let first = (position + 1).saturating_sub(self.window.unwrap_or(usize::MAX));
+        let scores: Vec<f64> = (first..=position).map(score).collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|&s| round(round(s - max).exp())).collect();
         let sum = weights.iter().fold(0.0, |sum, weight| round(sum + weight));
         let out = |dim: usize| {
             let index = kv_head * self.head_dim + dim;
-            let terms = weights.iter().enumerate();
+            let terms = (first..).zip(&weights);
             let weighted = terms.fold(0.0, |acc, (key, weight)| {
                 round(acc + round(weight * self.cached(2, seq, key, index)))
             });
@@ -161,12 +168,12 @@ impl Setup {
 impl Batch {
     fn run_with(&self, isa: Isa) -> Result<Vec<Vec<f32>>> {
         let (shape, dtype) = (self.kv.shape()?, self.kv.dtype);
-        let op = PagedAttention { shape, dtype, meta: &self.meta, scale: SCALE, isa };
+        let op = PagedAttention { shape, dtype, meta: &self.meta, how: self.how, isa };
         self.q.apply_op3_no_bwd(&self.kv.k, &self.kv.v, &op)?.to_vec2()
     }
 
     fn run(&self) -> Vec<Vec<f32>> {
-        attend_on_cpu(&self.q, &self.kv, &self.meta, SCALE).unwrap().to_vec2().unwrap()
+        attend_on_cpu(&self.q, &self.kv, &self.meta, self.how).unwrap().to_vec2().unwrap()
     }
 }
 
@@ -225,6 +232,17 @@ fn matches_f64_at_lengths_around_blocks_tiles_and_partitions() {
 }
 
 #[test]
+fn matches_f64_in_windows_around_tiles_and_partitions() {
+    let setup = Setup { num_heads: 7, num_kv_heads: 1, ..QWEN };
+    for window in [1, 2, 63, 64, 65, 127, 200, 511, 513, 5000] {
+        let setup = Setup { window: Some(window), ..setup };
+        for (len, query_len) in [(1, 1), (66, 66), (130, 70), (700, 1), (1031, 3)] {
+            check_against_f64(setup, &[Seq { id: len, len, query_len }]);
+        }
+    }
+}
+
+#[test]
 fn a_batch_gives_each_sequence_the_bits_it_gets_alone() {
     let seqs = [(1, 1), (130, 130), (600, 1), (64, 3), (1100, 40), (17, 1)]
         .map(|(len, query_len)| Seq { id: len, len, query_len });
@@ -240,6 +258,8 @@ fn a_batch_gives_each_sequence_the_bits_it_gets_alone() {
 fn chunks_of_a_prompt_give_the_bits_of_the_whole() {
     for (setup, len) in [
         (QWEN, 1100),
+        (Setup { window: Some(100), ..QWEN }, 1100),
+        (Setup { window: Some(520), ..QWEN }, 1100),
         (Setup { dtype: KvDtype::Fp8, ..QWEN }, 300),
         (Setup { dtype: KvDtype::Q8_0, ..QWEN }, 300),
         (Setup { num_heads: 2, num_kv_heads: 2, head_dim: 72, ..QWEN }, 300),
@@ -269,10 +289,14 @@ fn placement_and_size_of_blocks_do_not_change_a_bit() {
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let seqs = [(130, 130), (5000, 1), (600, 3), (1, 1)];
-    let batch = QWEN.batch(&seqs.map(|(len, query_len)| Seq { id: len, len, query_len }));
-    let serial = batch.run();
-    for num_threads in [1, 2, 3, 8] {
-        assert!(ThreadPool::new(num_threads).install(|| batch.run()) == serial, "{num_threads}");
+    let seqs = seqs.map(|(len, query_len)| Seq { id: len, len, query_len });
+    for setup in [QWEN, Setup { window: Some(700), ..QWEN }] {
+        let batch = setup.batch(&seqs);
+        let serial = batch.run();
+        for num_threads in [1, 2, 3, 8] {
+            let run = || batch.run();
+            assert!(ThreadPool::new(num_threads).install(run) == serial, "{num_threads}");
+        }
     }
 }
 

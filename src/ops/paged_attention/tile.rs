@@ -56,6 +56,8 @@ pub(super) struct QueryTile<'a> {
     /// Query heads per KV head.
     pub(super) group: usize,
     pub(super) kv_head: usize,
+    /// How many keys a query looks at, its own and those right before it.
+    pub(super) window: usize,
     /// The sequence's blocks; all that the last query needs exist.
     pub(super) blocks: &'a [u32],
     pub(super) scale: f32,
@@ -69,6 +71,16 @@ impl QueryTile<'_> {
     /// One past the last key that any query looks at.
     pub(super) fn num_keys(&self) -> usize {
         self.first_position + self.queries.len()
+    }
+
+    /// The first key that a query looks at.
+    fn first_key(&self, query: usize) -> usize {
+        (self.first_position + query + 1).saturating_sub(self.window)
+    }
+
+    /// The first query that does not look at a key any more.
+    fn first_query_beyond(&self, key: usize) -> usize {
+        key.saturating_add(self.window).saturating_sub(self.first_position).min(self.queries.len())
     }
 }
 
@@ -95,6 +107,10 @@ impl Partial {
     fn merge<S: Simd>(&mut self, simd: S, next: &Self, first_row: usize) {
         let width = self.acc.len() / self.max.len();
         for row in first_row..self.max.len() {
+            if next.max[row] == f32::NEG_INFINITY {
+                // All of these keys are before its window.
+                continue;
+            }
             let max = if self.max[row] > next.max[row] { self.max[row] } else { next.max[row] };
             let (scale, next_scale) =
                 (exp(simd, self.max[row] - max), exp(simd, next.max[row] - max));
@@ -196,7 +212,7 @@ impl Destination<'_, '_> {
     /// The partitions that this is about.
     pub(super) fn partitions(&self, tile: &QueryTile<'_>) -> Range<usize> {
         match self {
-            Self::Outputs(_) => 0..tile.num_keys().div_ceil(PARTITION),
+            Self::Outputs(_) => tile.first_key(0) / PARTITION..tile.num_keys().div_ceil(PARTITION),
             Self::Partials { first, partials } => *first..first + partials.len(),
         }
     }
@@ -285,18 +301,24 @@ fn attend_partition<S: Simd, E: Stored>(
 ) {
     let end = tile.num_keys().min(start + PARTITION);
     for first_key in (start..end).step_by(TILE) {
-        load_keys(simd, cache, &mut scratch.keys, &scratch.offsets);
-        load_values(simd, cache, &mut scratch.values, &scratch.offsets);
-        scratch.find_keys(cache, tile, first_key + TILE);
-        // Queries from `full` on see the whole tile; those before it one key more than their
-        // predecessor, so that their heads only are computed together.
+        // Queries see the tile up to their own key and from their window's first on. Those from
+        // `full` to `cut` see all of it; the heads of others only are computed together.
         let num_queries = tile.queries.len();
         let full = (first_key + TILE - 1).saturating_sub(tile.first_position).min(num_queries);
+        let cut = tile.first_query_beyond(first_key);
+        let last_key = end.min(first_key + TILE) - 1;
+        let num_seeing = tile.first_query_beyond(last_key);
         let mut query = first_key.saturating_sub(tile.first_position);
-        while query < num_queries {
-            let is_full = full <= query;
-            let next = if is_full { num_queries } else { query + 1 };
-            let visible = TILE.min(tile.first_position + query + 1 - first_key);
+        if query < num_seeing {
+            load_keys(simd, cache, &mut scratch.keys, &scratch.offsets);
+            load_values(simd, cache, &mut scratch.values, &scratch.offsets);
+        }
+        scratch.find_keys(cache, tile, first_key + TILE);
+        while query < num_seeing {
+            let is_whole = (full..cut).contains(&query);
+            let next = if is_whole { cut } else { query + 1 };
+            let end = TILE.min(tile.first_position + query + 1 - first_key);
+            let visible = tile.first_key(query).saturating_sub(first_key)..end;
             let rows = query * tile.group..next * tile.group;
             attend_rows(simd, cache, (scratch, partial), rows, visible);
             scratch.lines.clear();
@@ -305,15 +327,16 @@ fn attend_partition<S: Simd, E: Stored>(
     }
 }
 
-/// Adds the tile in `scratch` to the rows' state; all of them see the tile's first `visible` keys.
+/// Adds the tile in `scratch` to the rows' state; all of them see the tile's `visible` keys.
 #[inline(always)]
 fn attend_rows<S: Simd, E: Stored>(
     simd: S,
     cache: CacheView<'_, E>,
     (scratch, partial): (&Scratch, &mut Partial),
     rows: Range<usize>,
-    visible: usize,
+    visible: Range<usize>,
 ) {
+    let Range { start: num_hidden, end: visible } = visible;
     let num_columns = visible.next_multiple_of(LANES);
     let num_blocks = rows.len().div_ceil(S::PRODUCT_ROWS);
     let mut row = rows.start;
@@ -325,6 +348,7 @@ fn attend_rows<S: Simd, E: Stored>(
         let ahead = Ahead { data: cache.keys, lines };
         multiply_queries(simd, scratch, (row, visible), scores, ahead);
         for scores in &mut *scores {
+            scores[..num_hidden].fill(f32::NEG_INFINITY);
             scores[visible..num_columns].fill(f32::NEG_INFINITY);
         }
         let (max, sum) = (&mut partial.max[row..][..num_rows], &mut partial.sum[row..]);

@@ -69,7 +69,7 @@ fn upload(gpu: &Gpu, meta: &mut AttentionMetadata) {
 /// What the processor makes of the same queries in `bf16`.
 fn on_cpu(batch: &Batch) -> Vec<f32> {
     let q = batch.q.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
-    let out = attend_on_cpu(&q, &batch.kv, &batch.meta, SCALE).unwrap();
+    let out = attend_on_cpu(&q, &batch.kv, &batch.meta, TO_ALL).unwrap();
     out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
 }
 
