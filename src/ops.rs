@@ -14,6 +14,7 @@ mod grid;
 pub mod grouped_weights;
 pub mod head_norm;
 pub mod indices;
+pub mod low_rank;
 pub mod matmul;
 mod operand;
 pub mod paged_attention;

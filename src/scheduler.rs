@@ -5,6 +5,7 @@
 //! prefix-cache hits and recomputation after preemption are all the same rule. Start reading at
 //! [`Scheduler::schedule`].
 
+pub mod adapter;
 mod admission;
 mod ahead;
 pub mod fairness;
@@ -18,6 +19,7 @@ pub mod snapshot;
 mod stats;
 pub mod step;
 
+pub use adapter::Adapter;
 pub use fairness::FairnessId;
 pub use priority::Priority;
 pub use scheduler::{DoesNotFit, Scheduler, SchedulerConfig, SeqEvent, SeqFinish, SeqPhase};

@@ -131,6 +131,7 @@ impl Arrival {
             fairness_id: self.client.map(Into::into),
             pins: self.pin.filter(|_| choice == 0).into_iter().collect(),
             pooling: self.pooling,
+            adapter: None,
         }
     }
 

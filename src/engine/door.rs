@@ -274,6 +274,7 @@ mod tests {
             fairness_id: None,
             pins: Arc::new([]),
             pooling: None,
+            adapter: None,
         }
     }
 

@@ -120,6 +120,7 @@ impl Submission {
             fairness_id: request.fairness_id.clone(),
             pins: if choice == 0 { Arc::clone(&request.pins) } else { Arc::new([]) },
             pooling: request.pooling,
+            adapter: request.adapter.clone(),
         })
     }
 }

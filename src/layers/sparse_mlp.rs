@@ -3,6 +3,7 @@
 use candle_core::Result;
 
 use super::linear::{Linear, Projection};
+use super::lora::Adaptation;
 use super::mlp::Mlp;
 use crate::ops::experts::{Routes, add_gated};
 use crate::ops::gather_rows::gather_rows;
@@ -89,12 +90,12 @@ impl SparseMlp {
             outputs.push(if tokens.is_empty() {
                 None
             } else {
-                Some(expert.forward(&gather_rows(x, &tokens)?)?) // [tokens.len(), hidden_size]
+                Some(expert.forward(&gather_rows(x, &tokens)?, Adaptation::NONE)?) // [tokens.len(), hidden_size]
             });
         }
         let out = routes.combine(&outputs, hidden_size)?;
         let Some(Shared { gate, expert }) = &self.shared else { return Ok(out) };
-        add_gated(&out, &gate.forward_f32(x)?, &expert.forward(x)?)
+        add_gated(&out, &gate.forward_f32(x)?, &expert.forward(x, Adaptation::NONE)?)
     }
 
     /// Memory that the weights take.

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use crate::kv::{Pin, SequenceBlocks};
 use crate::sampling::params::SamplingParams;
-use crate::scheduler::SeqId;
 use crate::scheduler::fairness::FairnessId;
 use crate::scheduler::priority::{Priority, Rank};
 use crate::scheduler::snapshot::WaitReason;
 use crate::scheduler::step::{
     PoolRequest, Pooling, PromptLogprobsRequest, SampleRequest, ScheduledSeq, TokenHistory, UNDRAWN,
 };
+use crate::scheduler::{Adapter, SeqId};
 use crate::text::TokenId;
 
 /// What a sequence is to become: one choice of a request.
@@ -41,6 +41,8 @@ pub struct SequenceSpec {
     pub pins: Arc<[Pin]>,
     /// Present when the prompt's embedding is wanted; then nothing is generated.
     pub pooling: Option<Pooling>,
+    /// What it is computed with beside the model.
+    pub adapter: Option<Adapter>,
 }
 
 impl SequenceSpec {
@@ -228,6 +230,7 @@ impl Sequence {
             sample: is_sampled.then(|| self.sample_request()),
             prompt_logprobs: self.prompt_logprobs_request(start, end),
             pool: self.pool_request(start, end),
+            adapter: self.spec.adapter.clone(),
             drawn_by: None,
         }
     }
@@ -244,6 +247,7 @@ impl Sequence {
             sample: None,
             prompt_logprobs: None,
             pool: None,
+            adapter: self.spec.adapter.clone(),
             drawn_by: Some(drawn_by),
         }
     }
