@@ -10,6 +10,7 @@ pub mod byte_size;
 pub mod device;
 pub mod file;
 pub mod hub_env;
+pub mod lora;
 pub mod price;
 pub mod rope_scaling;
 pub mod settings;
@@ -26,6 +27,7 @@ pub use aliases::{Alias, DASHSCOPE_NAMES, NamePattern};
 pub use byte_size::ByteSize;
 pub use device::DeviceChoice;
 pub use file::ConfigFile;
+pub use lora::{LoraConfig, LoraModule, LoraModules};
 pub use price::{Micros, Price};
 pub use rope_scaling::{RopeScalingChoice, Yarn};
 pub use settings::{Setting, Settings, Source};
@@ -46,6 +48,8 @@ const MIN_BODY_SIZE: ByteSize = ByteSize::kib(1);
 pub struct Config {
     /// Which model, and what clients call it.
     pub model: ModelConfig,
+    /// The adapters beside it.
+    pub lora: LoraConfig,
     /// How clients reach the server.
     pub http: HttpConfig,
     /// Who may use it.
@@ -428,6 +432,15 @@ impl Config {
             if values.iter().any(|value| value.trim().is_empty()) {
                 return refuse(key, "must not be empty".to_owned());
             }
+        }
+        let lora = &self.lora;
+        if lora.max_loras < lora.modules.len() {
+            let message = format!(
+                "must be at least the {} adapters of `--lora-modules`, but is {}",
+                lora.modules.len(),
+                lora.max_loras
+            );
+            return refuse("max-loras", message);
         }
         Ok(self)
     }

@@ -4,6 +4,7 @@
 //! renders. **Invariant:** whatever goes wrong is answered in OpenAI's shape with a request id.
 
 mod access_log;
+mod adapters;
 mod admin;
 mod aliases;
 mod anthropic_errors;
@@ -42,6 +43,7 @@ mod state;
 mod tls;
 mod tokenize;
 
+pub use adapters::{AdapterError, Adapters, LoadedAdapter};
 pub use key_ring::KeyRing;
 pub use reload::{Reload, reload_when_changed};
 pub use router::router;

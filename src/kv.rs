@@ -9,7 +9,7 @@ pub mod manager;
 mod pool;
 pub mod table;
 
-pub use hash::{HashKey, Positions};
+pub use hash::{AdapterId, HashKey, Positions, Root};
 pub use manager::{KvCacheManager, OutOfBlocks, Pin};
 pub use table::SequenceBlocks;
 

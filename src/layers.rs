@@ -4,6 +4,7 @@ pub mod attention;
 pub mod content;
 pub mod embedding;
 pub mod linear;
+pub mod lora;
 pub mod mlp;
 pub mod norm;
 pub mod sparse_mlp;

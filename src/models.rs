@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod decoder;
+pub mod lora;
 pub mod qwen2;
 pub mod qwen2_moe;
 pub mod qwen3;
@@ -14,6 +15,7 @@ use candle_core::Result;
 pub use config::ModelConfig;
 
 use crate::layers::attention::{AttentionMetadata, KvCache};
+use crate::layers::lora::AdaptedRows;
 use crate::layers::{Indices, Tensor};
 
 /// The inputs of one forward pass over a flat batch of tokens of several sequences.
@@ -25,6 +27,8 @@ pub struct ForwardBatch {
     pub logits_indices: Indices,
     /// Where the tokens stand and where their keys and values live.
     pub attention: AttentionMetadata,
+    /// The tokens that have adapters, by adapter.
+    pub adapted: Vec<AdaptedRows>,
 }
 
 /// What every architecture is to the runner.

@@ -5,6 +5,7 @@
 //! read. What the fields mean is decided in `chat` and `http`.
 #![allow(missing_docs, reason = "the names are OpenAI's and documented there")]
 
+pub mod adapter;
 pub mod chat;
 pub mod completion;
 pub mod embedding;

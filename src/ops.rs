@@ -15,6 +15,7 @@ pub mod grouped_weights;
 pub mod head_norm;
 pub mod indices;
 pub mod kv_cache;
+pub mod low_rank;
 pub mod matmul;
 mod operand;
 pub mod paged_attention;

@@ -6,6 +6,7 @@
 //! [`Scheduler::schedule`].
 
 mod acceptance;
+pub mod adapter;
 mod admission;
 mod ahead;
 pub mod fairness;
@@ -22,6 +23,7 @@ mod stats;
 pub mod step;
 mod step_cost;
 
+pub use adapter::Adapter;
 pub use fairness::FairnessId;
 pub use priority::Priority;
 pub use scheduler::{DoesNotFit, Scheduler, SchedulerConfig, SeqEvent, SeqFinish, SeqPhase};

@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod dummy;
 pub mod gguf;
 pub mod hub;
+pub mod lora;
 pub mod quantize;
 pub mod repository;
 pub mod resolve;

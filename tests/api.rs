@@ -4,6 +4,8 @@
 #[path = "support/api_fake.rs"]
 mod api_fake;
 
+#[path = "api/adapters.rs"]
+mod adapters;
 #[path = "api/chat.rs"]
 mod chat;
 #[path = "api/completions.rs"]

@@ -52,6 +52,7 @@ fn request(prompt: &[TokenId], max_tokens: usize) -> Request {
         deadline: None,
         pins: Arc::new([]),
         pooling: None,
+        adapter: None,
     }
 }
 

@@ -15,7 +15,7 @@ use qwen_server::device::Device;
 use qwen_server::device::gpu::Gpu;
 use qwen_server::engine::event::{Event, FinishReason, TokenLogprobs};
 use qwen_server::engine::handle::EngineHandle;
-use qwen_server::engine::request::{Pooling, Priority, Request, StopConditions};
+use qwen_server::engine::request::{Adapter, Pooling, Priority, Request, StopConditions};
 use qwen_server::engine::thread::{EngineConfig, spawn};
 use qwen_server::grammar::{Constraint, GrammarCompiler};
 use qwen_server::ops::kv_cache::KvDtype;
@@ -35,6 +35,8 @@ mod dummy;
 mod gpu;
 #[path = "models/kv_cache.rs"]
 mod kv_cache;
+#[path = "models/lora.rs"]
+mod lora;
 #[path = "models/repositories.rs"]
 mod repositories;
 #[path = "models/speculation.rs"]
@@ -104,6 +106,7 @@ fn load_options(setup: Setup) -> LoadOptions {
         max_num_seqs: 16,
         max_num_batched_tokens: setup.max_num_batched_tokens,
         num_threads: setup.num_threads,
+        adapters: (0, 16),
     }
 }
 
@@ -147,6 +150,7 @@ fn request(prompt: &[u32], max_tokens: usize, params: SamplingParams) -> Request
         deadline: None,
         pins: Arc::new([]),
         pooling: None,
+        adapter: None,
     }
 }
 
@@ -340,6 +344,7 @@ fn block_bytes(model: &Path, block_size: usize) -> u64 {
         max_num_seqs: 1,
         max_num_batched_tokens: 1,
         num_threads: 1,
+        adapters: (0, 16),
     };
     PlannedModel::open(model, options).unwrap().plan.block_bytes
 }
@@ -554,11 +559,18 @@ async fn compare_with_golden(name: &str, tolerance: Tolerance, setup: Setup) {
 
 /// Compares what an engine computes with a golden.
 async fn compare_engine(engine: &EngineHandle, name: &str, tolerance: Tolerance) {
+    compare_adapted((engine, None), name, tolerance).await;
+}
+
+/// An engine, and the adapter that it is asked for.
+type Asked<'a> = (&'a EngineHandle, Option<&'a Adapter>);
+
+async fn compare_adapted(asked: Asked<'_>, name: &str, tolerance: Tolerance) {
     let golden = std::fs::read_to_string(tiny(&format!("{name}.json"))).unwrap();
     let golden: Golden = serde_json::from_str(&golden).unwrap();
     let mut errors = Vec::new();
     for prompt in &golden.prompts {
-        errors.extend(errors_of(engine, prompt).await);
+        errors.extend(errors_of(asked, prompt).await);
     }
     let max = errors.iter().copied().fold(0.0, f64::max);
     let mean = errors.iter().sum::<f64>() / errors.len() as f64;
@@ -566,14 +578,14 @@ async fn compare_engine(engine: &EngineHandle, name: &str, tolerance: Tolerance)
     assert!(max <= tolerance.max && mean <= tolerance.mean, "{name}: max {max}, mean {mean}");
     let mut num_clear = 0;
     for prompt in &golden.prompts {
-        num_clear += compare_greedy(engine, prompt, tolerance.margin).await;
+        num_clear += compare_greedy(asked, prompt, tolerance.margin).await;
     }
     assert!(MIN_CLEAR_TOKENS <= num_clear, "{name}: only {num_clear} tokens were compared");
 }
 
 /// The errors of the prompt's log-probabilities and of the first generated token's alternatives.
-async fn errors_of(engine: &EngineHandle, golden: &GoldenPrompt) -> Vec<f64> {
-    let (prompt_logprobs, first) = score(engine, &golden.prompt_ids, 1).await;
+async fn errors_of(asked: Asked<'_>, golden: &GoldenPrompt) -> Vec<f64> {
+    let (prompt_logprobs, first) = score(asked, &golden.prompt_ids, 1).await;
     assert_eq!(prompt_logprobs.len(), golden.prompt_logprobs.len());
     let mut errors: Vec<f64> = prompt_logprobs
         .iter()
@@ -589,9 +601,9 @@ async fn errors_of(engine: &EngineHandle, golden: &GoldenPrompt) -> Vec<f64> {
 
 /// Lets the model read prompt and greedy answer, and compares its favourite at every step whose
 /// margin leaves no doubt. Returns how many there were.
-async fn compare_greedy(engine: &EngineHandle, golden: &GoldenPrompt, margin: f64) -> usize {
+async fn compare_greedy(asked: Asked<'_>, golden: &GoldenPrompt, margin: f64) -> usize {
     let tokens = [golden.prompt_ids.as_slice(), &golden.greedy_ids].concat();
-    let (scored, _) = score(engine, &tokens, 0).await;
+    let (scored, _) = score(asked, &tokens, 0).await;
     let steps = scored[golden.prompt_ids.len() - 1..].iter().zip(&golden.greedy_margins);
     let mut num_clear = 0;
     for ((ours, found), expected) in steps.zip(&golden.greedy_ids) {
@@ -605,7 +617,7 @@ async fn compare_greedy(engine: &EngineHandle, golden: &GoldenPrompt, margin: f6
 
 /// Log-probabilities of a text's tokens after the first, and of `max_tokens` greedy ones after it.
 async fn score(
-    engine: &EngineHandle,
+    (engine, adapter): Asked<'_>,
     tokens: &[u32],
     max_tokens: usize,
 ) -> (Vec<TokenLogprobs>, Vec<TokenLogprobs>) {
@@ -615,7 +627,8 @@ async fn score(
         prompt_logprobs: Some(1),
         ..SamplingParams::default()
     };
-    let mut events = engine.generate(request(tokens, max_tokens, params)).unwrap();
+    let request = Request { adapter: adapter.cloned(), ..request(tokens, max_tokens, params) };
+    let mut events = engine.generate(request).unwrap();
     let (mut given, mut generated) = (Vec::new(), Vec::new());
     while let Some(event) = events.next().await {
         match event {

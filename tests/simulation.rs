@@ -133,6 +133,7 @@ impl Arrival {
             pins: self.pin.filter(|_| choice == 0).into_iter().collect(),
             pooling: self.pooling,
             is_guided: self.forces,
+            adapter: None,
         }
     }
 

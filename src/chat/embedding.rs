@@ -45,6 +45,7 @@ pub fn prepare_embeddings(
             fairness_id: None,
             deadline: None,
             pooling: Some(context.model.pooling),
+            adapter: None,
         })
     };
     inputs(&request.input, context)?.into_iter().enumerate().map(pooled).collect()

@@ -583,6 +583,7 @@ impl Settings {
             fairness_id: None,
             deadline: None,
             pooling: None,
+            adapter: None,
         };
         let output = RequestOutput::new(&context.model.tokenizer, output);
         Ok(Prepared { request, output, echo: None, ignored: Vec::new() })

@@ -2,6 +2,7 @@
 //! file too; declaring it here is all it takes.
 
 mod access;
+mod lora;
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{ArgAction, Args};
 
 use access::{AccessFlags, TlsFlags};
+use lora::LoraFlags;
 
 use crate::config::{
     self, Alias, BareCalls, ByteSize, Config, ConfigError, DEFAULT_MODEL, DeviceChoice,
@@ -41,6 +43,8 @@ Examples:
 pub struct ServeArgs {
     #[command(flatten)]
     model: ModelFlags,
+    #[command(flatten)]
+    lora: LoraFlags,
     #[command(flatten)]
     http: HttpFlags,
     #[command(flatten)]
@@ -378,7 +382,7 @@ impl ServeArgs {
     /// # Errors
     /// If values do not go together.
     pub fn into_config(self, mut settings: Settings) -> Result<Config, ConfigError> {
-        let Self { model, http, access, tls, mut engine, memory, log, usage, .. } = self;
+        let Self { model, lora, http, access, tls, mut engine, memory, log, usage, .. } = self;
         engine.fit_step_to_sequences(&mut settings);
         let num_threads = engine.threads.and_then(NonZeroUsize::new);
         let num_threads = num_threads.unwrap_or_else(config::available_threads);
@@ -388,6 +392,7 @@ impl ServeArgs {
         let shares_prefixes = memory.enable_prefix_caching && !memory.no_enable_prefix_caching;
         let config = Config {
             model: model.into_config(),
+            lora: lora.into_config(),
             http: HttpConfig {
                 host: http.host,
                 port: http.port,

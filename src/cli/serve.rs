@@ -1,6 +1,7 @@
 //! `serve`: joins weights, engine and HTTP, and waits for a signal to stop.
 
 mod access;
+mod adapters;
 pub(super) mod device;
 mod draft;
 mod dummy;
@@ -90,6 +91,7 @@ impl Server {
             Device::Cpu => config.clone(),
             Device::Gpu(_) => config.clone().fit_to_gpu(),
         };
+        adapters::refuse_cards(&config.lora, &opened.device)?;
         keep_freed_memory();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(HTTP_THREADS)
@@ -110,6 +112,9 @@ impl Server {
         eprintln!("{}", plan::describe(config, &resolved, &planned, (&names, &opened)));
 
         metrics::install(&names[0]);
+        // Before the weights: what is wrong with an adapter should be known soon.
+        let adapters = adapters::load(config, &planned, &names)?;
+        adapters.observe();
         let engine_config = engine_config(&config.engine, &planned);
         // The tokenizer is built while the weights are packed.
         let to_load = Arc::clone(&planned);
@@ -117,6 +122,7 @@ impl Server {
             spawn(engine_config, move || load(&to_load).map_err(|error| format!("{error:#}")));
         let served = served_model::build(&config.model, &resolved, &planned)?;
         let mut state = AppState::new(engine.clone(), served, http_limits(config));
+        state.adapters = Arc::new(adapters);
         state.keys = keys;
         state.allowed_hosts = access::allowed_hosts(config);
         state.cors_origins = config.access.cors_origins.clone().into();
@@ -337,6 +343,7 @@ fn load_options(config: &Config, device: Device) -> LoadOptions {
         max_num_seqs: engine.max_num_seqs,
         max_num_batched_tokens: engine.max_num_batched_tokens,
         num_threads: engine.num_threads.get(),
+        adapters: (config.lora.num_reserved(), config.lora.max_rank),
     }
 }
 

@@ -11,7 +11,7 @@ use crate::engine::handle::{RequestKey, Submission};
 use crate::engine::seats::{Claim, Seats};
 use crate::engine::snapshot::{SeqSnapshot, SequenceReport};
 use crate::scheduler::{FairnessId, SeqEvent, SeqFinish, SeqId, SeqPhase};
-use crate::telemetry::metrics;
+use crate::telemetry::metrics::{self, AdaptedRequest};
 
 /// One choice that has not ended.
 #[derive(Debug)]
@@ -41,6 +41,7 @@ struct ActiveRequest {
     started_at: Option<Instant>,
     first_token_at: Option<Instant>,
     last_token_at: Option<Instant>,
+    adapted: Option<AdaptedRequest>,
 }
 
 /// Everything the engine thread still owes an answer.
@@ -60,6 +61,7 @@ impl ActiveRequests {
     pub(super) fn add(&mut self, submission: &Submission) {
         let choice = |index| ActiveChoice { index, last_token_at: None, num_output_tokens: 0 };
         let choices = submission.sequences().map(|spec| (spec.id, choice(spec.choice))).collect();
+        let adapter = submission.request.adapter.as_ref();
         let request = ActiveRequest {
             id: Arc::clone(&submission.request.id),
             events: submission.events.clone(),
@@ -77,6 +79,7 @@ impl ActiveRequests {
             started_at: None,
             first_token_at: None,
             last_token_at: None,
+            adapted: adapter.map(|adapter| AdaptedRequest::waiting(adapter.name())),
         };
         self.deadlines.extend(request.deadline.map(|deadline| (deadline, submission.key)));
         let previous = self.requests.insert(submission.key, request);
@@ -274,6 +277,9 @@ impl ActiveRequest {
     fn start(&mut self, num_cached_tokens: usize, now: Instant) {
         if self.started_at.is_none() {
             self.started_at = Some(now);
+            if let Some(adapted) = &mut self.adapted {
+                adapted.start();
+            }
             self.num_cached_tokens = num_cached_tokens;
             let queue_time = now - self.submitted_at;
             metrics::request_started(self.num_prompt_tokens, num_cached_tokens, queue_time);

@@ -265,6 +265,7 @@ impl<R: Runner> EngineCore<R> {
             }),
             prompt_logprobs: None,
             pool: None,
+            adapter: None,
             drawn_by: None,
         };
         let step = SchedulerOutput { scheduled: vec![probe], preempted: Vec::new() };

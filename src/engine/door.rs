@@ -275,6 +275,7 @@ mod tests {
             pins: Arc::new([]),
             pooling: None,
             is_guided: false,
+            adapter: None,
         }
     }
 

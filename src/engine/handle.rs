@@ -121,6 +121,7 @@ impl Submission {
             pins: if choice == 0 { Arc::clone(&request.pins) } else { Arc::new([]) },
             pooling: request.pooling,
             is_guided: false,
+            adapter: request.adapter.clone(),
         })
     }
 }

@@ -8,8 +8,8 @@ pub use crate::kv::Pin;
 pub use crate::sampling::params::{
     GenerationDefaults, InvalidParam, SamplingOptions, SamplingParams,
 };
-pub use crate::scheduler::Priority;
 pub use crate::scheduler::step::Pooling;
+pub use crate::scheduler::{Adapter, Priority};
 use crate::text::TokenId;
 
 /// When a sequence ends, apart from stop strings, which are matched on text by `chat`.
@@ -65,4 +65,6 @@ pub struct Request {
     pub pins: Arc<[Pin]>,
     /// Present when the prompt's embedding is wanted; then nothing is generated.
     pub pooling: Option<Pooling>,
+    /// What it is computed with beside the model.
+    pub adapter: Option<Adapter>,
 }

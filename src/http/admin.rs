@@ -1,5 +1,6 @@
 //! What operators ask. Not for clients: it tells of everybody's requests.
 
+mod lora;
 mod state;
 mod usage;
 
@@ -9,7 +10,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 
 use super::health::is_ready;
 use super::state::AppState;
@@ -24,11 +25,14 @@ pub(super) fn routes() -> Router<AppState> {
         .route("/metrics", get(metrics))
         .route("/admin/state", get(state::state))
         .route("/admin/usage", get(usage::report))
+        .route("/v1/load_lora_adapter", post(lora::load))
+        .route("/v1/unload_lora_adapter", post(lora::unload))
 }
 
 /// `GET /metrics`, in Prometheus' text format.
 async fn metrics(State(state): State<AppState>) -> Response {
     let health = state.engine.health();
+    state.adapters.observe();
     telemetry::metrics::server_state(&ServerState {
         is_ready: is_ready(&state),
         is_engine_up: !matches!(health, Health::Dead { .. }),

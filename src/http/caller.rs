@@ -13,6 +13,7 @@ use super::auth::Guest;
 use super::error::ApiError;
 use super::key_ring::Holder;
 use super::meter::Meter;
+use super::models::Chosen;
 use super::request_id::RequestId;
 use super::state::{AppState, PrefixSharing};
 use crate::engine::request::{Priority, Request};
@@ -37,6 +38,8 @@ pub(super) struct Caller {
     pub(super) meter: Option<Arc<Meter>>,
     /// Where what came of the request is left.
     pub(super) account: Account,
+    /// The adapter that it names.
+    pub(super) chosen: Chosen,
     /// Nobody, where no keys are asked for.
     guest: Option<Guest>,
 }
@@ -50,9 +53,10 @@ impl Caller {
     ) -> Result<Self, ApiError> {
         let client = Arc::clone(holder.key.name.as_arc());
         let request_id = request_id(request.extensions())?;
-        let meter = Meter::open(state, Arc::clone(&client)).map(Arc::new);
+        let chosen = Chosen::default();
+        let meter = Meter::open(state, Arc::clone(&client), chosen.clone()).map(Arc::new);
         let account = request.extensions().get().cloned().unwrap_or_default();
-        Ok(Self { request_id, client, deadline: None, meter, account, guest: None })
+        Ok(Self { request_id, client, deadline: None, meter, account, chosen, guest: None })
     }
 
     /// Whose key it is.
@@ -70,6 +74,7 @@ impl Caller {
         // The engine's lines in the log are to be found by the id that the client knows.
         request.id = Arc::clone(&self.request_id);
         request.deadline = self.deadline;
+        request.adapter = self.chosen.adapter().cloned();
         let Some(holder) = self.holder() else { return };
         request.fairness_id = Some(Arc::clone(&self.client));
         request.priority = request.priority.at_most(Priority::new(holder.key.priority));
@@ -99,8 +104,9 @@ impl FromRequestParts<AppState> for Caller {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let meter = parts.extensions.get().cloned();
         let account = parts.extensions.get().cloned().unwrap_or_default();
+        let chosen = parts.extensions.get().cloned().unwrap_or_default();
         tracing::Span::current().record("client", &*client);
-        Ok(Self { request_id, client, deadline, meter, account, guest })
+        Ok(Self { request_id, client, deadline, meter, account, chosen, guest })
     }
 }
 

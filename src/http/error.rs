@@ -48,6 +48,10 @@ pub(super) enum ApiError {
     BeyondQuota { limit: u64 },
     #[error("the model `{0}` does not exist")]
     ModelNotFound(String),
+    #[error("{message}")]
+    AdapterNotFound { message: String, param: &'static str },
+    #[error("{0}")]
+    AdaptersInUse(String),
     #[error("there is no response `{0}`: it never was, was not stored, or its time is over")]
     ResponseNotFound(String),
     #[error("there is no response `{0}`: it never was, was not stored, or its time is over")]
@@ -95,7 +99,9 @@ impl ApiError {
         let (kind, code) = self.kind_and_code();
         let param = match self {
             Self::Invalid { param, .. } => param.clone(),
-            Self::TooLong { param, .. } | Self::Empty(param) => Some((*param).to_owned()),
+            Self::TooLong { param, .. }
+            | Self::Empty(param)
+            | Self::AdapterNotFound { param, .. } => Some((*param).to_owned()),
             Self::ModelNotFound(_) | Self::ModelForbidden(_) => Some("model".to_owned()),
             Self::ResponseNotFound(_) => Some("response_id".to_owned()),
             Self::PreviousNotFound(_) => Some("previous_response_id".to_owned()),
@@ -117,9 +123,10 @@ impl ApiError {
             | Self::PreviousNotFound(_) => StatusCode::BAD_REQUEST,
             Self::NoKey | Self::WrongKey => StatusCode::UNAUTHORIZED,
             Self::ModelForbidden(_) | Self::NotAnAdmin => StatusCode::FORBIDDEN,
-            Self::ModelNotFound(_) | Self::NotFound(_) | Self::ResponseNotFound(_) => {
-                StatusCode::NOT_FOUND
-            }
+            Self::ModelNotFound(_)
+            | Self::NotFound(_)
+            | Self::ResponseNotFound(_)
+            | Self::AdapterNotFound { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::UnknownHost => StatusCode::MISDIRECTED_REQUEST,
             Self::BodyTooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
@@ -128,9 +135,11 @@ impl ApiError {
             Self::Overloaded { .. } | Self::Compiling | Self::RateLimited { .. } => {
                 StatusCode::TOO_MANY_REQUESTS
             }
-            Self::ShuttingDown | Self::Loading | Self::MemoryShort | Self::EngineDead => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::ShuttingDown
+            | Self::Loading
+            | Self::MemoryShort
+            | Self::EngineDead
+            | Self::AdaptersInUse(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
             Self::EngineFailed | Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -152,6 +161,8 @@ impl ApiError {
             Self::RateLimited { .. } => ("requests", Some("rate_limit_exceeded")),
             Self::BeyondQuota { .. } => ("tokens", Some("request_beyond_quota")),
             Self::ModelNotFound(_) => ("invalid_request_error", Some("model_not_found")),
+            Self::AdapterNotFound { .. } => ("invalid_request_error", Some("adapter_not_found")),
+            Self::AdaptersInUse(_) => ("server_error", Some("adapters_in_use")),
             Self::ResponseNotFound(_) => ("invalid_request_error", Some("response_not_found")),
             Self::PreviousNotFound(_) => {
                 ("invalid_request_error", Some("previous_response_not_found"))
@@ -185,6 +196,7 @@ impl ApiError {
             | Self::Loading
             | Self::MemoryShort
             | Self::EngineDead
+            | Self::AdaptersInUse(_)
             | Self::Compiling => Some(RESTART_SECONDS),
             // Rounded up: who comes a moment too early is refused again.
             Self::RateLimited { wait, .. } => Some(wait.as_millis().div_ceil(1000).max(1) as usize),

@@ -8,6 +8,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 
 use super::caller::client;
+use super::models::Chosen;
 use super::state::AppState;
 use crate::ledger::{Counts, Ledger};
 use crate::openai::generation::Usage;
@@ -19,17 +20,19 @@ pub(super) struct Meter {
     ledger: Ledger,
     client: Arc<str>,
     model: Arc<str>,
+    chosen: Chosen,
     /// What was computed for it; nothing was before it is let in.
     settled: Mutex<Option<Counts>>,
 }
 
 impl Meter {
-    pub(super) fn open(state: &AppState, client: Arc<str>) -> Option<Self> {
+    pub(super) fn open(state: &AppState, client: Arc<str>, chosen: Chosen) -> Option<Self> {
         Some(Self {
             ledger: state.ledger.clone()?,
             client,
             // By the name it has here: what clients call it would fill the ledger with names.
             model: state.model.name.as_str().into(),
+            chosen,
             settled: Mutex::default(),
         })
     }
@@ -54,7 +57,8 @@ impl Drop for Meter {
         let settled = self.settled.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         let refused = Counts { errors: 1, ..Counts::default() };
         let counts = Counts { requests: 1, ..settled.unwrap_or(refused) };
-        let names = (Arc::clone(&self.client), Arc::clone(&self.model));
+        let model = self.chosen.adapter().map_or(&self.model, |adapter| adapter.name());
+        let names = (Arc::clone(&self.client), Arc::clone(model));
         self.ledger.record(SystemTime::now(), names, counts);
     }
 }
@@ -65,7 +69,8 @@ pub(super) async fn metered(
     mut request: Request,
     next: Next,
 ) -> Response {
-    if let Some(meter) = Meter::open(&state, client(request.extensions())) {
+    let chosen: Chosen = request.extensions().get().cloned().unwrap_or_default();
+    if let Some(meter) = Meter::open(&state, client(request.extensions()), chosen) {
         request.extensions_mut().insert(Arc::new(meter));
     }
     next.run(request).await

@@ -36,6 +36,7 @@ mod tests {
     use super::*;
     use crate::anthropic::MessagesRequest;
     use crate::dashscope::{EmbeddingInput, EmbeddingParameters, Input, NoParameters, Parameters};
+    use crate::openai::adapter::{LoadAdapterRequest, UnloadAdapterRequest};
     use crate::openai::chat::ChatCompletionRequest;
     use crate::openai::completion::{CompletionRequest, FimRequest};
     use crate::openai::embedding::EmbeddingRequest;
@@ -79,6 +80,8 @@ mod tests {
             ("MessagesRequest", known::<MessagesRequest, GenerationFields>()),
             ("EmbeddingRequest", known::<EmbeddingRequest, Strictness>()),
             ("TokenizeRequest", known::<TokenizeRequest, Strictness>()),
+            ("LoadAdapterRequest", known::<LoadAdapterRequest, Strictness>()),
+            ("UnloadAdapterRequest", known::<UnloadAdapterRequest, Strictness>()),
             ("DetokenizeRequest", known::<DetokenizeRequest, Strictness>()),
             ("DashScopeInput", known::<Input, NoParameters>()),
             ("DashScopeParameters", known::<Parameters, GenerationFields>()),

@@ -30,7 +30,7 @@ impl RequestLog {
     pub(super) fn new(caller: &Caller, state: &AppState) -> Self {
         Self {
             caller: caller.clone(),
-            model: state.model.name.clone(),
+            model: caller.chosen.served_name(state).to_string(),
             started: None,
             first_delta: None,
             usage: Usage::default(),

@@ -20,6 +20,7 @@ use super::dashscope_errors::with_dashscope_errors;
 use super::error::ApiError;
 use super::hosts::with_known_host;
 use super::meter::metered;
+use super::models::Chosen;
 use super::request_id::with_request_id;
 use super::state::{AdminRoutes, AppState};
 use super::{
@@ -130,14 +131,16 @@ fn computing_routes(state: &AppState) -> Router<AppState> {
 /// Names the model that served, which may be called something else in the answer.
 async fn with_served_model(
     State(state): State<AppState>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
+    let chosen = Chosen::default();
+    request.extensions_mut().insert(chosen.clone());
     let is_post = request.method() == Method::POST;
     let mut response = next.run(request).await;
     if is_post
         && response.status().is_success()
-        && let Ok(name) = HeaderValue::from_str(&state.model.name)
+        && let Ok(name) = HeaderValue::from_str(&chosen.served_name(&state))
     {
         response.headers_mut().insert(HeaderName::from_static("x-served-model"), name);
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::http::HeaderValue;
 
+use super::adapters::Adapters;
 use super::key_ring::KeyRing;
 use super::response_store::{ResponseStore, StoreLimits};
 use crate::chat::model::ServedModel;
@@ -106,6 +107,8 @@ pub struct AppState {
     pub engine: EngineHandle,
     /// The text side of the model.
     pub model: Arc<ServedModel>,
+    /// What requests can name beside it.
+    pub adapters: Arc<Adapters>,
     /// Bounds.
     pub limits: Arc<HttpLimits>,
     /// When the model was made available, in seconds since the epoch.
@@ -149,6 +152,7 @@ impl AppState {
             engine,
             responses: Arc::new(responses),
             model: Arc::new(model),
+            adapters: Arc::default(),
             limits: Arc::new(limits),
             is_draining: Arc::default(),
             ledger: None,

@@ -1,6 +1,6 @@
 //! Names for the content of full blocks.
 //!
-//! **Invariant:** equal hashes mean equal tokens, equal predecessors and equal salt. A collision
+//! **Invariant:** equal hashes mean equal tokens, equal predecessors and an equal [`Root`]. A collision
 //! would serve one client's keys and values to another, so the hash is cryptographic and keyed: a
 //! client can neither find a collision nor learn from a hash what someone else sent.
 
@@ -31,6 +31,22 @@ pub enum Positions {
     Stretched,
 }
 
+/// The weights that keys and values were computed with beside the model's own. Every load of an
+/// adapter has a number of its own, so nothing outlives the load it was computed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AdapterId(pub u64);
+
+/// What sequences must have in common to share anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Root<'a> {
+    /// What the client sent to be kept apart.
+    pub salt: Option<&'a str>,
+    /// How its keys are rotated.
+    pub positions: Positions,
+    /// What it is computed with beside the model.
+    pub adapter: Option<AdapterId>,
+}
+
 /// The hashes of a sequence's full blocks, each chained to the one before it. Every block is hashed
 /// once, however often the cache is asked about it.
 #[derive(Debug)]
@@ -45,20 +61,24 @@ const SALTED_ROOT: u8 = 1;
 const BLOCK: u8 = 2;
 const STRETCHED_ROOT: u8 = 3;
 const STRETCHED_SALTED_ROOT: u8 = 4;
+/// Added to a root's byte where the number of an adapter follows, before any salt.
+const ADAPTED: u8 = 8;
 
 impl HashChain {
-    /// The empty chain of a salt: sequences with different salts, or with other positions, never
-    /// share a hash.
-    pub(super) fn new(key: &HashKey, salt: Option<&str>, positions: Positions) -> Self {
+    /// The empty chain of a root: sequences with different roots never share a hash.
+    pub(super) fn new(key: &HashKey, root: Root<'_>) -> Self {
         let mut hasher = blake3::Hasher::new_keyed(&key.0);
-        let (root, salted_root) = match positions {
-            Positions::Trained => (ROOT, SALTED_ROOT),
-            Positions::Stretched => (STRETCHED_ROOT, STRETCHED_SALTED_ROOT),
+        let kind = match (root.positions, root.salt) {
+            (Positions::Trained, None) => ROOT,
+            (Positions::Trained, Some(_)) => SALTED_ROOT,
+            (Positions::Stretched, None) => STRETCHED_ROOT,
+            (Positions::Stretched, Some(_)) => STRETCHED_SALTED_ROOT,
         };
-        match salt {
-            None => hasher.update(&[root]),
-            Some(salt) => hasher.update(&[salted_root]).update(salt.as_bytes()),
+        match root.adapter {
+            None => hasher.update(&[kind]),
+            Some(id) => hasher.update(&[kind | ADAPTED]).update(&id.0.to_le_bytes()),
         };
+        hasher.update(root.salt.unwrap_or_default().as_bytes());
         Self { root: BlockHash::finish(&hasher), hashes: Vec::new() }
     }
 
@@ -94,9 +114,11 @@ impl BlockHash {
 mod tests {
     use super::*;
 
+    const PLAIN: Root<'_> = Root { salt: None, positions: Positions::Trained, adapter: None };
+
     fn hashes(key: u8, salt: Option<&str>, tokens: &[TokenId]) -> Vec<BlockHash> {
         let key = HashKey([key; 32]);
-        let mut chain = HashChain::new(&key, salt, Positions::Trained);
+        let mut chain = HashChain::new(&key, Root { salt, ..PLAIN });
         chain.extend(&key, tokens, 2);
         chain.hashes().to_vec()
     }
@@ -116,18 +138,21 @@ mod tests {
         assert!(zeros[0] != zeros[1] && zeros[1] != zeros[2]);
     }
 
-    /// Goal: nothing is shared between keys that are rotated in different ways. Method: the same
-    /// tokens, with every pair of roots.
+    /// Goal: nothing is shared between keys that are rotated in different ways or computed with other
+    /// weights. Method: the same tokens, with every pair of roots; salts that look like numbers.
     #[test]
-    fn positions_count() {
+    fn roots_count() {
         let key = HashKey([1; 32]);
         let mut roots = Vec::new();
         for positions in [Positions::Trained, Positions::Stretched] {
-            for salt in [None, Some(""), Some("a")] {
-                let mut chain = HashChain::new(&key, salt, positions);
-                chain.extend(&key, &[1, 2], 2);
-                assert!(!roots.contains(&chain.hashes()[0]), "{salt:?}, {positions:?}");
-                roots.push(chain.hashes()[0]);
+            for salt in [None, Some(""), Some("a"), Some("\u{1}\0\0\0\0\0\0\0")] {
+                for adapter in [None, Some(AdapterId(0)), Some(AdapterId(1))] {
+                    let root = Root { salt, positions, adapter };
+                    let mut chain = HashChain::new(&key, root);
+                    chain.extend(&key, &[1, 2], 2);
+                    assert!(!roots.contains(&chain.hashes()[0]), "{root:?}");
+                    roots.push(chain.hashes()[0]);
+                }
             }
         }
     }
@@ -137,7 +162,7 @@ mod tests {
     fn grows() {
         let tokens: Vec<_> = (0..9).collect();
         let key = HashKey([3; 32]);
-        let mut chain = HashChain::new(&key, Some("salt"), Positions::Trained);
+        let mut chain = HashChain::new(&key, Root { salt: Some("salt"), ..PLAIN });
         for end in 0..=tokens.len() {
             chain.extend(&key, &tokens[..end], 2);
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::kv::hash::{HashChain, HashKey, Positions};
+use crate::kv::hash::{HashChain, HashKey, Root};
 use crate::kv::pool::BlockPool;
 use crate::kv::table::SequenceBlocks;
 use crate::kv::{BlockId, BlockTable};
@@ -84,10 +84,10 @@ impl KvCacheManager {
     }
 
     /// The state of a sequence that holds nothing yet.
-    pub fn new_sequence(&self, cache_salt: Option<&str>, positions: Positions) -> SequenceBlocks {
+    pub fn new_sequence(&self, root: Root<'_>) -> SequenceBlocks {
         SequenceBlocks {
             table: BlockTable::default(),
-            chain: HashChain::new(&self.key, cache_salt, positions),
+            chain: HashChain::new(&self.key, root),
             num_published: 0,
         }
     }
@@ -229,11 +229,16 @@ impl KvCacheManager {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kv::Positions;
 
     const KEY: HashKey = HashKey([7; 32]);
 
+    fn root(salt: Option<&str>) -> Root<'_> {
+        Root { salt, positions: Positions::Trained, adapter: None }
+    }
+
     fn computed(kv: &mut KvCacheManager, salt: Option<&str>, tokens: &[TokenId]) -> SequenceBlocks {
-        let mut blocks = kv.new_sequence(salt, Positions::Trained);
+        let mut blocks = kv.new_sequence(root(salt));
         let prefix = kv.find_cached_prefix(&mut blocks, tokens, tokens.len() - 1);
         kv.attach_cached_prefix(&mut blocks, prefix);
         kv.allocate_slots(&mut blocks, tokens.len()).expect("enough blocks");
@@ -255,10 +260,10 @@ mod tests {
         kv.free(&mut first);
         kv.free(&mut second);
         assert_eq!(kv.num_held_blocks(), 0);
-        let mut fresh = kv.new_sequence(None, Positions::Trained);
+        let mut fresh = kv.new_sequence(root(None));
         let prefix = kv.find_cached_prefix(&mut fresh, &[1, 2, 3, 4, 5], 4);
         assert_eq!(prefix, CachedPrefix { num_blocks: 2, num_free_blocks: 2 });
-        let mut salted = kv.new_sequence(Some("tenant"), Positions::Trained);
+        let mut salted = kv.new_sequence(root(Some("tenant")));
         assert_eq!(kv.find_cached_prefix(&mut salted, &[1, 2, 3, 4, 5], 4).num_blocks, 0);
         kv.check_invariants();
     }
@@ -283,9 +288,9 @@ mod tests {
         let tokens = [1, 2, 3, 4, 5];
         let mut blocks = computed(&mut kv, None, &tokens);
         kv.free(&mut blocks);
-        let mut other = kv.new_sequence(None, Positions::Trained);
+        let mut other = kv.new_sequence(root(None));
         kv.allocate_slots(&mut other, 6).expect("enough blocks");
-        let mut fresh = kv.new_sequence(None, Positions::Trained);
+        let mut fresh = kv.new_sequence(root(None));
         assert_eq!(kv.find_cached_prefix(&mut fresh, &tokens, 4).num_blocks, 1);
         assert_eq!(kv.allocate_slots(&mut other, 10), Err(OutOfBlocks));
         assert_eq!(kv.num_free_blocks(), 1);
@@ -299,7 +304,7 @@ mod tests {
         let mut kv = KvCacheManager::new(4, 2, KEY);
         let mut blocks = computed(&mut kv, None, &[1, 2, 3]);
         kv.discard(&mut blocks);
-        let mut fresh = kv.new_sequence(None, Positions::Trained);
+        let mut fresh = kv.new_sequence(root(None));
         assert_eq!(kv.find_cached_prefix(&mut fresh, &[1, 2, 3], 2).num_blocks, 0);
         let mut blocks = computed(&mut kv, None, &[1, 2, 3]);
         kv.free(&mut blocks);

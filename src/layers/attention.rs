@@ -3,6 +3,7 @@
 use candle_core::Result;
 
 use super::linear::{Linear, Projection};
+use super::lora::{Adaptation, Site};
 pub use crate::ops::kv_cache::{KvCache, KvDtype};
 pub use crate::ops::paged_attention::AttentionMetadata;
 pub use crate::ops::rope::{RopeConfig, RopeScaling, RopeTable, YarnScaling};
@@ -76,17 +77,18 @@ impl Attention {
     pub fn forward(
         &self,
         x: &Tensor,
-        rope: &RopeTable,
-        kv: &KvCache,
+        adapted: Adaptation<'_>,
+        (rope, kv): (&RopeTable, &KvCache),
         metadata: &AttentionMetadata,
     ) -> Result<Tensor> {
-        let qkv = self.qkv_proj.forward(x)?; // [num_tokens, (num_heads + 2 num_kv_heads) head_dim]
+        // [num_tokens, (num_heads + 2 num_kv_heads) head_dim]
+        let qkv = self.qkv_proj.forward_adapted(x, adapted, Site::Qkv)?;
         if let Some(norms) = &self.head_norms {
             norm_heads(&qkv, norms)?;
         }
         let q = rope_and_cache(&qkv, rope, kv, metadata)?; // [num_tokens, num_heads head_dim]
         let attended = paged_attention(&q, kv, metadata, self.how)?;
-        self.o_proj.forward(&attended)
+        self.o_proj.forward_adapted(&attended, adapted, Site::Output)
     }
 
     /// Memory that the weights take.

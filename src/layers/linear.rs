@@ -7,10 +7,12 @@ use anyhow::{bail, ensure};
 use candle_core::Result;
 
 use super::content::rows;
+use super::lora::{Adaptation, Site};
 use crate::ops::experts::{ExpertRows, ExpertWeights};
 use crate::ops::gather_columns::gather_columns;
 pub use crate::ops::matmul::Stacking;
 use crate::ops::matmul::{MatrixSource, RandomSource, Weights, gated_matmul, matmul, matmul_f32};
+use crate::ops::silu_mul::gate;
 use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::{Checkpoint, Content, StoredMatrix};
 
@@ -105,6 +107,27 @@ impl Linear {
     /// `[num_tokens, in_features]` to `[num_tokens, out_features / 2]`.
     pub fn forward_gated(&self, x: &Tensor) -> Result<Tensor> {
         gated_matmul(&*self.ordered(x)?, &self.weight)
+    }
+
+    /// [`Linear::forward`] with what adapters add at a site.
+    pub fn forward_adapted(
+        &self,
+        x: &Tensor,
+        adapted: Adaptation<'_>,
+        site: Site,
+    ) -> Result<Tensor> {
+        let y = self.forward(x)?;
+        adapted.add(site, &y, x)?;
+        Ok(y)
+    }
+
+    /// [`Linear::forward_gated`] with what adapters add to gate and up projection.
+    pub fn forward_gated_adapted(&self, x: &Tensor, adapted: Adaptation<'_>) -> Result<Tensor> {
+        if adapted.is_none(Site::GateUp) {
+            return self.forward_gated(x);
+        }
+        // Gating at once or afterwards gives the same bits, so others in the batch notice nothing.
+        gate(&self.forward_adapted(x, adapted, Site::GateUp)?)
     }
 
     /// [`Linear::forward`] of each expert's rows with the projection of that expert.

@@ -3,6 +3,7 @@
 use candle_core::Result;
 
 use super::linear::{Linear, Projection, Stacking};
+use super::lora::{Adaptation, Site};
 use crate::ops::experts::ExpertRows;
 use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::Checkpoint;
@@ -45,9 +46,10 @@ impl Mlp {
     }
 
     /// `[num_tokens, hidden_size]` to the same shape.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gated = self.gate_up_proj.forward_gated(x)?; // [num_tokens, intermediate_size]
-        self.down_proj.forward(&gated)
+    pub fn forward(&self, x: &Tensor, adapted: Adaptation<'_>) -> Result<Tensor> {
+        // [num_tokens, intermediate_size]
+        let gated = self.gate_up_proj.forward_gated_adapted(x, adapted)?;
+        self.down_proj.forward_adapted(&gated, adapted, Site::Down)
     }
 
     /// [`Mlp::forward`] of each expert's rows with that expert.

@@ -3,6 +3,7 @@
 use candle_core::Result;
 
 use super::linear::{Linear, Projection};
+use super::lora::Adaptation;
 use super::mlp::Mlp;
 use crate::ops::experts::{Routes, add_gated};
 use crate::ops::tensor::{Device, Tensor};
@@ -86,7 +87,7 @@ impl SparseMlp {
         let made = Mlp::forward_each(&self.experts, &routes.spread(x)?)?; // hidden_size columns
         let out = routes.combine(&made, hidden_size)?;
         let Some(Shared { gate, expert }) = &self.shared else { return Ok(out) };
-        add_gated(&out, &gate.forward_f32(x)?, &expert.forward(x)?)
+        add_gated(&out, &gate.forward_f32(x)?, &expert.forward(x, Adaptation::NONE)?)
     }
 
     /// Memory that the weights take.

@@ -9,6 +9,7 @@ use crate::layers::attention::{
 };
 use crate::layers::embedding::Embedding;
 use crate::layers::linear::{Linear, Projection};
+use crate::layers::lora::Adaptation;
 use crate::layers::mlp::Mlp;
 use crate::layers::norm::RmsNorm;
 use crate::layers::sparse_mlp::{SparseMlp, SparseMlpShape};
@@ -67,10 +68,10 @@ impl FeedForward {
         Ok(Self::Dense(mlp))
     }
 
-    /// `[num_tokens, hidden_size]` to the same shape.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    /// `[num_tokens, hidden_size]` to the same shape. Adapters have nothing for experts.
+    fn forward(&self, x: &Tensor, adapted: Adaptation<'_>) -> Result<Tensor> {
         match self {
-            Self::Dense(mlp) => mlp.forward(x),
+            Self::Dense(mlp) => mlp.forward(x, adapted),
             Self::Sparse(mlp) => mlp.forward(x),
         }
     }
@@ -130,8 +131,8 @@ impl DecoderLayer {
     fn forward(
         &self,
         (x, residual): (Option<Tensor>, Tensor),
-        rope: &RopeTable,
-        kv: &KvCache,
+        adapted: Adaptation<'_>,
+        (rope, kv): (&RopeTable, &KvCache),
         metadata: &AttentionMetadata,
     ) -> Result<(Option<Tensor>, Tensor)> {
         let (residual, x) = if let Some(x) = x {
@@ -140,9 +141,9 @@ impl DecoderLayer {
             let x = self.input_layernorm.forward(&residual)?;
             (residual, x)
         };
-        let x = self.self_attn.forward(&x, rope, kv, metadata)?;
+        let x = self.self_attn.forward(&x, adapted, (rope, kv), metadata)?;
         let (residual, x) = self.post_attention_layernorm.add_forward(&x, &residual)?;
-        Ok((Some(self.mlp.forward(&x)?), residual))
+        Ok((Some(self.mlp.forward(&x, adapted)?), residual))
     }
 
     fn num_bytes(&self) -> usize {
@@ -211,8 +212,9 @@ impl Model for Decoder {
     fn forward(&self, batch: &ForwardBatch, kv: &[KvCache]) -> Result<Tensor> {
         let embedded = self.embed_tokens.forward(&batch.input_ids)?; // [num_tokens, hidden_size]
         let mut state = (None, embedded);
-        for (layer, kv) in self.layers.iter().zip(kv) {
-            state = layer.forward(state, &self.rope, kv, &batch.attention)?;
+        for (index, (layer, kv)) in self.layers.iter().zip(kv).enumerate() {
+            let adapted = Adaptation::new(&batch.adapted, index);
+            state = layer.forward(state, adapted, (&self.rope, kv), &batch.attention)?;
         }
         // Only the rows whose logits are wanted go on.
         let (x, residual) = state;

@@ -1,15 +1,16 @@
 //! The gated activation of SwiGLU: `silu(gate) * up`, with `silu(x) = x / (1 + e^-x)`.
 //!
-//! On the CPU it has no pass of its own: [`super::matmul::gated_matmul`] applies it to sums that are
-//! still in the cache.
+//! On the CPU it needs no pass of its own: [`super::matmul::gated_matmul`] applies it to sums that are
+//! still in the cache. [`gate`] is for sums to which something is added first.
 #![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
 
 use candle_core::{DType, Result, bail};
 
 use super::grid::over_rows;
-use super::simd::{Kernel, LANES, Simd, load_padded, store_clipped};
-use super::tensor::GpuTensor;
-use crate::device::gpu;
+use super::rows::for_each_row_mut;
+use super::simd::{Isa, Kernel, LANES, Simd, load_padded, store_clipped};
+use super::tensor::{GpuTensor, Tensor};
+use crate::device::{Device, gpu};
 
 /// Values that a thread computes, where rows are multiples of it.
 const PACK: usize = 8;
@@ -21,6 +22,26 @@ pub enum GateUpOrder {
     Halves,
     /// Eight gates, then the ups of the same features, and so on.
     ByEight,
+}
+
+/// The activation of rows of all gates and then all ups, on the CPU; the same bits as
+/// [`super::matmul::gated_matmul`] gives.
+///
+/// # Errors
+/// If the rows are not of pairs, or are a card's.
+pub fn gate(gate_up: &Tensor) -> Result<Tensor> {
+    let (num_rows, num_cols) = gate_up.dims2()?;
+    if !num_cols.is_multiple_of(2) {
+        bail!("gates and ups are rows of {num_cols} values, not of pairs");
+    }
+    let storage = gate_up.cpu()?.flatten_all()?.to_vec1::<f32>()?;
+    let width = num_cols / 2;
+    let mut gated = vec![0.0; num_rows * width];
+    for_each_row_mut(&mut gated, width, |row, out| {
+        let (gate, up) = storage[row * num_cols..(row + 1) * num_cols].split_at(width);
+        Isa::best().run(SiluMul { gate, up, out });
+    });
+    Tensor::from_vec(gated, (num_rows, width), &Device::Cpu)
 }
 
 /// The activation on a card: `kernels/mlp/silu_mul.cu`.

@@ -1,9 +1,12 @@
 //! Flattens a scheduler's decision into the tensors' index vectors. Pure.
 
+use std::sync::Arc;
+
 use crate::models::ForwardBatch;
+use crate::models::lora::{AdaptedRows, LoraWeights};
 use crate::ops::indices::Indices;
 use crate::ops::paged_attention::AttentionMetadata;
-use crate::scheduler::step::{ScheduledSeq, SchedulerOutput};
+use crate::scheduler::step::{Adapter, ScheduledSeq, SchedulerOutput};
 
 /// Lays the scheduled tokens of all sequences one after another.
 ///
@@ -21,6 +24,7 @@ pub fn forward_batch(step: &SchedulerOutput, block_size: usize) -> ForwardBatch 
             max_blocks_per_seq: max_blocks,
             ..AttentionMetadata::default()
         },
+        adapted: adapted_rows(scheduled),
     };
     let mut pooled_rows = Vec::new();
     for seq in scheduled {
@@ -42,6 +46,25 @@ pub fn logits_rows(seq: &ScheduledSeq) -> impl Iterator<Item = usize> + use<> {
     let is_sampled = seq.sample.is_some() || seq.drawn_by.is_some();
     let sampled = if is_sampled { seq.num_known() - 1..seq.tokens.len() } else { 0..0 };
     (0..scored).chain(sampled.filter(move |&row| scored <= row))
+}
+
+/// The tokens of each adapter, however many sequences have it.
+fn adapted_rows(scheduled: &[ScheduledSeq]) -> Vec<AdaptedRows> {
+    let mut adapted: Vec<(&Adapter, AdaptedRows)> = Vec::new();
+    let mut first_row = 0;
+    for seq in scheduled {
+        let rows = first_row..first_row + seq.tokens.len() as u32;
+        first_row = rows.end;
+        let Some(adapter) = &seq.adapter else { continue };
+        if let Some((_, known)) = adapted.iter_mut().find(|(known, _)| known.id() == adapter.id()) {
+            known.rows.extend(rows);
+            continue;
+        }
+        let weights: Arc<LoraWeights> =
+            adapter.weights().expect("adapters are loaded for the runner that they are given to");
+        adapted.push((adapter, AdaptedRows { rows: rows.collect(), weights }));
+    }
+    adapted.into_iter().map(|(_, rows)| rows).collect()
 }
 
 fn push_attention(attention: &mut AttentionMetadata, seq: &ScheduledSeq, block_size: usize) {

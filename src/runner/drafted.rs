@@ -77,6 +77,8 @@ fn asked(seq: &ScheduledSeq, round: usize) -> Option<ScheduledSeq> {
         sample: sample.map(|sample| sample.after(guesses)),
         prompt_logprobs: None,
         pool: None,
+        // An adapter is the model's; without it guesses are a little worse.
+        adapter: None,
         ..seq.clone()
     })
 }

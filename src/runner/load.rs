@@ -13,6 +13,7 @@ use super::model_runner::{LOGITS_ROWS_MAX, LayerCaches, ModelRunner};
 use crate::config::{Execution, RopeScalingChoice};
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
+use crate::models::lora::{self, LoraWeights};
 use crate::models::{Model, ModelConfig, registry};
 use crate::ops::experts::{MAX_CHOSEN, max_group_rows};
 use crate::ops::kv_cache::{KvCache, KvCacheShape, KvDtype};
@@ -47,6 +48,8 @@ pub struct LoadOptions {
     pub max_num_batched_tokens: usize,
     /// Threads that compute.
     pub num_threads: usize,
+    /// Adapters to keep memory for, and their highest rank.
+    pub adapters: (usize, usize),
 }
 
 /// A model whose headers were read and whose memory is planned; no weight was touched yet.
@@ -90,6 +93,7 @@ impl PlannedModel {
         let config = read_config(&checkpoint, &options)?;
         let draft = draft.map(|checkpoint| Draft::read(checkpoint, &options)).transpose()?;
         let (available_bytes, cache_share) = memory(&options)?;
+        let (num_adapters, max_rank) = options.adapters;
         let request = MemoryRequest {
             kv_cache_bytes: options.kv_cache_bytes,
             max_model_len: options.max_model_len,
@@ -99,6 +103,7 @@ impl PlannedModel {
             max_num_batched_tokens: options.max_num_batched_tokens,
             available_bytes,
             weight_bytes: checkpoint.num_weight_bytes(),
+            adapter_bytes: num_adapters as u64 * lora::max_adapter_bytes(&config, max_rank),
             cache_share,
             logits_bytes: logits_bytes(&options.device, config.vocab_size),
             attention_bytes: attention_bytes(&options, &config),
@@ -255,6 +260,15 @@ fn read_config(checkpoint: &Checkpoint, options: &LoadOptions) -> anyhow::Result
 }
 
 impl PlannedModel {
+    /// Loads an adapter of this model from its directory, on the calling thread: whoever computes
+    /// notices nothing.
+    ///
+    /// # Errors
+    /// If it is not one of this model, or asks for what is not supported, or there is no memory.
+    pub fn load_adapter(&self, directory: &Path) -> anyhow::Result<LoraWeights> {
+        lora::load(directory, &self.config, self.options.adapters.1, &self.options.device)
+    }
+
     /// The planned blocks, or fewer if others took a card's memory while the weights were loaded.
     fn blocks_that_fit(&self) -> anyhow::Result<u32> {
         let Device::Gpu(gpu) = &self.options.device else { return Ok(self.plan.num_blocks) };

@@ -31,6 +31,8 @@ pub struct MemoryRequest {
     pub available_bytes: u64,
     /// Memory that the weights will take.
     pub weight_bytes: u64,
+    /// Memory that adapters may take.
+    pub adapter_bytes: u64,
     /// Memory for logits.
     pub logits_bytes: u64,
     /// Memory for partial results of attention.
@@ -69,6 +71,8 @@ pub struct MemoryPlan {
     pub workspace_bytes: u64,
     /// Memory that the weights will take.
     pub weight_bytes: u64,
+    /// Memory that adapters may take.
+    pub adapter_bytes: u64,
 }
 
 impl MemoryPlan {
@@ -137,7 +141,8 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
     let useful_blocks =
         (wanted_len as u64).div_ceil(block_size).saturating_mul(request.max_num_seqs as u64);
     let kv_cache_bytes = request.kv_cache_bytes.unwrap_or_else(|| {
-        let free = request.available_bytes.saturating_sub(weight_bytes);
+        let taken = weight_bytes + request.adapter_bytes;
+        let free = request.available_bytes.saturating_sub(taken);
         let share = match request.cache_share {
             CacheShare::Quarter => free / 4,
             CacheShare::Rest => free.saturating_sub(workspace_bytes(config, request)),
@@ -163,6 +168,7 @@ pub fn plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan,
         limited_by_cache: capacity < wanted_len,
         workspace_bytes: workspace_bytes(config, request),
         weight_bytes,
+        adapter_bytes: request.adapter_bytes,
     })
 }
 
@@ -214,6 +220,7 @@ mod tests {
             max_num_batched_tokens: 256,
             available_bytes: 8 << 30,
             weight_bytes: 500 << 20,
+            adapter_bytes: 0,
             logits_bytes: 32 * 151_936 * 8,
             attention_bytes: 0,
             expert_bytes: 0,

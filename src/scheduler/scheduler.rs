@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::kv::manager::OutOfBlocks;
-use crate::kv::{BlockId, KvCacheManager, Positions};
+use crate::kv::{BlockId, KvCacheManager, Positions, Root};
 use crate::scheduler::fairness::Shares;
 use crate::scheduler::prefill_budget::PrefillBudget;
 use crate::scheduler::priority::Rank;
@@ -16,7 +16,7 @@ use crate::scheduler::step::{
     SeqOutput, TokenLogprobs,
 };
 use crate::scheduler::step_cost::StepCost;
-use crate::scheduler::{SchedulerStats, SeqId};
+use crate::scheduler::{Adapter, SchedulerStats, SeqId};
 
 /// The bounds of a step.
 #[derive(Clone, Copy, Debug)]
@@ -173,7 +173,9 @@ impl Scheduler {
             None => Positions::Trained,
             Some(_) => Positions::Stretched,
         };
-        let blocks = self.kv.new_sequence(spec.cache_salt.as_deref(), positions);
+        let adapter = spec.adapter.as_ref().map(Adapter::id);
+        let blocks =
+            self.kv.new_sequence(Root { salt: spec.cache_salt.as_deref(), positions, adapter });
         let needs_room_for_output = usize::from(0 < spec.max_tokens);
         if self.config.max_model_len < spec.prompt.len() + needs_room_for_output {
             return Err(DoesNotFit);

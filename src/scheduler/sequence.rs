@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use crate::kv::{Pin, SequenceBlocks};
 use crate::sampling::params::SamplingParams;
-use crate::scheduler::SeqId;
 use crate::scheduler::acceptance::Acceptance;
 use crate::scheduler::fairness::FairnessId;
 use crate::scheduler::priority::{Priority, Rank};
@@ -13,6 +12,7 @@ use crate::scheduler::snapshot::WaitReason;
 use crate::scheduler::step::{
     PoolRequest, Pooling, PromptLogprobsRequest, SampleRequest, ScheduledSeq, TokenHistory, UNDRAWN,
 };
+use crate::scheduler::{Adapter, SeqId};
 use crate::text::TokenId;
 
 /// What a sequence is to become: one choice of a request.
@@ -45,6 +45,8 @@ pub struct SequenceSpec {
     /// Whether something else than its parameters, as a grammar, says what may come; then nothing is
     /// guessed.
     pub is_guided: bool,
+    /// What it is computed with beside the model.
+    pub adapter: Option<Adapter>,
 }
 
 impl SequenceSpec {
@@ -242,6 +244,7 @@ impl Sequence {
             sample: is_sampled.then(|| self.sample_request()),
             prompt_logprobs: self.prompt_logprobs_request(start, end),
             pool: self.pool_request(start, end),
+            adapter: self.spec.adapter.clone(),
             drawn_by: None,
         }
     }
@@ -260,6 +263,7 @@ impl Sequence {
             sample: None,
             prompt_logprobs: None,
             pool: None,
+            adapter: self.spec.adapter.clone(),
             drawn_by: Some(drawn_by),
         }
     }

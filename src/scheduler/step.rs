@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::kv::BlockTable;
 use crate::sampling::params::SamplingParams;
+pub use crate::scheduler::Adapter;
 use crate::scheduler::SeqId;
 use crate::text::{TokenBitmask, TokenId};
 
@@ -60,6 +61,8 @@ pub struct ScheduledSeq {
     pub prompt_logprobs: Option<PromptLogprobsRequest>,
     /// Present when hidden states are wanted instead of logits.
     pub pool: Option<PoolRequest>,
+    /// What the tokens are computed with beside the model.
+    pub adapter: Option<Adapter>,
     /// Present when the runner begins with the step while the one before is still drawing its only
     /// token: the place of the sequence there. Until it is drawn `tokens` holds [`UNDRAWN`], and
     /// `sample` is absent.

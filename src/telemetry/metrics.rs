@@ -4,6 +4,7 @@
 //! that dashboards and autoscalers work unchanged; what only we have begins with `qwen_`. Recorded
 //! at layer boundaries, never inside handlers. Without [`install`] recording does nothing.
 
+mod adapters;
 mod catalogue;
 mod engine;
 mod process;
@@ -15,6 +16,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
+pub use adapters::{AdaptedRequest, adapter_limit, adapters_held};
 #[allow(clippy::wildcard_imports, reason = "all of them are names of metrics")]
 use catalogue::*;
 pub use engine::{
@@ -30,6 +32,7 @@ pub use requests::{
 
 struct Installed {
     handle: PrometheusHandle,
+    model_name: String,
     at: Instant,
 }
 
@@ -45,7 +48,7 @@ pub fn install(model_name: &str) {
         metrics::set_global_recorder(recorder).ok()?;
         describe();
         engine::prepare();
-        Some(Installed { handle, at: Instant::now() })
+        Some(Installed { handle, model_name: model_name.to_owned(), at: Instant::now() })
     });
 }
 
@@ -109,6 +112,8 @@ fn begin_at_zero() {
         GPU_CACHE_USAGE,
         CPU_CACHE_USAGE,
         GPU_PREFIX_CACHE_HIT_RATE,
+        ADAPTERS_HELD,
+        ADAPTER_BYTES,
         LEDGER_UNWRITTEN_REQUESTS,
     ] {
         gauge!(name).set(0.0);
@@ -124,7 +129,7 @@ pub fn render() -> String {
     let Some(installed) = installed() else { return String::new() };
     gauge!(UPTIME).set(installed.at.elapsed().as_secs_f64());
     process::observe();
-    installed.handle.render()
+    installed.handle.render() + &adapters::render(&installed.model_name)
 }
 
 /// Sorts collected samples into their buckets, so that memory does not grow while nobody scrapes.
@@ -180,6 +185,7 @@ mod tests {
         request_expired();
         ledger_write_failed();
         ledger_unwritten(3);
+        adapters_held(1, 4096);
         scheduler_state(&SchedulerState {
             num_running: 2,
             num_waiting: 1,

@@ -12,6 +12,7 @@ use qwen_server::http::HttpLimits;
 use qwen_server::ledger::Ledger;
 use serde_json::{Map, Value, json};
 
+use crate::adapters;
 use crate::api_fake::{FakeServer, MODEL, chat, config, model, with};
 
 const CALL: &str = r#"Well.<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>"#;
@@ -465,6 +466,13 @@ async fn every_answer_is_what_is_described() {
     auditor.query = "?by=colour";
     assert_eq!(auditor.answer(&server, usage, "", Value::Null).await.0, 400);
     auditor.query = "";
+    adapters::described(&mut server, folder.path());
+    for (path, body) in [
+        ("/v1/load_lora_adapter", json!({"lora_name": "sql", "lora_path": "sql"})),
+        ("/v1/unload_lora_adapter", json!({"lora_name": "sql"})),
+    ] {
+        auditor.exchange(&server, ("post", path), "", body).await;
+    }
     // Whatever can be refused is refused once.
     let described = auditor.described();
     for line in described.iter().filter(|line| line.contains("4XX")) {

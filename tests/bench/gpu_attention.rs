@@ -153,8 +153,7 @@ fn measure(gpu: &Gpu, model: Model, caches: &[KvCache], row: &Row) -> Result<f64
     let queries: Vec<f32> = (0..shape.0 * shape.1).map(|i| (i as f32 * 0.7).sin()).collect();
     let q = Tensor::Gpu(GpuTensor::from_slice(gpu, &queries, DType::BF16, shape)?);
     let how = Attending { scale: (model.head_dim as f32).sqrt().recip(), window: None };
-    let attend =
-        || caches.iter().try_for_each(|kv| paged_attention(&q, kv, &meta, how).map(drop));
+    let attend = || caches.iter().try_for_each(|kv| paged_attention(&q, kv, &meta, how).map(drop));
     attend()?;
     let ((), graph) = gpu.capture(attend)?;
     gpu.replay(&graph)?;

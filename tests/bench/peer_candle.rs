@@ -90,6 +90,7 @@ fn load_ours(path: &Path) -> anyhow::Result<ModelRunner> {
         max_num_seqs: 1,
         max_num_batched_tokens: 512,
         num_threads: num_threads(),
+        adapters: (0, 0),
     };
     PlannedModel::open(path, options)?.load(|_| {})
 }
@@ -114,6 +115,7 @@ fn step_ours(runner: &mut ModelRunner, start: usize, tokens: Vec<u32>) -> anyhow
             pool: None,
             num_drafts: 0,
             token_before: None,
+            adapter: None,
             drawn_by: None,
             rope_start: 0,
         }],

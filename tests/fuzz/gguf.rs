@@ -55,6 +55,7 @@ pub(crate) fn options() -> LoadOptions {
         max_num_seqs: 4,
         max_num_batched_tokens: 64,
         num_threads: 1,
+        adapters: (0, 16),
     }
 }
 

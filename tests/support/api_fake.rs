@@ -4,7 +4,8 @@
 //! A prompt that contains `say:TEXT;` is answered with `TEXT` and the end of the sequence, any
 //! other with letters that depend on the choice, for ever, or on the seed if it says so. Behind
 //! `then:nan;` logits are not finite after the text, and behind `then:error;` the step fails. The
-//! runner reads the prompt back through the block table, so a misplaced block changes the answer.
+//! runner reads the prompt back through the block table, so a misplaced block changes the answer. An
+//! adapter is a text, with which every told answer ends; there are none unless a test makes some.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -317,6 +318,9 @@ impl FakeRunner {
         });
         let token = match script {
             Some(tokens) if done < tokens.len() => tokens[done],
+            Some(tokens) if done < tokens.len() + says(seq).len() => {
+                TokenId::from(says(seq).as_bytes()[done - tokens.len()])
+            }
             Some(_) if find(&prompt, "then:nan;").is_some() => return Err(SampleFault::Row),
             Some(_) if find(&prompt, "then:error;").is_some() => return Err(SampleFault::Step),
             Some(_) => IM_END,
@@ -341,6 +345,11 @@ impl FakeRunner {
         let logprobs = sample.params.logprobs.map(|num_top| logprobs(id, num_top));
         Ok(SampledToken { id, logprobs })
     }
+}
+
+/// The text of a sequence's adapter.
+fn says(seq: &ScheduledSeq) -> Arc<String> {
+    seq.adapter.as_ref().map(|adapter| adapter.weights().unwrap()).unwrap_or_default()
 }
 
 /// What goes wrong because a prompt says so.
@@ -391,7 +400,7 @@ impl Runner for FakeRunner {
                 sum.resize(2, 0.0);
                 sum[0] +=
                     seq.tokens[pool.rows.clone()].iter().map(|&id| f64::from(id)).sum::<f64>();
-                sum[1] += pool.rows.len() as f64;
+                sum[1] += (pool.rows.len() * (1 + says(seq).len())) as f64;
                 sum
             }),
             ..SeqOutput::default()

@@ -26,10 +26,8 @@ pub(super) fn describe(
     } else {
         String::new()
     };
-    let sharing = match engine.prefix_caching {
-        PrefixCaching::Enabled => "equal prefixes shared",
-        PrefixCaching::Disabled => "nothing shared",
-    };
+    let shares = engine.prefix_caching == PrefixCaching::Enabled;
+    let sharing = if shares { "equal prefixes shared" } else { "nothing shared" };
     let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
     if config.model.hosted_names == HostedNames::Answered {
         names.push("the names of DashScope's text models");
@@ -49,6 +47,7 @@ pub(super) fn describe(
         ("answers to", names.join(", ")),
         ("device", device(config, opened)),
         ("weights", weight_bytes),
+        ("adapters", adapters(config, plan.adapter_bytes)),
         ("workspace", format!("about {}", HumanBytes(plan.workspace_bytes))),
         (
             "KV cache",
@@ -81,6 +80,16 @@ pub(super) fn describe(
         let _ = writeln!(text, "{label:>12}  {meaning}");
     }
     text
+}
+
+fn adapters(config: &Config, reserved_bytes: u64) -> String {
+    let lora = &config.lora;
+    if !lora.is_on() {
+        return "none".to_owned();
+    }
+    let names: Vec<&str> = lora.modules.iter().map(|module| module.name.as_str()).collect();
+    let names = if names.is_empty() { "none yet".to_owned() } else { names.join(", ") };
+    format!("{names}; {} kept for rank {} at most", HumanBytes(reserved_bytes), lora.max_rank)
 }
 
 fn device(config: &Config, opened: &Opened) -> String {

@@ -64,9 +64,14 @@ pub(in crate::http) async fn models(
     };
     let page_no = number("page_no", 1, usize::MAX)?;
     let page_size = number("page_size", DEFAULT_PAGE, MAX_PAGE)?;
-    let names: Vec<String> = match field("model").map(unescape) {
-        Some(name) => Some(name).filter(|name| state.model.answers_to(name)).into_iter().collect(),
-        None => state.model.names().map(str::to_owned).collect(),
+    let names: Vec<String> = if let Some(name) = field("model").map(unescape) {
+        let is_here =
+            |name: &String| state.model.answers_to(name) || state.adapters.find(name).is_some();
+        Some(name).filter(is_here).into_iter().collect()
+    } else {
+        let adapters = state.adapters.all().into_iter();
+        let adapters = adapters.map(|listed| listed.adapter.name().to_string());
+        state.model.names().map(str::to_owned).chain(adapters).collect()
     };
     let names: Vec<String> = names.into_iter().filter(|name| caller.may_use(name)).collect();
     let total = names.len();

@@ -14,8 +14,15 @@ pub(super) const BUILD_INFO: &str = "qwen_build_info";
 pub(super) const READY: &str = "qwen_ready";
 pub(super) const ENGINE_UP: &str = "qwen_engine_up";
 pub(super) const ENGINE_STALLED: &str = "qwen_engine_stalled_seconds";
+pub(super) const ADAPTERS_HELD: &str = "qwen_adapters";
+pub(super) const ADAPTER_BYTES: &str = "qwen_adapter_bytes";
 pub(super) const UPTIME: &str = "qwen_uptime_seconds";
 pub(super) const HTTP_IN_FLIGHT: &str = "qwen_http_requests_in_flight";
+
+/// Written by itself, see `adapters`.
+pub(super) const LORA_REQUESTS: &str = "vllm:lora_requests_info";
+pub(super) const LORA_REQUESTS_HELP: &str =
+    "Adapters of requests that run and that wait, as labels; the value is the time.";
 
 pub(super) const PREFIX_CACHE_QUERIES: &str = "vllm:prefix_cache_queries_total";
 pub(super) const PREFIX_CACHE_HITS: &str = "vllm:prefix_cache_hits_total";
@@ -107,6 +114,8 @@ pub(super) const GAUGES: &[(&str, &str)] = &[
     (READY, "1 when requests are welcome: the model is loaded and nothing shuts down."),
     (ENGINE_UP, "1 unless the engine has given up."),
     (ENGINE_STALLED, "How long the running step has taken, if that is too long; else 0."),
+    (ADAPTERS_HELD, "Adapters in memory, also unloaded ones that requests still use."),
+    (ADAPTER_BYTES, "Memory that they take."),
     (UPTIME, "Time since the start."),
     (HTTP_IN_FLIGHT, "Requests whose answers have not been sent to their ends."),
     (LEDGER_UNWRITTEN_REQUESTS, "Requests whose usage waits in memory because writing it failed."),

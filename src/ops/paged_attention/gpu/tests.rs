@@ -7,7 +7,7 @@
 
 use half::{bf16, f16};
 
-use super::super::tests::{Batch, QWEN, SCALE, Seq, Setup};
+use super::super::tests::{Batch, QWEN, SCALE, Seq, Setup, TO_ALL};
 use super::super::{KvCacheShape, KvDtype, attend_on_cpu};
 use super::*;
 
