@@ -137,7 +137,7 @@ mod arguments {
             (&["serve", "--max-num-seqs", "0"], "0 is not in 1..=8192"),
             (&["serve", "--kv-cache-memory", "4G"], "expected a size such as 24MiB"),
             (&["serve", "--device", "gpu"], "expected auto, cpu or cuda:N"),
-            (&["serve", "--kv-cache-dtype", "q8"], "[possible values: f16, bf16, f32, fp8]"),
+            (&["serve", "--kv-cache-dtype", "q8"], "[possible values: f16, bf16, f32, fp8, q8_0]"),
             (&["bench", "--concurrency", "0"], "0 is not in 1..=1024"),
             (&["complete", "x", "--max-tokens", "x"], "'x' for '--max-tokens <N>'"),
         ];

@@ -253,7 +253,9 @@ impl<'a> Rows<'a> {
             let ((index, _), _, result) = task.into_inner().unwrap_or_else(PoisonError::into_inner);
             let (scored, drawn) = result.expect("every task was done");
             outputs[index].prompt_logprobs.extend(scored);
-            drawn.into_iter().for_each(|draw| outputs[index].push_draw(draw));
+            if let Some(draw) = drawn {
+                outputs[index].push_draw(draw);
+            }
         }
         Ok(())
     }

@@ -8,8 +8,7 @@
 //!
 //! A guess costs the computation of a token, so it is made where that pays: while it is expected to
 //! yield more tokens for its time than the step does without it. How likely guesses come true is
-//! observed for each sequence ([`Acceptance`](super::acceptance::Acceptance)), and how long steps take
-//! for all ([`StepCost`](super::step_cost::StepCost)).
+//! observed for each sequence (`acceptance`), and how long steps take for all (`step_cost`).
 
 use crate::scheduler::Scheduler;
 use crate::scheduler::acceptance::Source;
@@ -189,7 +188,9 @@ fn guess(
         Drafter::PromptLookup => &[Source::ShortMatch, Source::Match, Source::LongMatch],
     };
     if !sources.iter().any(|&source| is_worthwhile(seq.acceptance.rate(source))) {
-        sources.iter().for_each(|&source| seq.acceptance.skip(source));
+        for &source in sources {
+            seq.acceptance.skip(source);
+        }
         return None;
     }
     match drafter {

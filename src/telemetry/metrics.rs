@@ -195,6 +195,11 @@ mod tests {
             new_prefix_queries: 8,
             new_prefix_hits: 4,
         });
+        speculated(Speculated {
+            num_drafts: 1,
+            num_draft_tokens: 3,
+            num_accepted_per_position: &[1, 1, 0],
+        });
         let moment = Duration::from_millis(20);
         step_ended(&Step { duration: moment, num_tokens: 7, num_sequences: 2 });
         step_phase(StepPhase::Launch, moment);

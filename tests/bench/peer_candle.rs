@@ -15,7 +15,7 @@ use qwen_server::device::Device as ModelDevice;
 use qwen_server::kv::{BlockId, BlockTable};
 use qwen_server::ops::kv_cache::KvDtype;
 use qwen_server::runner::load::{LoadOptions, PlannedModel};
-use qwen_server::runner::model_runner::ModelRunner;
+use qwen_server::runner::{DraftedRunner, ModelRunner};
 use qwen_server::sampling::SamplingParams;
 use qwen_server::scheduler::SeqId;
 use qwen_server::scheduler::step::{
@@ -77,7 +77,7 @@ fn prompt(len: usize) -> Vec<u32> {
     (0..len as u32).map(|i| 1000 + i * 37 % 50_000).collect()
 }
 
-fn load_ours(path: &Path) -> anyhow::Result<ModelRunner> {
+fn load_ours(path: &Path) -> anyhow::Result<DraftedRunner<ModelRunner>> {
     let options = LoadOptions {
         device: ModelDevice::Cpu,
         gpu_memory_utilization: 0.9,
@@ -95,7 +95,11 @@ fn load_ours(path: &Path) -> anyhow::Result<ModelRunner> {
     PlannedModel::open(path, options)?.load(|_| {})
 }
 
-fn step_ours(runner: &mut ModelRunner, start: usize, tokens: Vec<u32>) -> anyhow::Result<u32> {
+fn step_ours(
+    runner: &mut DraftedRunner<ModelRunner>,
+    start: usize,
+    tokens: Vec<u32>,
+) -> anyhow::Result<u32> {
     let num_blocks = (start + tokens.len()).div_ceil(BLOCK_SIZE) as u32;
     let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
     let step = SchedulerOutput {
@@ -127,7 +131,7 @@ fn step_ours(runner: &mut ModelRunner, start: usize, tokens: Vec<u32>) -> anyhow
     Ok(sampled.id)
 }
 
-fn measure_ours(runner: &mut ModelRunner) -> anyhow::Result<Rates> {
+fn measure_ours(runner: &mut DraftedRunner<ModelRunner>) -> anyhow::Result<Rates> {
     let mut rates = Rates::default();
     for (index, &len) in PREFILL_TOKENS.iter().enumerate() {
         let start = Instant::now();

@@ -60,7 +60,12 @@ fn a_configuration_that_is_not_followed_is_refused_by_name() {
         (json!({"model_type": null}), "`model_type` is missing"),
         (json!({"architectures": ["Qwen2ForRewardModel"]}), "Qwen2ForRewardModel"),
         (json!({"hidden_act": "gelu"}), "the activation `gelu`"),
-        (json!({"use_sliding_window": true}), "use_sliding_window"),
+        (json!({"use_sliding_window": true, "sliding_window": 0}), "`sliding_window` of zero"),
+        (
+            json!({"use_sliding_window": true, "layer_types": ["linear_attention"]}),
+            "a layer of the type \"linear_attention\"",
+        ),
+        (json!({"use_sliding_window": true, "layer_types": []}), "one of `layer_types` for each"),
         (json!({"rope_scaling": {"type": "linear", "factor": 2.0}}), "type `linear`"),
         (json!({"rope_scaling": 3}), "`rope_scaling` is 3"),
         (json!({"hidden_size": -1}), "`hidden_size` is -1"),

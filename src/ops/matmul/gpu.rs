@@ -108,7 +108,7 @@ impl GpuMatrix {
     }
 
     /// The same for several matrices that differ in nothing but their weights, side by side in
-    /// memory: see [`GpuMatrix::multiply_by_experts`].
+    /// memory: see `multiply_by_experts`.
     ///
     /// # Errors
     /// As [`GpuMatrix::pack`], and if they differ.
