@@ -35,6 +35,8 @@ mod dummy;
 mod gpu;
 #[path = "models/kv_cache.rs"]
 mod kv_cache;
+#[path = "models/long_context.rs"]
+mod long_context;
 #[path = "models/lora.rs"]
 mod lora;
 #[path = "models/repositories.rs"]

@@ -119,7 +119,7 @@ impl Output {
         let mut dimensions: Vec<u64> = self.shape.iter().rev().map(|&size| size as u64).collect();
         if is_of_experts(&self.gguf_name) {
             dimensions.push(self.parts.len() as u64);
-        } else if is_router(&self.gguf_name) && dimensions[1] == 1 {
+        } else if is_router(&self.gguf_name) && dimensions.get(1) == Some(&1) {
             // The gate of the shared expert is a vector there.
             dimensions.pop();
         }

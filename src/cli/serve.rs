@@ -113,7 +113,8 @@ impl Server {
 
         metrics::install(&names[0]);
         // Before the weights: what is wrong with an adapter should be known soon.
-        let adapters = adapters::load(config, &planned, &names)?;
+        let (taken, patterns) = served_model::names(&config.model, &resolved)?;
+        let adapters = adapters::load(config, &planned, (&taken, patterns))?;
         adapters.observe();
         let engine_config = engine_config(&config.engine, &planned);
         // The tokenizer is built while the weights are packed.
@@ -239,6 +240,11 @@ fn find_model(config: &Config, device: Device) -> Result<(ResolvedModel, Planned
         if config.model.quantization.is_some() {
             let message = "`--quantization` has nothing to quantise with `--load-format dummy`";
             let hint = "pass a name with the quantisation, such as `qwen2.5-7b-instruct:q8_0`";
+            return Err(Hinted { message: message.to_owned(), hint: hint.to_owned() }.into());
+        }
+        if let Some(Speculative { source: DraftSource::Model(_), .. }) = config.engine.speculative {
+            let message = "a draft model has nothing to guess with `--load-format dummy`";
+            let hint = "pass `--speculative ngram`, or leave it out";
             return Err(Hinted { message: message.to_owned(), hint: hint.to_owned() }.into());
         }
         return dummy::make_up(name, options);

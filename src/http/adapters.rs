@@ -13,6 +13,9 @@ use crate::config::lora::check_name;
 use crate::engine::request::Adapter;
 use crate::telemetry::metrics;
 
+/// What is read of an adapter's directory.
+const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
 /// Weights that a runner can use.
 pub struct LoadedAdapter {
     /// As the runner knows them.
@@ -22,6 +25,7 @@ pub struct LoadedAdapter {
 }
 
 type Load = dyn Fn(&Path) -> Result<LoadedAdapter, String> + Send + Sync;
+type IsTaken = dyn Fn(&str) -> bool + Send + Sync;
 
 /// An adapter that requests can name.
 #[derive(Clone)]
@@ -44,14 +48,23 @@ pub struct Adapters {
     load: Box<Load>,
     /// Most adapters in memory.
     max: usize,
-    /// Names of the model itself.
-    taken: Vec<String>,
+    /// Whether the model itself answers to a name.
+    is_taken: Box<IsTaken>,
     /// Where others may be loaded from while the server runs.
-    root: Option<PathBuf>,
+    root: Option<Root>,
     /// In the order of loading.
     listed: RwLock<Vec<Listed>>,
-    /// Held by whoever loads: one at a time.
     held: Mutex<Vec<Held>>,
+    /// Locked by whoever loads or unloads: one at a time. Nobody who answers requests waits for it.
+    changing: Mutex<()>,
+}
+
+/// A directory below which adapters are.
+struct Root {
+    /// With its links followed.
+    real: PathBuf,
+    /// As clients may know it.
+    given: PathBuf,
 }
 
 /// Why an adapter was not loaded or unloaded. Nothing was changed.
@@ -66,8 +79,11 @@ pub enum AdapterError {
     /// An adapter of this name is there.
     #[error("`lora_name`: `{0}` is loaded; set `load_inplace` to replace it")]
     Taken(String),
-    /// The model is called this.
-    #[error("`lora_name`: `{0}` is a name of the model")]
+    /// The model answers to this, and would do so when the adapter is gone.
+    #[error(
+        "`lora_name`: `{0}` is a name of the model, its own or by `--alias` or `--dashscope-names`; \
+         call the adapter something else"
+    )]
     Model(String),
     /// The directory is not where adapters may be loaded from.
     #[error("`lora_path`: must be a directory below the server's `--lora-root`")]
@@ -110,17 +126,19 @@ impl Adapters {
         Self {
             load: Box::new(load),
             max,
-            taken: Vec::new(),
+            is_taken: Box::new(|_| false),
             root: None,
             listed: RwLock::default(),
             held: Mutex::default(),
+            changing: Mutex::default(),
         }
     }
 
-    /// Keeps names from being given to adapters.
+    /// Keeps names that the model answers to from being given to adapters: a request for one that is
+    /// gone would be answered by the model.
     #[must_use]
-    pub fn beside(self, names: &[String]) -> Self {
-        Self { taken: names.to_vec(), ..self }
+    pub fn beside(self, is_taken: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
+        Self { is_taken: Box::new(is_taken), ..self }
     }
 
     /// Lets adapters be loaded from below a directory while the server runs.
@@ -128,8 +146,8 @@ impl Adapters {
     /// # Errors
     /// If it is not there.
     pub fn below(self, root: &Path) -> std::io::Result<Self> {
-        let root = root.canonicalize()?;
-        root.read_dir()?;
+        let root = Root { real: root.canonicalize()?, given: std::path::absolute(root)? };
+        root.real.read_dir()?;
         Ok(Self { root: Some(root), ..self })
     }
 
@@ -156,17 +174,17 @@ impl Adapters {
 
     fn load(&self, name: &str, path: &Path, replaces: bool) -> Result<(), AdapterError> {
         check_name(name).map_err(AdapterError::Name)?;
-        if self.taken.iter().any(|taken| taken == name) {
+        if (self.is_taken)(name) {
             return Err(AdapterError::Model(name.to_owned()));
         }
-        let mut held = self.held();
+        let changing = self.changing();
         let is_listed = self.find(name).is_some();
         if is_listed && !replaces {
             return Err(AdapterError::Taken(name.to_owned()));
         }
         // The old one of a name is gone when the new one is there, unless requests have it.
         let num_listed = self.all().len() - usize::from(is_listed);
-        let num_held = held.len() - usize::from(is_listed);
+        let num_held = self.held().len() - usize::from(is_listed);
         if self.max <= num_listed {
             return Err(AdapterError::Full(self.max));
         }
@@ -175,16 +193,20 @@ impl Adapters {
         }
         let LoadedAdapter { weights, num_bytes } =
             (self.load)(path).map_err(AdapterError::Unusable)?;
-        held.push(Held { weights: Arc::downgrade(&weights), num_bytes });
+        self.held().push(Held { weights: Arc::downgrade(&weights), num_bytes });
         let adapter = Adapter::new(name, weights);
         let new = Listed { adapter, path: path.to_path_buf(), created: unix_seconds() };
-        {
+        let replaced = {
             let mut listed = self.listed.write().unwrap_or_else(PoisonError::into_inner);
-            listed.retain(|listed| **listed.adapter.name() != *name);
+            let old = listed.iter().position(|listed| **listed.adapter.name() == *name);
+            let replaced = old.map(|index| listed.remove(index));
             listed.push(new);
-        }
+            replaced
+        };
+        // Its memory is given back where nobody waits.
+        drop(replaced);
         tracing::info!(name, path = %path.display(), num_bytes, "adapter loaded");
-        drop(held);
+        drop(changing);
         self.observe();
         Ok(())
     }
@@ -195,7 +217,7 @@ impl Adapters {
             return Err(AdapterError::Closed);
         }
         // Not while one of the same name is being loaded.
-        let held = self.held();
+        let changing = self.changing();
         let removed = {
             let mut listed = self.listed.write().unwrap_or_else(PoisonError::into_inner);
             let index = listed.iter().position(|listed| **listed.adapter.name() == *name);
@@ -203,7 +225,7 @@ impl Adapters {
         };
         drop(removed.ok_or_else(|| AdapterError::Unknown(name.to_owned()))?);
         tracing::info!(name, "adapter unloaded");
-        drop(held);
+        drop(changing);
         self.observe();
         Ok(())
     }
@@ -217,6 +239,10 @@ impl Adapters {
     /// All of them, in the order of loading.
     pub(super) fn all(&self) -> Vec<Listed> {
         self.listed.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is in memory now.
@@ -238,24 +264,25 @@ impl Adapters {
 
 /// A directory below the root, links followed. What lies elsewhere is refused before anybody looks
 /// whether it is there.
-fn resolve(root: &Path, path: &str) -> Result<PathBuf, AdapterError> {
-    let joined = root.join(path);
+fn resolve(root: &Root, path: &str) -> Result<PathBuf, AdapterError> {
+    let Root { real: root, given } = root;
+    let below = Path::new(path).strip_prefix(given).unwrap_or(Path::new(path));
+    let joined = root.join(below);
     let is_plain = |part: Component<'_>| !matches!(part, Component::ParentDir | Component::CurDir);
-    if !joined.starts_with(root) || !joined.components().all(is_plain) || joined == root {
+    if !joined.starts_with(root) || !joined.components().all(is_plain) || joined == *root {
         return Err(AdapterError::Outside);
     }
     let missing = || AdapterError::Missing(path.to_owned());
-    let inside = |path: &Path| -> Result<PathBuf, AdapterError> {
-        let real = path.canonicalize().map_err(|_| missing())?;
-        if real.starts_with(root) { Ok(real) } else { Err(AdapterError::Outside) }
+    let inside = |path: &Path| match path.canonicalize() {
+        Ok(real) if real.starts_with(root) => Ok(Some(real)),
+        Ok(_) => Err(AdapterError::Outside),
+        Err(_) => Ok(None),
     };
-    let directory = inside(&joined)?;
-    if !directory.is_dir() {
-        return Err(missing());
-    }
-    // Its files may be links themselves, as in the hub's cache.
-    for entry in directory.read_dir().map_err(|_| missing())? {
-        inside(&entry.map_err(|_| missing())?.path())?;
+    let directory = inside(&joined)?.filter(|path| path.is_dir()).ok_or_else(missing)?;
+    // Its files may be links themselves, as in the hub's cache. Of one that is not there the loader
+    // speaks.
+    for file in ADAPTER_FILES {
+        inside(&directory.join(file))?;
     }
     Ok(directory)
 }

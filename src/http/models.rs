@@ -48,9 +48,13 @@ pub(super) async fn retrieve(
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
     let Path(id) = id.map_err(|_| ApiError::NotFound("the name is not UTF-8".into()))?;
+    // What is found is answered with: it may be unloaded at any time.
+    let listed = state.adapters.find(&id).filter(|_| caller.may_use(&id));
+    if let Some(listed) = listed {
+        return Ok(Json(adapter(&listed, &state)));
+    }
     check_model(&id, &state, &caller)?;
-    let listed = state.adapters.find(&id);
-    Ok(Json(listed.map_or_else(|| model(&id, &state), |listed| adapter(&listed, &state))))
+    Ok(Json(model(&id, &state)))
 }
 
 /// Requests must address the model by one of its names or an adapter, and one that their key allows.

@@ -4,9 +4,10 @@
 //! still in the cache. [`gate`] is for sums to which something is added first.
 #![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
 
-use candle_core::{DType, Result, bail};
+use candle_core::{DType, Result, Storage, bail};
 
 use super::grid::over_rows;
+use super::operand::contiguous;
 use super::rows::for_each_row_mut;
 use super::simd::{Isa, Kernel, LANES, Simd, load_padded, store_clipped};
 use super::tensor::{GpuTensor, Tensor};
@@ -34,11 +35,13 @@ pub fn gate(gate_up: &Tensor) -> Result<Tensor> {
     if !num_cols.is_multiple_of(2) {
         bail!("gates and ups are rows of {num_cols} values, not of pairs");
     }
-    let storage = gate_up.cpu()?.flatten_all()?.to_vec1::<f32>()?;
+    let (storage, layout) = gate_up.cpu()?.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { unreachable!("it is the processor's") };
+    let values = contiguous::<f32>("gates and ups", storage, layout)?;
     let width = num_cols / 2;
     let mut gated = vec![0.0; num_rows * width];
     for_each_row_mut(&mut gated, width, |row, out| {
-        let (gate, up) = storage[row * num_cols..(row + 1) * num_cols].split_at(width);
+        let (gate, up) = values[row * num_cols..(row + 1) * num_cols].split_at(width);
         Isa::best().run(SiluMul { gate, up, out });
     });
     Tensor::from_vec(gated, (num_rows, width), &Device::Cpu)

@@ -135,7 +135,8 @@ impl PlannedModel {
         let draft = draft
             .map(|draft| self.runner(draft, &draft_options(&self.options), num_blocks, &pool))
             .transpose()?;
-        Ok(DraftedRunner::new(target, draft, self.config.vocab_size))
+        let draft_size = self.draft.as_ref().map_or(0, |draft| draft.config.vocab_size);
+        Ok(DraftedRunner::new(target, draft, (self.config.vocab_size, draft_size)))
     }
 
     fn load_weights(

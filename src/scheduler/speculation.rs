@@ -82,7 +82,12 @@ impl Scheduler {
         for (chance, index) in
             guesses.into_iter().take(self.config.max_num_batched_tokens - num_tokens)
         {
-            if !is_worthwhile(chance, time, yielded) {
+            let is_late = self.step_cost.is_known()
+                && self
+                    .config
+                    .target_itl
+                    .is_some_and(|target| target.as_secs_f64() < time + cost.per_token);
+            if is_late || !is_worthwhile(chance, time, yielded) {
                 break;
             }
             candidates[index].num_taken += 1;
@@ -157,10 +162,12 @@ impl Scheduler {
         self.kv.trim(&mut seq.blocks, seq.num_computed_tokens);
         seq.acceptance.observe(scheduled.num_drafts, num_accepted);
         seq.is_drafter_behind = num_accepted == scheduled.num_drafts;
+        // Those behind a token that ends the sequence are nobody's.
+        let num_delivered = seq.num_computed_tokens - known_end;
         let stats = &mut self.stats.speculation;
         stats.num_drafts += 1;
         stats.num_draft_tokens += scheduled.num_drafts as u64;
-        for count in &mut stats.num_accepted_per_position[..num_accepted] {
+        for count in &mut stats.num_accepted_per_position[..num_delivered] {
             *count += 1;
         }
     }

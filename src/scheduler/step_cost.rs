@@ -60,9 +60,14 @@ impl StepCost {
         }
     }
 
+    /// Whether costs are in seconds: some step was observed.
+    pub(super) fn is_known(&self) -> bool {
+        0.0 < self.seconds
+    }
+
     /// What a step is expected to cost.
     pub(super) fn line(&self) -> Cost {
-        if self.seconds <= 0.0 {
+        if !self.is_known() {
             return Cost { fixed: 1.0, per_token: EXPECTED_SHARE };
         }
         let (tokens, seconds) = (self.tokens / self.weight, self.seconds / self.weight);

@@ -15,7 +15,8 @@ pub struct Quantization(GgmlDType);
 /// A name that means no such type.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "`{0}` is no type to quantise to; there are q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k and q8_0"
+    "`{0}` is no type to quantise to; there are q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k and q8_0 (which is \
+     as small as fp8 and closer to the floats)"
 )]
 pub struct UnknownQuantization(String);
 

@@ -121,6 +121,26 @@ async fn a_card_verifies_guesses() {
     }
 }
 
+/// Goal: a token that only the model has, among the padding of its vocabulary, harms nobody. Method: a
+/// draft model with a smaller one.
+#[tokio::test]
+async fn a_draft_model_may_have_less_padding() {
+    let (model, draft) = ("f32-tied.gguf", "mixed.gguf");
+    let checkpoint = |name: &str| planned(name, None, ROOMY).config.vocab_size;
+    assert!(checkpoint(draft) < checkpoint(model));
+    let mut prompt = prompts()[4].clone();
+    prompt[7] = checkpoint(model) as u32 - 1;
+    *prompt.last_mut().unwrap() = checkpoint(draft) as u32;
+    let plain = start_planned(&planned(model, None, ROOMY), ROOMY);
+    let planned = planned(model, Some(draft), ROOMY);
+    let guessing = start_speculating(&planned, ROOMY, Some(by(Drafter::Model)));
+    for index in 0..4 {
+        let expected = run(&plain, asked(index, &prompt)).await;
+        assert_same("padding", index, &run(&guessing, asked(index, &prompt)).await, &expected);
+    }
+    assert_eq!(guessing.stats().num_failed_steps, 0);
+}
+
 /// Goal: what cannot work is said before anything is loaded.
 #[test]
 fn a_draft_model_that_cannot_follow_is_refused() {

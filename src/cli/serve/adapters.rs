@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use crate::chat::model::NamePattern;
 use crate::cli::Hinted;
 use crate::config::{Config, LoraConfig};
 use crate::device::Device;
@@ -25,14 +26,14 @@ pub(super) fn refuse_cards(config: &LoraConfig, device: &Device) -> Result<()> {
     Err(Hinted { message: message.to_owned(), hint: hint.to_owned() }.into())
 }
 
-/// Loads what `--lora-modules` names; `names` are the model's own.
+/// Loads what `--lora-modules` names; `names` are the model's, and `patterns` of further ones.
 ///
 /// # Errors
 /// If one cannot be used. Nothing is served with an adapter missing.
 pub(super) fn load(
     config: &Config,
     planned: &Arc<PlannedModel>,
-    names: &[String],
+    (names, patterns): (&[String], Vec<NamePattern>),
 ) -> Result<Adapters> {
     let lora = &config.lora;
     if !lora.is_on() {
@@ -44,7 +45,10 @@ pub(super) fn load(
         let weights = weights.map_err(|error| format!("{error:#}"))?;
         Ok(LoadedAdapter { num_bytes: weights.num_bytes(), weights: Arc::new(weights) })
     });
-    let mut adapters = adapters.beside(names);
+    let taken = names.to_vec();
+    let mut adapters = adapters.beside(move |name| {
+        taken.iter().any(|taken| taken == name) || patterns.iter().any(|like| like.matches(name))
+    });
     if let Some(root) = &lora.root {
         adapters = adapters.below(root).with_context(|| {
             format!("`--lora-root {}` is no directory that can be read", root.display())

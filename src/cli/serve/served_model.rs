@@ -64,7 +64,7 @@ pub(super) fn build(
 
 /// The names that are listed, the one for answers first, and those with a `*`. A name for another
 /// model than this one would be answered by the wrong model.
-fn names(
+pub(super) fn names(
     config: &ModelConfig,
     resolved: &ResolvedModel,
 ) -> Result<(Vec<String>, Vec<NamePattern>)> {

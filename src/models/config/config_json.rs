@@ -9,8 +9,11 @@ use crate::weights::checkpoint::CheckpointError;
 use crate::weights::gguf::shown;
 use crate::weights::repository::{JsonFile, Repository, RepositoryError};
 
-/// What transformers takes where `max_window_layers` is missing.
+/// What transformers takes where `max_window_layers` or `sliding_window` is missing.
 const DEFAULT_WINDOW_LAYERS: usize = 28;
+const DEFAULT_WINDOW: usize = 4096;
+/// Nobody has so many layers, or experts.
+const MAX_COUNT: usize = 1 << 16;
 
 /// The architecture by its GGUF name: `qwen2_moe` is `qwen2moe` there.
 pub(super) fn architecture(config: &JsonFile) -> Result<String, RepositoryError> {
@@ -60,6 +63,9 @@ fn experts(config: &JsonFile) -> Result<Option<ExpertsConfig>, RepositoryError> 
         return Ok(None);
     };
     let num_experts_per_tok = config.size("num_experts_per_tok")?;
+    if MAX_COUNT < num_experts {
+        return Err(config.complaint("has more experts than any model"));
+    }
     if num_experts_per_tok == 0 || num_experts < num_experts_per_tok {
         return Err(config
             .complaint("has a `num_experts_per_tok` that is not between one and `num_experts`"));
@@ -85,11 +91,18 @@ fn sliding_window(config: &JsonFile) -> Result<Option<SlidingWindow>, Repository
     if config.optional_bool("use_sliding_window")? != Some(true) {
         return Ok(None);
     }
-    let Some(num_tokens) = config.optional_size("sliding_window")? else { return Ok(None) };
+    let is_stated = config.value().get("sliding_window").is_some();
+    let stated = config.optional_size("sliding_window")?;
+    let Some(num_tokens) = stated.or((!is_stated).then_some(DEFAULT_WINDOW)) else {
+        return Ok(None);
+    };
     if num_tokens == 0 {
         return Err(config.complaint("has a `sliding_window` of zero"));
     }
     let num_layers = config.size("num_hidden_layers")?;
+    if MAX_COUNT < num_layers {
+        return Err(config.complaint("has more `num_hidden_layers` than any model"));
+    }
     let layers = match config.value()["layer_types"].as_array() {
         None => {
             let first = config.optional_size("max_window_layers")?.unwrap_or(DEFAULT_WINDOW_LAYERS);

@@ -54,7 +54,7 @@ impl LoraConfig {
     /// # Errors
     /// If it is no configuration of LoRA, or asks for what is not supported.
     pub(super) fn open(path: &Path) -> Result<Self, RepositoryError> {
-        let file = JsonFile::open(path)?;
+        let file = JsonFile::open_small(path)?;
         let refuse = |text: String| Err(RepositoryError::new(path, Problem::Setting(text)));
         let kind = file.str("peft_type")?;
         if kind != "LORA" {

@@ -10,6 +10,8 @@ use crate::weights::gguf::shown;
 
 /// The largest file that is read into memory; a tokenizer has about 10 MB.
 const MAX_BYTES: u64 = 256 << 20;
+/// The largest description; what is parsed takes many times as much memory.
+const MAX_SMALL_BYTES: u64 = 1 << 20;
 
 /// An object in a file.
 #[derive(Clone, Debug)]
@@ -30,6 +32,16 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, RepositoryError> {
 }
 
 impl JsonFile {
+    /// Reads a file that describes something small.
+    pub fn open_small(path: &Path) -> Result<Self, RepositoryError> {
+        let is_small = path.metadata().is_ok_and(|metadata| metadata.len() <= MAX_SMALL_BYTES);
+        if path.exists() && !is_small {
+            let problem = Problem::Malformed("it has more than 1 MiB".to_owned());
+            return Err(RepositoryError::new(path, problem));
+        }
+        Self::open(path)
+    }
+
     /// Reads a file.
     pub fn open(path: &Path) -> Result<Self, RepositoryError> {
         let bytes = read(path)?;
