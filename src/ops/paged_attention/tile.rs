@@ -451,7 +451,11 @@ fn load_keys<S: Simd, E: Stored>(
         for first in (0..head_dim).step_by(LANES) {
             let end = head_dim.min(first + LANES);
             let columns = &mut panels[panel * head_dim..][first..end];
-            let mut rows = keys.map(|key| E::load(simd, key, first));
+            // In a closure the instructions that are enabled here would not be.
+            let mut rows = [simd.splat(0.0); LANES];
+            for (row, key) in rows.iter_mut().zip(keys) {
+                *row = E::load(simd, key, first);
+            }
             simd.transpose(&mut rows);
             for (column, row) in columns.iter_mut().zip(&rows) {
                 simd.store(&mut column[half * LANES..], *row);
