@@ -113,15 +113,15 @@ impl Server {
 
         metrics::install(&names[0]);
         // Before the weights: what is wrong with an adapter should be known soon.
-        let (taken, patterns) = served_model::names(&config.model, &resolved)?;
-        let adapters = adapters::load(config, &planned, (&taken, patterns))?;
+        let answers_to = served_model::names(&config.model, &resolved)?;
+        let adapters = adapters::load(config, &planned, &answers_to)?;
         adapters.observe();
         let engine_config = engine_config(&config.engine, &planned);
         // The tokenizer is built while the weights are packed.
         let to_load = Arc::clone(&planned);
         let (engine, engine_thread) =
             spawn(engine_config, move || load(&to_load).map_err(|error| format!("{error:#}")));
-        let served = served_model::build(&config.model, &resolved, &planned)?;
+        let served = served_model::build(&config.model, &resolved, &planned, answers_to)?;
         let mut state = AppState::new(engine.clone(), served, http_limits(config));
         state.adapters = Arc::new(adapters);
         state.keys = keys;
@@ -281,13 +281,10 @@ fn rope_scaling(choice: RopeScalingChoice, entry: Option<&Entry>) -> RopeScaling
 fn open(path: &Path, quantization: Option<&str>) -> Result<Checkpoint> {
     let open = || {
         let checkpoint = Checkpoint::open(path)?;
-        match quantization {
-            None => Ok(checkpoint),
-            Some(quantization) => Ok(checkpoint.quantized(quantization.parse()?)?),
-        }
+        let Some(quantization) = quantization else { return Ok(checkpoint) };
+        anyhow::Ok(checkpoint.quantized(quantization.parse()?)?)
     };
-    let opened: Result<Checkpoint> = open();
-    opened.with_context(|| format!("cannot load `{}`", path.display()))
+    open().with_context(|| format!("cannot load `{}`", path.display()))
 }
 
 /// Takes the addresses first: what is wrong with them should be known before a model is loaded.

@@ -33,7 +33,7 @@ pub(super) fn refuse_cards(config: &LoraConfig, device: &Device) -> Result<()> {
 pub(super) fn load(
     config: &Config,
     planned: &Arc<PlannedModel>,
-    (names, patterns): (&[String], Vec<NamePattern>),
+    (names, patterns): &(Vec<String>, Vec<NamePattern>),
 ) -> Result<Adapters> {
     let lora = &config.lora;
     if !lora.is_on() {
@@ -45,9 +45,9 @@ pub(super) fn load(
         let weights = weights.map_err(|error| format!("{error:#}"))?;
         Ok(LoadedAdapter { num_bytes: weights.num_bytes(), weights: Arc::new(weights) })
     });
-    let taken = names.to_vec();
+    let (taken, like) = (names.clone(), patterns.clone());
     let mut adapters = adapters.beside(move |name| {
-        taken.iter().any(|taken| taken == name) || patterns.iter().any(|like| like.matches(name))
+        taken.iter().any(|taken| taken == name) || like.iter().any(|like| like.matches(name))
     });
     if let Some(root) = &lora.root {
         adapters = adapters.below(root).with_context(|| {

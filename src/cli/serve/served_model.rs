@@ -21,7 +21,7 @@ use crate::sampling::params::GenerationDefaults;
 use crate::weights::catalogue::ToolCallFormat as CatalogueFormat;
 use crate::weights::resolve::ResolvedModel;
 
-/// Builds tokenizer and chat template, and settles what the model is called.
+/// Builds tokenizer and chat template of a model that answers to these [`names`].
 ///
 /// # Errors
 /// If the files hold no usable tokenizer, or a template that cannot be parsed.
@@ -29,6 +29,7 @@ pub(super) fn build(
     config: &ModelConfig,
     resolved: &ResolvedModel,
     planned: &PlannedModel,
+    (names, patterns): (Vec<String>, Vec<NamePattern>),
 ) -> Result<ServedModel> {
     let text = TextSide::read(planned.checkpoint.source(), planned.config.vocab_size)
         .with_context(|| format!("cannot serve `{}`", resolved.path.display()))?;
@@ -40,7 +41,6 @@ pub(super) fn build(
         .transpose()
         .context("the chat template of the model is unusable")?;
     let tokenizer = Arc::new(tokenizer);
-    let (names, patterns) = names(config, resolved)?;
     let mut names = names.into_iter();
     Ok(ServedModel {
         name: names.next().unwrap_or_else(|| resolved.name.clone()),
