@@ -23,6 +23,7 @@ pub mod quantize_rows;
 pub mod random_rows;
 pub mod rms_norm;
 pub mod rope;
+pub mod row_format;
 mod rows;
 pub mod sample;
 pub mod silu_mul;

@@ -53,7 +53,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
     ("models", &["layers", "weights"]),
     ("layers", &["ops", "weights"]),
-    ("weights", &["device"]),
+    ("weights", &["device", "ops::row_format"]),
     ("sampling::params", &[]),
     ("sampling", &["ops", "scheduler::step"]),
     ("scheduler", &["kv", "sampling::params", "sampling::SamplingParams"]),

@@ -19,6 +19,8 @@
 //   6 bits         word w has four more bits at field 2: low bits of pair 12 + m in word {0, 2, 3, 5}[m],
 //                  high bits in word {1, 1, 4, 4}[m], bits 0, 1 for even m and 2, 3 for odd m
 //   8 bits         words 0 to 3 hold the low four bits as the 4-bit format does, 4 to 7 the high ones
+//   floats         word 2j holds the four columns of product j in row g, 2j + 1 those in row g + 8: the first two in
+//                  the lower bytes of the half words, the others in the upper
 // In a tile the words 4i .. 4i + 4 of all lanes come first (16 bytes a lane), then a pair of words, then one.
 //
 // Unpacking: rotate, then one LOP3 keeps a field of both halves and sets the exponent of 2^BITS, which
@@ -26,6 +28,9 @@
 //   - for few tokens by products with a constant matrix, which start the sums of a scale group at
 //     -(2^BITS + offset) * sum(x): the tensor cores have time to spare there, the integer units have not;
 //   - for many by a packed addition, as an unpacked fragment then serves many products.
+//
+// Floats of 8 bits (E4M3) are bf16 numbers with fewer bits: sign, exponent and mantissa are shifted to their places, and
+// one packed multiplication by 2^120 makes up for the difference of the biases, exactly, also of subnormal numbers.
 #pragma once
 
 #include "copy.cuh"
@@ -41,6 +46,7 @@ enum class Scales {
     SUPER_MIN,      // tile [g][group of 32][row g, g + 8] {scale, minimum} u8; super [g][row g, g + 8] the same in f16
     SUPER_HALVES,   // tile [g][group of 16][row g, g + 8] u8, 128 more than the scale; super [g][row g, g + 8] f16
     SUPER_NIBBLES,  // tile [g][group of 16][row g, g + 8] low nibble scale, high minimum; super as SUPER_MIN
+    SINGLE,         // tile [g][row g, g + 8] f32; the weights are floats of 8 bits
 };
 
 constexpr int TILE_PRODUCTS = 4;
@@ -116,6 +122,12 @@ __device__ __forceinline__ uint32_t unpack_pair(const uint32_t* words, int index
     }
 }
 
+// The floats in the upper bytes of both halves.
+__device__ __forceinline__ uint32_t unpack_floats(uint32_t word) {
+    constexpr uint32_t POWER = both((127 + 120) << 7);
+    return mul_bf16x2(keep_or<0x07f007f0>(word >> 4, word & 0x80008000), POWER);
+}
+
 // The high nibbles of an 8-bit format as 256 + 16 q, whose mantissa is that of 16 + q.
 __device__ __forceinline__ uint32_t unpack_high_pair(const uint32_t* words, int index) {
     constexpr uint32_t ONE = both(bf16_of_integer(256));
@@ -126,6 +138,7 @@ template <int BITS_, Scales SCALES, int OFFSET>
 struct Format {
     static constexpr int BITS = BITS_;
     static constexpr bool IS_DENSE = false;
+    static constexpr bool IS_FLOAT = SCALES == Scales::SINGLE;
     static constexpr bool HAS_MIN =
         SCALES == Scales::HALF_MIN || SCALES == Scales::SUPER_MIN || SCALES == Scales::SUPER_NIBBLES;
     // Columns with one scale, and how many such groups and products of each a tile has.
@@ -134,9 +147,8 @@ struct Format {
     static constexpr int GROUP_PRODUCTS = RUN / 16;
     static constexpr int INTEGER_BYTES = TILE_ROWS * TILE_COLS * BITS / 8;
     static constexpr int TILE_BYTES = INTEGER_BYTES + (SCALES == Scales::HALF_MIN ? 128 : 64);
-    static constexpr int SUPER_BYTES = SCALES == Scales::HALF || SCALES == Scales::HALF_MIN ? 0
-                                       : SCALES == Scales::SUPER_HALVES                     ? 32
-                                                                                            : 64;
+    static constexpr int SUPER_BYTES =
+        SCALES == Scales::HALF || SCALES == Scales::HALF_MIN || IS_FLOAT ? 0 : SCALES == Scales::SUPER_HALVES ? 32 : 64;
     // In shared memory a tile is followed by its superscales.
     static constexpr int STAGE_BYTES = TILE_BYTES + SUPER_BYTES;
     // Added to what the unpacking yields, the integer minus its offset remains.
@@ -211,7 +223,9 @@ struct Format {
 
         // Scale of a group in row g (half 0) or g + 8 (half 1).
         __device__ __forceinline__ float scale(int group, int half) const {
-            if constexpr (SCALES == Scales::HALF) {
+            if constexpr (IS_FLOAT) {
+                return __uint_as_float(scales[half]);
+            } else if constexpr (SCALES == Scales::HALF) {
                 return half == 0 ? low_f16(scales[group]) : high_f16(scales[group]);
             } else if constexpr (SCALES == Scales::HALF_MIN) {
                 return low_f16(scales[2 * group + half]);
@@ -244,16 +258,20 @@ struct Format {
             return fmaf(large, shifted, large * -(32768.0f + BYTE_OFFSET));
         }
 
-        // For all token tiles d += (q + 2^BITS) x, for 8 bits (q + 272) x, of product j.
+        // For all token tiles d += (q + 2^BITS) x, for 8 bits (q + 272) x, for floats q x, of product j.
         template <int NT>
         __device__ __forceinline__ void multiply_raw(
             float (&d)[NT][4], int j, const uint32_t (&b)[NT][TILE_PRODUCTS][2]) const {
             uint32_t a[4];
+            if constexpr (IS_FLOAT) {
+                unpack(a, j);
+            } else {
 #pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = unpack_pair<BITS == 8 ? 4 : BITS>(words, 4 * j + i);
+                for (int i = 0; i < 4; i++) a[i] = unpack_pair<BITS == 8 ? 4 : BITS>(words, 4 * j + i);
+            }
 #pragma unroll
             for (int n = 0; n < NT; n++) mma_m16n8k16_bf16(d[n], a, b[n][j]);
-            if constexpr (BITS == 8) {
+            if constexpr (BITS == 8 && !IS_FLOAT) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) a[i] = unpack_high_pair(words + 4, 4 * j + i);
 #pragma unroll
@@ -261,8 +279,15 @@ struct Format {
             }
         }
 
-        // The A fragment of product j with exact integers q - offset.
+        // The A fragment of product j with exact integers q - offset, or floats.
         __device__ __forceinline__ void unpack(uint32_t (&a)[4], int j) const {
+            if constexpr (IS_FLOAT) {
+                for (int half = 0; half < 2; half++) {
+                    a[half] = unpack_floats(words[2 * j + half] << 8);
+                    a[half + 2] = unpack_floats(words[2 * j + half]);
+                }
+                return;
+            }
             constexpr uint32_t ONE = 0x3f803f80;
             for (int i = 0; i < 4; i++) {
                 const uint32_t low = unpack_pair<BITS == 8 ? 4 : BITS>(words, 4 * j + i);
@@ -279,7 +304,8 @@ struct Format {
     };
 };
 
-// GGUF types.
+// Floats of 8 bits, then GGUF types.
+using Fp8 = Format<8, Scales::SINGLE, 0>;
 using Q4_0 = Format<4, Scales::HALF, 8>;
 using Q4_1 = Format<4, Scales::HALF_MIN, 0>;
 using Q5_0 = Format<5, Scales::HALF, 16>;

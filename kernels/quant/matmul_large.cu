@@ -1,4 +1,4 @@
-// Quantised instances of the product in matmul_large.cuh: formats of GGUF, 32, 64 or 128 tokens a block.
+// Quantised instances of the product in matmul_large.cuh: formats of GGUF and fp8, 32, 64 or 128 tokens a block.
 #include "matmul_large.cuh"
 
 using namespace quant;
@@ -30,3 +30,4 @@ LARGE_ALL(q3_k, Q3_K)
 LARGE_ALL(q4_k, Q4_K)
 LARGE_ALL(q5_k, Q5_K)
 LARGE_ALL(q6_k, Q6_K)
+LARGE_ALL(fp8, Fp8)

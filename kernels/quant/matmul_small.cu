@@ -1,5 +1,5 @@
-// Quantised instances of the product in matmul_small.cuh: formats of GGUF; 1, 8 or 16 columns of tokens; 1, 2 or 4 row
-// tiles at a time.
+// Quantised instances of the product in matmul_small.cuh: formats of GGUF and fp8; 1, 8 or 16 columns of
+// tokens; 1, 2 or 4 row tiles at a time.
 #include "matmul_small.cuh"
 
 using namespace quant;
@@ -31,6 +31,7 @@ SMALL_ALL(q3_k, Q3_K)
 SMALL_ALL(q4_k, Q4_K)
 SMALL_ALL(q5_k, Q5_K)
 SMALL_ALL(q6_k, Q6_K)
+SMALL_ALL(fp8, Fp8)
 
 // Four tiles of 8-bit weights do not fit into the registers.
 SMALL(q4_0, Q4_0, 1, 4)

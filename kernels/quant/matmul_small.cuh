@@ -90,7 +90,7 @@ struct SmallSums {
     __device__ __forceinline__ void add_quantised(
         const uint8_t* stage, const uint32_t (&b)[NT][TILE_PRODUCTS][2], int lane) {
         // Of tokens 2t and 2t + 1 the sum over each scale group, times BIAS where there is no minimum; the same in
-        // both rows.
+        // both rows. Floats need none.
         constexpr uint32_t FACTOR = both(bf16_of_integer(F::HAS_MIN ? 1 : F::BIAS));
         const uint32_t factors[4] = {FACTOR, FACTOR, FACTOR, FACTOR};
         float x_sums[NT][F::GROUPS][4];
@@ -101,7 +101,7 @@ struct SmallSums {
 #pragma unroll
                 for (int c = 0; c < 4; c++) x_sums[n][k][c] = 0.0f;
 #pragma unroll
-                for (int j = 0; j < F::GROUP_PRODUCTS; j++) {
+                for (int j = 0; j < F::GROUP_PRODUCTS && !F::IS_FLOAT; j++) {
                     mma_m16n8k16_bf16(x_sums[n][k], factors, b[n][k * F::GROUP_PRODUCTS + j]);
                 }
             }

@@ -93,7 +93,7 @@ struct ModelFlags {
     /// Quantise weights that are floats as they are loaded: q4_k, q8_0, ...
     ///
     /// For GGUF files and directories with weights in BF16, F16, F32 or FP8: q2_k, q3_k, q4_0, q4_1,
-    /// q4_k, q5_0, q5_1, q5_k, q6_k or q8_0. Less memory and faster answers for less exact ones.
+    /// q4_k, q5_0, q5_1, q5_k, q6_k, q8_0 or fp8. Less memory and faster answers for less exact ones.
     /// `qwen-server quantize` does it once and keeps a file.
     #[arg(long, env = "QWEN_SERVER_QUANTIZATION", value_name = "TYPE")]
     #[arg(value_parser = quantization_name)]

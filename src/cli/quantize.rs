@@ -13,11 +13,11 @@ use super::text_side::TextSide;
 use crate::config::RopeScalingChoice;
 use crate::device::threads::ThreadPool;
 use crate::layers::attention::RopeScaling;
-use crate::layers::content::rows;
+use crate::layers::content::{gguf_rows, rows};
 use crate::models::{ModelConfig, registry};
 use crate::ops::gguf_blocks::{dequantize_row, row_bytes};
 use crate::text::TokenizerSpec;
-use crate::weights::checkpoint::{Checkpoint, Source, gguf_name};
+use crate::weights::checkpoint::{Checkpoint, Source, StoredMatrix, gguf_name};
 use crate::weights::gguf::printable;
 use crate::weights::gguf::writer::{ALIGNMENT, Writer};
 use crate::weights::quantize::Quantization;
@@ -27,7 +27,7 @@ use crate::weights::repository::Repository;
 ///
 /// Reads a directory as Hugging Face has them, with weights in BF16, F16, F32 or FP8. The file is
 /// served like any other GGUF file. `serve --quantization` does the same to weights as they are
-/// loaded, each time, and keeps no file.
+/// loaded, each time, and keeps no file; it also knows fp8, which GGUF files do not have.
 #[derive(Clone, Debug, clap::Args)]
 pub struct QuantizeArgs {
     /// The directory, with config.json, tokenizer.json and safetensors.
@@ -76,6 +76,9 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
         "{} is no directory; pass one with config.json and safetensors",
         input.display()
     );
+    let file_type = quantization.file_type().with_context(|| {
+        format!("GGUF files have no {quantization}; pass q8_0, or use `serve --quantization {quantization}`")
+    })?;
     let checkpoint = Checkpoint::open(&input)?.quantized(quantization)?;
     let Source::Repository(repository) = checkpoint.source() else {
         bail!("{} is no repository with safetensors", input.display());
@@ -86,7 +89,7 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
     let num_experts = config.experts.map_or(0, |experts| experts.num_experts);
     let outputs = outputs(&checkpoint, repository, num_experts)?;
     let mut writer = metadata(repository, &checkpoint, &config)?
-        .u32("general.file_type", quantization.file_type())
+        .u32("general.file_type", file_type)
         .u32("general.quantization_version", 2);
     for output in &outputs {
         writer =
@@ -193,7 +196,7 @@ fn output(
         [_] => (GgmlDType::F32, 1),
         [num_rows, _] if is_router(&gguf_name) => (GgmlDType::F32, num_rows),
         [num_rows, num_cols] => {
-            (checkpoint.matrix(name, num_rows, num_cols)?.row_dtype(), num_rows)
+            (row_dtype(&checkpoint.matrix(name, num_rows, num_cols)?), num_rows)
         }
         _ => bail!("the tensor `{}` has {} dimensions", printable(name), shape.len()),
     };
@@ -201,6 +204,11 @@ fn output(
     let num_bytes = (row_bytes(dtype, num_cols)? * num_rows) as u64;
     let (parts, shape) = (vec![name.to_owned()], shape.to_vec());
     Ok(Output { parts, gguf_name, shape, dtype, num_bytes })
+}
+
+/// What a matrix is written as: floats of eight bits that are not quantised become larger ones.
+fn row_dtype(matrix: &StoredMatrix) -> GgmlDType {
+    matrix.row_format().gguf().unwrap_or(matrix.dtype)
 }
 
 /// The keys that serving and other programs read, by the GGUF specification.
@@ -326,12 +334,13 @@ fn write_tensor(
         return Ok(());
     };
     let matrix = checkpoint.matrix(name, num_rows, num_cols)?;
-    let data = rows(&matrix)?;
-    if output.dtype == matrix.row_dtype() {
+    let dtype = row_dtype(&matrix);
+    let data = if matrix.row_format() == dtype.into() { rows } else { gguf_rows }(&matrix)?;
+    if output.dtype == dtype {
         file.write_all(&data)?;
     } else {
         let mut values = vec![0.0_f32; num_rows * num_cols];
-        dequantize_row(matrix.row_dtype(), &data, &mut values)?;
+        dequantize_row(dtype, &data, &mut values)?;
         for value in values {
             file.write_all(&value.to_le_bytes())?;
         }

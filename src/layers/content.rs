@@ -4,41 +4,47 @@ use std::borrow::Cow;
 
 use candle_core::Result;
 
-use crate::ops::fp8_weights::fp8_rows;
+use crate::ops::fp8_weights::{fp8_rows, half_rows};
 use crate::ops::grouped_weights::{GroupedSource, WordOrder, grouped_rows};
 use crate::ops::quantize_rows::quantize_rows;
 use crate::ops::random_rows::random_rows;
 use crate::weights::checkpoint::{Content, StoredMatrix};
 use crate::weights::scheme::{GroupedWeights, Packing};
 
-/// The rows of a matrix in the type that [`StoredMatrix::row_dtype`] says: those of the file as they
-/// are, or made of what is there instead. Uses the current thread pool.
+/// The rows of a matrix in the format that [`StoredMatrix::row_format`] says: those of the file as
+/// they are, or made of what is there instead. Uses the current thread pool.
 ///
 /// # Errors
 /// If the parts of a quantised matrix do not fit together, or a weight is not finite.
 pub fn rows(matrix: &StoredMatrix) -> Result<Cow<'_, [u8]>> {
-    let stored = stored_rows(matrix)?;
+    let shape = (matrix.num_rows, matrix.num_cols);
+    if let Some(fp8) = matrix.kept_fp8() {
+        return fp8_rows(matrix.bytes.as_ref(), shape, fp8.block, &fp8.scales).map(Cow::Owned);
+    }
+    let stored = gguf_rows(matrix)?;
     match matrix.quantize_to {
         None => Ok(stored),
-        Some(to) => {
-            let shape = (matrix.num_rows, matrix.num_cols);
-            quantize_rows(matrix.dtype, &stored, shape, to).map(Cow::Owned)
-        }
+        Some(to) => quantize_rows(matrix.dtype, &stored, shape, to).map(Cow::Owned),
     }
 }
 
-fn stored_rows(matrix: &StoredMatrix) -> Result<Cow<'_, [u8]>> {
+/// The rows of a matrix in its [`StoredMatrix::dtype`], before it is quantised. Uses the current
+/// thread pool.
+///
+/// # Errors
+/// As [`rows`].
+pub fn gguf_rows(matrix: &StoredMatrix) -> Result<Cow<'_, [u8]>> {
     let shape = (matrix.num_rows, matrix.num_cols);
     let bytes = matrix.bytes.as_ref();
     match &matrix.content {
         Content::Stored => Ok(Cow::Borrowed(bytes)),
         Content::Random { seed } | Content::RandomInPlace { seed } => {
-            random_rows(matrix.dtype, shape, *seed).map(Cow::Owned)
+            random_rows(matrix.dtype.into(), shape, *seed).map(Cow::Owned)
         }
         Content::Grouped(grouped) => {
             grouped_rows(&source(grouped, shape, bytes), matrix.dtype).map(Cow::Owned)
         }
-        Content::Fp8(fp8) => fp8_rows(bytes, shape, fp8.block, &fp8.scales).map(Cow::Owned),
+        Content::Fp8(fp8) => half_rows(bytes, shape, fp8.block, &fp8.scales).map(Cow::Owned),
     }
 }
 

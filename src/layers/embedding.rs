@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use candle_core::Result;
 
-use super::content::rows;
+use super::content::gguf_rows;
 use crate::ops::embedding::{EmbeddingTable, embedding};
 use crate::ops::indices::Indices;
 use crate::ops::tensor::{Device, Tensor};
@@ -25,14 +25,13 @@ impl Embedding {
         hidden_size: usize,
         device: &Device,
     ) -> anyhow::Result<Self> {
-        let mut matrix = checkpoint.matrix(&format!("{name}.weight"), vocab_size, hidden_size)?;
+        let matrix = checkpoint.matrix(&format!("{name}.weight"), vocab_size, hidden_size)?;
         if matrix.column_order().is_some() {
             anyhow::bail!("`{name}` has its columns ordered by activation, which is not supported");
         }
-        // Rows that stay in the file take no memory, so there is nothing to save.
-        matrix.quantize_to = None;
         let shape = (vocab_size, hidden_size);
-        let rows = rows(&matrix)?;
+        // Not quantised: rows that stay in the file take no memory, so there is nothing to save.
+        let rows = gguf_rows(&matrix)?;
         let num_bytes = rows.len();
         let table = match rows {
             Cow::Borrowed(_) => EmbeddingTable::new(matrix.bytes, matrix.dtype, shape)?,

@@ -229,14 +229,14 @@ fn pack_each(
 }
 
 fn source<'a>(matrix: &StoredMatrix, rows: &'a [u8]) -> MatrixSource<'a> {
-    MatrixSource { dtype: matrix.row_dtype(), data: rows, num_rows: matrix.num_rows }
+    MatrixSource { format: matrix.row_format(), data: rows, num_rows: matrix.num_rows }
 }
 
 /// What to make up of matrices that are best made up in place.
 fn random_sources(stored: &[StoredMatrix]) -> Option<Vec<RandomSource>> {
     let sources = stored.iter().map(|matrix| match matrix.content {
         Content::RandomInPlace { seed } => {
-            Some(RandomSource { dtype: matrix.dtype, num_rows: matrix.num_rows, seed })
+            Some(RandomSource { format: matrix.dtype.into(), num_rows: matrix.num_rows, seed })
         }
         _ => None,
     });

@@ -181,10 +181,10 @@ fn pack(
 ) -> Result<LowRank> {
     let (a, b) = (files.finite_bytes(module.a)?, files.finite_bytes(module.b)?);
     let matrix = |tensor: &TensorInfo, data| MatrixSource {
-        dtype: match tensor.dtype {
-            ElementType::F16 => GgmlDType::F16,
-            ElementType::BF16 => GgmlDType::BF16,
-            _ => GgmlDType::F32,
+        format: match tensor.dtype {
+            ElementType::F16 => GgmlDType::F16.into(),
+            ElementType::BF16 => GgmlDType::BF16.into(),
+            _ => GgmlDType::F32.into(),
         },
         data,
         num_rows: tensor.shape[0],

@@ -154,10 +154,10 @@ mod tests {
         let rounded = |values: Vec<f32>| values.into_iter().map(bf16::from_f32).collect();
         let [a, b]: [Vec<bf16>; 2] =
             [values(rank * num_inputs, rank), values(num_columns * rank, 3)].map(rounded);
-        let dtype = GgmlDType::BF16;
+        let format = GgmlDType::BF16.into();
         let source = LowRankSource {
-            a: MatrixSource { dtype, data: bytemuck::cast_slice(&a), num_rows: rank },
-            b: MatrixSource { dtype, data: bytemuck::cast_slice(&b), num_rows: num_columns },
+            a: MatrixSource { format, data: bytemuck::cast_slice(&a), num_rows: rank },
+            b: MatrixSource { format, data: bytemuck::cast_slice(&b), num_rows: num_columns },
             num_inputs,
             scale: 0.5,
             first_column,

@@ -17,6 +17,7 @@
 mod activations;
 mod buffer;
 mod format;
+mod fp8;
 mod gpu;
 mod kernel;
 mod pack;
@@ -28,7 +29,6 @@ mod simd;
 use std::sync::Arc;
 
 use candle_core::Tensor as CpuTensor;
-use candle_core::quantized::GgmlDType;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, bail};
 
 use self::activations::{Activations, Group, SumFactor, SumKind, groups};
@@ -39,8 +39,9 @@ use self::kernel::Kernels;
 use self::plan::{Epilogue, Plan};
 use self::simd::{Isa, LANES};
 use crate::device::threads::parallel_for;
-use crate::ops::gguf_blocks::{block_layout, row_bytes};
+use crate::ops::gguf_blocks::block_layout;
 use crate::ops::random_rows::random_rows;
+use crate::ops::row_format::RowFormat;
 use crate::ops::simd::Isa as FloatIsa;
 use crate::ops::tensor::{Device, GpuTensor, Tensor};
 
@@ -52,8 +53,8 @@ pub fn instruction_set() -> &'static str {
 /// Rows of weights as a file has them.
 #[derive(Clone, Copy)]
 pub struct MatrixSource<'a> {
-    /// Format of the blocks.
-    pub dtype: GgmlDType,
+    /// What the rows are made of.
+    pub format: RowFormat,
     /// The rows, one after the other.
     pub data: &'a [u8],
     /// How many rows there are.
@@ -63,8 +64,8 @@ pub struct MatrixSource<'a> {
 /// Rows of weights that nobody has, see [`crate::ops::random_rows`].
 #[derive(Clone, Copy, Debug)]
 pub struct RandomSource {
-    /// Format of the blocks.
-    pub dtype: GgmlDType,
+    /// What the rows are made of.
+    pub format: RowFormat,
     /// How many rows there are.
     pub num_rows: usize,
     /// Makes them differ from those of other matrices.
@@ -145,13 +146,13 @@ impl Weights {
     ) -> Result<Self> {
         let rows = sources
             .iter()
-            .map(|source| random_rows(source.dtype, (source.num_rows, num_cols), source.seed))
+            .map(|source| random_rows(source.format, (source.num_rows, num_cols), source.seed))
             .collect::<Result<Vec<_>>>()?;
         let sources: Vec<_> = sources
             .iter()
             .zip(&rows)
-            .map(|(&RandomSource { dtype, num_rows, .. }, data)| MatrixSource {
-                dtype,
+            .map(|(&RandomSource { format, num_rows, .. }, data)| MatrixSource {
+                format,
                 data,
                 num_rows,
             })
@@ -199,7 +200,7 @@ pub struct PackedMatrix {
 
 /// Consecutive rows of one format.
 struct Segment {
-    dtype: GgmlDType,
+    format: RowFormat,
     first_row: usize,
     num_rows: usize,
     panel_bytes: usize,
@@ -213,21 +214,21 @@ impl Segment {
 
     /// Blocks of a panel, or columns for floats.
     fn num_blocks(&self, num_cols: usize) -> usize {
-        if packed_layout(self.dtype).is_some() { num_cols / BLOCK } else { num_cols }
+        if packed_layout(self.format).is_some() { num_cols / BLOCK } else { num_cols }
     }
 
     /// Bytes of the integers of so many blocks.
     fn integer_bytes(&self, num_blocks: usize) -> usize {
-        packed_layout(self.dtype).map_or(0, |(bits, _)| num_blocks * bits * GROUP_BYTES)
+        packed_layout(self.format).map_or(0, |(bits, _)| num_blocks * bits * GROUP_BYTES)
     }
 
     /// Bytes of the scales of so many blocks.
     fn scale_bytes(&self, num_blocks: usize) -> usize {
-        packed_layout(self.dtype).map_or(0, |(_, kind)| kind.num_bytes(num_blocks))
+        packed_layout(self.format).map_or(0, |(_, kind)| kind.num_bytes(num_blocks))
     }
 
     fn sum_kind(&self) -> Option<SumKind> {
-        let layout = block_layout(self.dtype)?;
+        let layout = block_layout(self.format.gguf()?)?;
         let factor =
             if layout.offset == 0 { SumFactor::Scale } else { SumFactor::Offset(layout.offset) };
         Some(SumKind { halves: BLOCK / layout.run_len, factor })
@@ -283,20 +284,21 @@ impl PackedMatrix {
 }
 
 /// Bytes of a panel of sixteen rows.
-fn packed_panel_bytes(dtype: GgmlDType, num_cols: usize) -> usize {
-    match packed_layout(dtype) {
-        Some((bits, kind)) => panel_bytes(bits, kind, num_cols / BLOCK),
-        None => num_cols * LANES * dtype.type_size(),
+fn packed_panel_bytes(format: RowFormat, num_cols: usize) -> usize {
+    match (format, packed_layout(format)) {
+        (_, Some((bits, kind))) => panel_bytes(bits, kind, num_cols / BLOCK),
+        (RowFormat::Gguf(dtype), None) => num_cols * LANES * dtype.type_size(),
+        (RowFormat::Fp8, None) => fp8::panel_bytes(num_cols),
     }
 }
 
 /// Bytes that a source takes when it is packed.
 fn packed_len(source: &MatrixSource<'_>, num_cols: usize) -> Result<usize> {
-    let MatrixSource { dtype, data, num_rows } = *source;
-    if Some(data.len()) != row_bytes(dtype, num_cols)?.checked_mul(num_rows) {
-        bail!("{num_rows} rows of {num_cols} {dtype:?} weights are not {} bytes", data.len());
+    let MatrixSource { format, data, num_rows } = *source;
+    if Some(data.len()) != format.row_bytes(num_cols)?.checked_mul(num_rows) {
+        bail!("{num_rows} rows of {num_cols} {format} weights are not {} bytes", data.len());
     }
-    Ok(num_rows.div_ceil(LANES) * packed_panel_bytes(dtype, num_cols))
+    Ok(num_rows.div_ceil(LANES) * packed_panel_bytes(format, num_cols))
 }
 
 /// Packs into a zeroed buffer of [`packed_len`] bytes.
@@ -306,8 +308,8 @@ fn pack_segment(
     first_row: usize,
     mut buffer: Buffer,
 ) -> Segment {
-    let MatrixSource { dtype, data, num_rows } = *source;
-    let panel_bytes = packed_panel_bytes(dtype, num_cols);
+    let MatrixSource { format, data, num_rows } = *source;
+    let panel_bytes = packed_panel_bytes(format, num_cols);
     let row_bytes = data.len().checked_div(num_rows).unwrap_or(0);
     let num_panels = num_rows.div_ceil(LANES);
     let start = SharedMut(buffer.as_mut_ptr());
@@ -320,13 +322,15 @@ fn pack_segment(
         let rows: Vec<&[u8]> = (panel * LANES..last)
             .map(|row| &data[row * row_bytes..(row + 1) * row_bytes])
             .collect();
-        if packed_layout(dtype).is_some() {
-            pack::pack_quantized(dtype, &rows, num_cols, to);
-        } else {
-            pack::pack_dense(dtype.type_size(), &rows, to);
+        match format {
+            RowFormat::Fp8 => fp8::pack(&rows, num_cols, to),
+            RowFormat::Gguf(dtype) if packed_layout(format).is_some() => {
+                pack::pack_quantized(dtype, &rows, num_cols, to);
+            }
+            RowFormat::Gguf(dtype) => pack::pack_dense(dtype.type_size(), &rows, to),
         }
     });
-    Segment { dtype, first_row, num_rows, panel_bytes, data: buffer }
+    Segment { format, first_row, num_rows, panel_bytes, data: buffer }
 }
 
 /// A pointer that tasks share and write disjoint parts of.
@@ -471,7 +475,7 @@ fn multiply(isa: Isa, x: &[f32], w: &PackedMatrix, epilogue: Epilogue<'_>) -> Ve
     let activations = prepare(isa, x, w, &groups);
     let plan = Plan {
         w,
-        kernels: w.segments.iter().map(|segment| Kernels::new(isa, segment.dtype)).collect(),
+        kernels: w.segments.iter().map(|segment| Kernels::new(isa, segment.format)).collect(),
         groups: &groups,
         activations: &activations,
         epilogue,
@@ -516,8 +520,10 @@ fn prepare(isa: Isa, x: &[f32], w: &PackedMatrix, groups: &[Group]) -> Vec<Activ
 mod tests {
     use super::*;
     use crate::device::threads::ThreadPool;
-    use crate::ops::gguf_blocks::dequantize_row;
-    use crate::ops::gguf_blocks::tests::{ALL_DTYPES, Random, random_blocks};
+    use candle_core::quantized::GgmlDType;
+
+    use crate::ops::gguf_blocks::tests::Random;
+    use crate::ops::row_format::tests::{all_formats, dequantized, random_rows};
     use crate::ops::silu_mul::SiluMul;
 
     fn random_x(num_tokens: usize, num_cols: usize) -> Vec<f32> {
@@ -525,11 +531,10 @@ mod tests {
         (0..num_tokens * num_cols).map(|_| random.float()).collect()
     }
 
-    fn pack(dtype: GgmlDType, num_rows: usize, num_cols: usize) -> (Vec<f32>, PackedMatrix) {
-        let data = random_blocks(dtype, num_rows * num_cols, num_rows as u64);
-        let mut weights = vec![0.0; num_rows * num_cols];
-        dequantize_row(dtype, &data, &mut weights).unwrap();
-        let source = MatrixSource { dtype, data: &data, num_rows };
+    fn pack(format: RowFormat, num_rows: usize, num_cols: usize) -> (Vec<f32>, PackedMatrix) {
+        let data = random_rows(format, (num_rows, num_cols), num_rows as u64);
+        let weights = dequantized(format, &data, num_cols);
+        let source = MatrixSource { format, data: &data, num_rows };
         (weights, PackedMatrix::pack(&[source], num_cols).unwrap())
     }
 
@@ -554,17 +559,17 @@ mod tests {
     /// smaller one.
     #[test]
     fn every_format_and_shape_agrees_with_a_loop() {
-        for dtype in ALL_DTYPES {
+        for format in all_formats() {
             for (num_rows, num_blocks, num_tokens) in
                 [(1, 1, 1), (15, 2, 3), (16, 3, 2), (17, 1, 4), (64, 4, 9), (37, 2, 23)]
             {
-                let num_cols = num_blocks * dtype.block_size().max(32);
-                let (weights, packed) = pack(dtype, num_rows, num_cols);
+                let num_cols = num_blocks * format.block_len().max(32);
+                let (weights, packed) = pack(format, num_rows, num_cols);
                 let x = random_x(num_tokens, num_cols);
                 let found = multiply(Isa::detect(), &x, &packed, Epilogue::Store);
-                let limit = if block_layout(dtype).is_some() { 5e-4 } else { 1e-11 };
+                let limit = if packed_layout(format).is_some() { 5e-4 } else { 1e-11 };
                 let error = error(&found, &x, &weights, num_cols);
-                assert!(error < limit, "{dtype:?} {num_rows}x{num_cols}x{num_tokens}: {error:e}");
+                assert!(error < limit, "{format} {num_rows}x{num_cols}x{num_tokens}: {error:e}");
             }
         }
     }
@@ -573,9 +578,9 @@ mod tests {
     /// and many tokens.
     #[test]
     fn instruction_sets_agree_bit_by_bit() {
-        for dtype in ALL_DTYPES {
+        for format in all_formats() {
             let num_cols = 768;
-            let (_, packed) = pack(dtype, 35, num_cols);
+            let (_, packed) = pack(format, 35, num_cols);
             for num_tokens in [1, 7, 31] {
                 let x = random_x(num_tokens, num_cols);
                 let expected = multiply(Isa::Portable, &x, &packed, Epilogue::Store);
@@ -583,7 +588,7 @@ mod tests {
                     assert_eq!(
                         multiply(isa, &x, &packed, Epilogue::Store),
                         expected,
-                        "{dtype:?} {isa:?}"
+                        "{format} {isa:?}"
                     );
                 }
             }
@@ -592,10 +597,10 @@ mod tests {
 
     #[test]
     fn a_token_alone_and_in_a_batch_is_the_same_bits() {
-        for dtype in ALL_DTYPES {
+        for format in all_formats() {
             for isa in Isa::available() {
                 let num_cols = 768;
-                let (_, packed) = pack(dtype, 40, num_cols);
+                let (_, packed) = pack(format, 40, num_cols);
                 let x = random_x(29, num_cols);
                 for num_tokens in [29, 13, 6] {
                     let batch =
@@ -604,7 +609,7 @@ mod tests {
                         assert_eq!(
                             multiply(isa, x, &packed, Epilogue::Store),
                             row,
-                            "{dtype:?} {isa:?}"
+                            "{format} {isa:?}"
                         );
                     }
                 }
@@ -616,24 +621,25 @@ mod tests {
     fn stacked_formats_and_threads_change_nothing() {
         let num_cols = 256;
         let shapes = [
-            (GgmlDType::Q5_0, 33),
-            (GgmlDType::Q8_0, 16),
-            (GgmlDType::Q6K, 7),
-            (GgmlDType::F16, 20),
+            (GgmlDType::Q5_0.into(), 33),
+            (GgmlDType::Q8_0.into(), 16),
+            (RowFormat::Fp8, 19),
+            (GgmlDType::Q6K.into(), 7),
+            (GgmlDType::F16.into(), 20),
         ];
         let data: Vec<_> = shapes
             .iter()
-            .map(|&(dtype, num_rows)| random_blocks(dtype, num_rows * num_cols, 1))
+            .map(|&(format, num_rows)| random_rows(format, (num_rows, num_cols), 1))
             .collect();
         let sources: Vec<_> = shapes
             .iter()
             .zip(&data)
-            .map(|(&(dtype, num_rows), data)| MatrixSource { dtype, data, num_rows })
+            .map(|(&(format, num_rows), data)| MatrixSource { format, data, num_rows })
             .collect();
         let stacked = PackedMatrix::pack(&sources, num_cols).unwrap();
-        assert_eq!((stacked.num_rows(), stacked.num_cols()), (76, num_cols));
+        assert_eq!((stacked.num_rows(), stacked.num_cols()), (95, num_cols));
         let mut random = Random::new(2);
-        let bias: Vec<f32> = (0..76).map(|_| random.float()).collect();
+        let bias: Vec<f32> = (0..95).map(|_| random.float()).collect();
         for num_tokens in [1, 5, 40] {
             let x = random_x(num_tokens, num_cols);
             let expected = multiply(Isa::detect(), &x, &stacked, Epilogue::AddBias(&bias));
@@ -643,7 +649,7 @@ mod tests {
                 let alone = multiply(Isa::detect(), &x, &packed, Epilogue::Store);
                 for (t, rows) in alone.chunks_exact(packed.num_rows()).enumerate() {
                     for (row, value) in rows.iter().enumerate() {
-                        assert_eq!(expected[t * 76 + first + row], value + bias[first + row]);
+                        assert_eq!(expected[t * 95 + first + row], value + bias[first + row]);
                     }
                 }
                 first += packed.num_rows();
@@ -664,14 +670,15 @@ mod tests {
     fn gated_products_are_the_products_gated() {
         let num_cols = 768;
         for (gate, up) in [
-            (GgmlDType::Q5_0, GgmlDType::Q5_0),
-            (GgmlDType::Q4K, GgmlDType::Q6K),
-            (GgmlDType::Q8_0, GgmlDType::F16),
+            (GgmlDType::Q5_0.into(), GgmlDType::Q5_0.into()),
+            (GgmlDType::Q4K.into(), GgmlDType::Q6K.into()),
+            (GgmlDType::Q8_0.into(), GgmlDType::F16.into()),
+            (RowFormat::Fp8, RowFormat::Fp8),
         ] {
             for (num_rows, num_tokens) in [(32, 1), (40, 9), (23, 37), (7, 16)] {
-                let data =
-                    [gate, up].map(|dtype| random_blocks(dtype, num_rows * num_cols, dtype as u64));
-                let source = |dtype, data| MatrixSource { dtype, data, num_rows };
+                let rows = |(format, seed)| random_rows(format, (num_rows, num_cols), seed);
+                let data = [(gate, 1), (up, 2)].map(rows);
+                let source = |format, data| MatrixSource { format, data, num_rows };
                 let sources = [source(gate, &data[0][..]), source(up, &data[1][..])];
                 let packed = PackedMatrix::pack(&sources, num_cols).unwrap();
                 let x = random_x(num_tokens, num_cols);
@@ -684,25 +691,25 @@ mod tests {
                     FloatIsa::best().run(SiluMul { gate, up, out });
                 }
                 let found = multiply(isa, &x, &packed, Epilogue::SiluMul(FloatIsa::best()));
-                assert_eq!(found, expected, "{gate:?} {up:?} {num_rows} {num_tokens}");
+                assert_eq!(found, expected, "{gate} {up} {num_rows} {num_tokens}");
             }
         }
     }
 
     #[test]
     fn a_packed_matrix_is_about_as_large_as_its_file() {
-        for dtype in ALL_DTYPES {
+        for format in all_formats() {
             let (num_rows, num_cols) = (64, 1024);
-            let (_, packed) = pack(dtype, num_rows, num_cols);
-            let file = row_bytes(dtype, num_cols).unwrap() * num_rows;
+            let (_, packed) = pack(format, num_rows, num_cols);
+            let file = format.row_bytes(num_cols).unwrap() * num_rows;
             let ratio = packed.num_bytes() as f64 / file as f64;
-            assert!(ratio < 1.04, "{dtype:?}: {ratio}");
+            assert!(ratio < 1.04, "{format}: {ratio}");
         }
     }
 
     #[test]
     fn tensors_in_and_out() {
-        let (weights, packed) = pack(GgmlDType::F32, 3, 4);
+        let (weights, packed) = pack(GgmlDType::F32.into(), 3, 4);
         let packed = Arc::new(packed);
         let x = CpuTensor::from_vec(random_x(2, 4), (2, 4), &candle_core::Device::Cpu).unwrap();
         let bias = CpuTensor::new(&[1f32, 2.0, 3.0], &candle_core::Device::Cpu).unwrap();
@@ -718,12 +725,15 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_an_error() {
-        let source = |dtype, data, num_rows| MatrixSource { dtype, data, num_rows };
+        let source = |dtype: GgmlDType, data, num_rows| {
+            let format = dtype.into();
+            MatrixSource { format, data, num_rows }
+        };
         assert!(PackedMatrix::pack(&[source(GgmlDType::Q4_0, &[0; 36], 2)], 32).is_ok());
         assert!(PackedMatrix::pack(&[source(GgmlDType::Q4_0, &[0; 35], 2)], 32).is_err());
         assert!(PackedMatrix::pack(&[source(GgmlDType::Q4_0, &[0; 36], 1)], 33).is_err());
         assert!(PackedMatrix::pack(&[source(GgmlDType::Q4K, &[0; 144], 1)], 128).is_err());
-        let packed = Arc::new(pack(GgmlDType::Q8_0, 2, 32).1);
+        let packed = Arc::new(pack(GgmlDType::Q8_0.into(), 2, 32).1);
         let x =
             CpuTensor::zeros((1, 64), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
         assert!(matmul_on_cpu(&x, &packed, None).is_err());

@@ -11,7 +11,8 @@ use candle_core::Result;
 use candle_core::quantized::GgmlDType;
 use half::{bf16, f16};
 
-use super::gguf_blocks::row_bytes;
+use super::fp8_weights::{SCALED_COLS, row_bytes};
+use super::row_format::RowFormat;
 use crate::device::threads::parallel_for;
 
 /// Bytes that a task fills: enough to be worth waking a thread for.
@@ -22,13 +23,13 @@ const TASK_BYTES: usize = 1 << 20;
 /// # Errors
 /// If rows do not consist of whole blocks.
 pub fn random_rows(
-    dtype: GgmlDType,
+    format: RowFormat,
     (num_rows, num_cols): (usize, usize),
     seed: u64,
 ) -> Result<Vec<u8>> {
-    let mut data = vec![0; num_rows * row_bytes(dtype, num_cols)?];
-    let pattern = Pattern::new(dtype, num_cols);
-    let task_bytes = TASK_BYTES.next_multiple_of(dtype.type_size() * size_of::<u64>());
+    let mut data = vec![0; num_rows * format.row_bytes(num_cols)?];
+    let pattern = Pattern::new(format, num_cols);
+    let task_bytes = TASK_BYTES.next_multiple_of(pattern.block_bytes * size_of::<u64>());
     let parts: Vec<_> = data.chunks_mut(task_bytes).map(Mutex::new).collect();
     parallel_for(parts.len(), |index| {
         let mut part = parts[index].lock().unwrap_or_else(PoisonError::into_inner);
@@ -66,8 +67,9 @@ struct Pattern {
 }
 
 impl Pattern {
-    fn new(dtype: GgmlDType, num_cols: usize) -> Self {
+    fn new(format: RowFormat, num_cols: usize) -> Self {
         let wanted = (num_cols.max(1) as f32).sqrt().recip();
+        let RowFormat::Gguf(dtype) = format else { return Self::fp8(wanted, num_cols) };
         let mut pattern = Self {
             block_bytes: dtype.type_size(),
             factors: Vec::new(),
@@ -107,6 +109,21 @@ impl Pattern {
             }
         }
         pattern
+    }
+
+    /// Numbers from one to two, of either sign, times one scale. A row is a block.
+    fn fp8(wanted: f32, num_cols: usize) -> Self {
+        // The root of the mean square of 1 + m / 8.
+        let scale = wanted / 1.4657;
+        let places = (0..num_cols.div_ceil(SCALED_COLS)).map(|index| index * size_of::<f32>());
+        Self {
+            block_bytes: row_bytes(num_cols),
+            factors: places.map(|at| (at, scale.to_le_bytes().to_vec())).collect(),
+            fixed: &[],
+            random_bits: 0x8787_8787_8787_8787,
+            set_bits: 0x3838_3838_3838_3838,
+            has_random_sign: false,
+        }
     }
 
     fn set_float(&mut self, powers: u64, random_bits: u64) {
@@ -178,25 +195,24 @@ fn fixed_bytes(dtype: GgmlDType) -> &'static [(Range<usize>, u8)] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::gguf_blocks::dequantize_row;
-    use crate::ops::gguf_blocks::tests::ALL_DTYPES;
+    use crate::ops::row_format::tests::{all_formats, dequantized};
 
     /// Goal: weights are centred and as large as they should be. Method: moments of many.
     #[test]
     fn weights_are_spread_around_zero() {
-        for dtype in ALL_DTYPES {
+        for format in all_formats() {
             let (num_rows, num_cols) = (64, 1024);
-            let data = random_rows(dtype, (num_rows, num_cols), 5).unwrap();
-            let mut weights = vec![0.0; num_rows * num_cols];
-            dequantize_row(dtype, &data, &mut weights).unwrap();
+            let data = random_rows(format, (num_rows, num_cols), 5).unwrap();
+            let weights = dequantized(format, &data, num_cols);
             let count = weights.len() as f64;
             let mean = weights.iter().map(|weight| f64::from(*weight)).sum::<f64>() / count;
             let square = weights.iter().map(|weight| f64::from(*weight).powi(2)).sum::<f64>();
             let deviation = (square / count).sqrt() * (num_cols as f64).sqrt();
             // Floats have a power of two.
-            let expected = if dtype.block_size() == 1 { 0.49..1.01 } else { 0.97..1.03 };
-            assert!(expected.contains(&deviation), "{dtype:?} {deviation}");
-            assert!(mean.abs() * (num_cols as f64).sqrt() < 0.03, "{dtype:?} {mean}");
+            let is_float = format.gguf().is_some_and(|dtype| dtype.block_size() == 1);
+            let expected = if is_float { 0.49..1.01 } else { 0.97..1.03 };
+            assert!(expected.contains(&deviation), "{format} {deviation}");
+            assert!(mean.abs() * (num_cols as f64).sqrt() < 0.03, "{format} {mean}");
         }
     }
 
@@ -205,9 +221,10 @@ mod tests {
     fn the_same_seed_gives_the_same_rows() {
         let shape = (3000, 4096);
         let pool = crate::device::threads::ThreadPool::new(2);
-        let rows = random_rows(GgmlDType::Q4_0, shape, 1).unwrap();
-        assert_eq!(pool.install(|| random_rows(GgmlDType::Q4_0, shape, 1)).unwrap(), rows);
-        let other = random_rows(GgmlDType::Q4_0, shape, 2).unwrap();
+        let random_rows = |seed| random_rows(GgmlDType::Q4_0.into(), shape, seed).unwrap();
+        let rows = random_rows(1);
+        assert_eq!(pool.install(|| random_rows(1)), rows);
+        let other = random_rows(2);
         let num_equal = rows.iter().zip(&other).filter(|(a, b)| a == b).count();
         assert!(num_equal < rows.len() / 50 + rows.len() / 9);
         assert_ne!(rows[..1 << 16], rows[1 << 20..][..1 << 16]);

@@ -12,6 +12,7 @@ use super::repository::{Repository, RepositoryError};
 use super::safetensors::{ElementType, TensorInfo};
 use super::scheme::{Fp8Scales, GroupedWeights, Scheme};
 use super::tensor_bytes::TensorBytes;
+use crate::ops::row_format::RowFormat;
 
 /// Why a checkpoint cannot be used as the model it says it is.
 #[derive(Debug, thiserror::Error)]
@@ -105,10 +106,10 @@ const MAX_PORTABLE_BYTES: u64 = 2 << 30;
 
 /// A matrix as it lies in the file.
 pub struct StoredMatrix {
-    /// How its rows are encoded, maybe after something was done with the bytes.
+    /// What the bytes are as rows of a GGUF file, maybe after something was done with them.
     pub dtype: GgmlDType,
-    /// What the rows are to be quantised to then.
-    pub quantize_to: Option<GgmlDType>,
+    /// What such rows are to be quantised to then.
+    pub quantize_to: Option<RowFormat>,
     /// Rows (output features).
     pub num_rows: usize,
     /// Columns (input features).
@@ -128,8 +129,22 @@ struct Stored {
 
 impl StoredMatrix {
     /// How its rows are encoded after all has been done.
-    pub fn row_dtype(&self) -> GgmlDType {
-        self.quantize_to.unwrap_or(self.dtype)
+    pub fn row_format(&self) -> RowFormat {
+        match (self.kept_fp8(), self.quantize_to) {
+            (Some(_), _) => RowFormat::Fp8,
+            (None, Some(to)) => to,
+            (None, None) => self.dtype.into(),
+        }
+    }
+
+    /// The scales of floats of eight bits that stay what they are.
+    pub fn kept_fp8(&self) -> Option<&Fp8Scales> {
+        match (&self.content, self.quantize_to) {
+            (Content::Fp8(fp8), None | Some(RowFormat::Fp8)) => {
+                Some(&**fp8).filter(|fp8| fp8.fit_rows(self.num_cols))
+            }
+            _ => None,
+        }
     }
 
     /// The order in which the columns of its rows are to be found among activations, if it is not
@@ -267,9 +282,9 @@ impl Checkpoint {
             }
             name => name.to_owned(),
         };
-        to.target(&role, *num_cols, self.num_layers).map_or(num_bytes, |dtype| {
-            (num_rows * (num_cols / dtype.block_size()) * dtype.type_size()) as u64
-        })
+        let target = to.target(&role, *num_cols, self.num_layers);
+        let row_bytes = target.and_then(|format| format.row_bytes(*num_cols).ok());
+        row_bytes.map_or(num_bytes, |row_bytes| (num_rows * row_bytes) as u64)
     }
 
     /// How many weights of the model a repository's tensor holds.
@@ -324,7 +339,7 @@ impl Checkpoint {
         Ok(StoredMatrix { dtype, quantize_to, num_rows, num_cols, bytes, content })
     }
 
-    fn target(&self, name: &str, num_cols: usize) -> Option<GgmlDType> {
+    fn target(&self, name: &str, num_cols: usize) -> Option<RowFormat> {
         self.quantization?.target(name, num_cols, self.num_layers)
     }
 

@@ -7,31 +7,32 @@ use std::str::FromStr;
 use candle_core::quantized::GgmlDType;
 
 use super::gguf::dtype_name;
+use crate::ops::row_format::RowFormat;
 
 /// A type that floats can be quantised to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Quantization(GgmlDType);
+pub struct Quantization(RowFormat);
 
 /// A name that means no such type.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "`{0}` is no type to quantise to; there are q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k and q8_0 (which is \
-     as small as fp8 and closer to the floats)"
+    "`{0}` is no type to quantise to; there are q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0 and fp8"
 )]
 pub struct UnknownQuantization(String);
 
 impl Quantization {
-    const ALL: [GgmlDType; 10] = [
-        GgmlDType::Q2K,
-        GgmlDType::Q3K,
-        GgmlDType::Q4_0,
-        GgmlDType::Q4_1,
-        GgmlDType::Q4K,
-        GgmlDType::Q5_0,
-        GgmlDType::Q5_1,
-        GgmlDType::Q5K,
-        GgmlDType::Q6K,
-        GgmlDType::Q8_0,
+    const ALL: [RowFormat; 11] = [
+        RowFormat::Gguf(GgmlDType::Q2K),
+        RowFormat::Gguf(GgmlDType::Q3K),
+        RowFormat::Gguf(GgmlDType::Q4_0),
+        RowFormat::Gguf(GgmlDType::Q4_1),
+        RowFormat::Gguf(GgmlDType::Q4K),
+        RowFormat::Gguf(GgmlDType::Q5_0),
+        RowFormat::Gguf(GgmlDType::Q5_1),
+        RowFormat::Gguf(GgmlDType::Q5K),
+        RowFormat::Gguf(GgmlDType::Q6K),
+        RowFormat::Gguf(GgmlDType::Q8_0),
+        RowFormat::Fp8,
     ];
 
     /// The type for a parameter of a model with so many layers, by its Hugging Face name; `None`
@@ -41,18 +42,21 @@ impl Quantization {
     /// because every token goes through them. So do half of the projections that are the most
     /// sensitive, where the type has four or five: that is the mixture of the files called `Q4_K_M`
     /// and `Q5_K_M`. What is no projection, as the choice of experts, is small and stays exact.
-    /// Rows that do not consist of blocks of 256 get the next larger type with blocks of 32.
-    pub fn target(self, name: &str, num_cols: usize, num_layers: usize) -> Option<GgmlDType> {
+    /// Rows that do not consist of blocks of 256 get the next larger type with blocks of 32. Of
+    /// types with eight bits the integers are the closer ones: output head and embedding get those.
+    pub fn target(self, name: &str, num_cols: usize, num_layers: usize) -> Option<RowFormat> {
         let module = name.strip_suffix(".weight")?;
-        let is_mixture = matches!(self.0, GgmlDType::Q4K | GgmlDType::Q5K);
-        let wanted = match module.rsplit('.').next()? {
-            "lm_head" | "embed_tokens" if self.0 == GgmlDType::Q8_0 => GgmlDType::Q8_0,
-            "lm_head" | "embed_tokens" => GgmlDType::Q6K,
-            "v_proj" | "down_proj" if is_mixture && is_sensitive(module, num_layers) => {
+        let of_projections = self.0.gguf();
+        let is_mixture = matches!(of_projections, Some(GgmlDType::Q4K | GgmlDType::Q5K));
+        let wanted = match (module.rsplit('.').next()?, of_projections) {
+            ("lm_head" | "embed_tokens", None | Some(GgmlDType::Q8_0)) => GgmlDType::Q8_0,
+            ("lm_head" | "embed_tokens", _) => GgmlDType::Q6K,
+            ("v_proj" | "down_proj", _) if is_mixture && is_sensitive(module, num_layers) => {
                 GgmlDType::Q6K
             }
-            last if last.ends_with("_proj") => self.0,
-            _ => return None,
+            (last, _) if !last.ends_with("_proj") => return None,
+            (_, None) => return Some(self.0),
+            (_, Some(dtype)) => dtype,
         };
         let fits = |dtype: &GgmlDType| num_cols.is_multiple_of(dtype.block_size());
         let smaller_blocks = match wanted {
@@ -61,12 +65,12 @@ impl Quantization {
             GgmlDType::Q5K => GgmlDType::Q5_1,
             _ => GgmlDType::Q8_0,
         };
-        [wanted, smaller_blocks].into_iter().find(fits)
+        [wanted, smaller_blocks].into_iter().find(fits).map(RowFormat::from)
     }
 
-    /// The number that `general.file_type` has for files of this type.
-    pub fn file_type(self) -> u32 {
-        match self.0 {
+    /// The number that `general.file_type` has for files of this type, if there are any.
+    pub fn file_type(self) -> Option<u32> {
+        Some(match self.0.gguf()? {
             GgmlDType::Q4_0 => 2,
             GgmlDType::Q4_1 => 3,
             GgmlDType::Q5_0 => 8,
@@ -78,7 +82,7 @@ impl Quantization {
             GgmlDType::Q5K => 17,
             GgmlDType::Q6K => 18,
             _ => 7,
-        }
+        })
     }
 }
 
@@ -109,15 +113,18 @@ impl FromStr for Quantization {
             "int8" => "q8_0".to_owned(),
             name => name.to_owned(),
         };
-        let mut all = Self::ALL.into_iter();
-        let found = all.find(|dtype| dtype_name(*dtype).eq_ignore_ascii_case(&known));
-        found.map(Self).ok_or_else(|| UnknownQuantization(name.to_owned()))
+        let mut all = Self::ALL.into_iter().map(Self);
+        let found = all.find(|quantization| quantization.to_string() == known);
+        found.ok_or_else(|| UnknownQuantization(name.to_owned()))
     }
 }
 
 impl fmt::Display for Quantization {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(&dtype_name(self.0).to_lowercase())
+        match self.0 {
+            RowFormat::Gguf(dtype) => formatter.write_str(&dtype_name(dtype).to_lowercase()),
+            RowFormat::Fp8 => formatter.write_str("fp8"),
+        }
     }
 }
 
@@ -153,15 +160,19 @@ mod tests {
             ("q4_0", "model.layers.21.mlp.down_proj.weight", 512, Some(GgmlDType::Q4_0)),
             ("q4_k", "model.layers.0.self_attn.q_proj.bias", 512, None),
         ] {
+            let expected = expected.map(RowFormat::from);
             assert_eq!(target(quantization, name, num_cols), expected, "{quantization} {name}");
         }
+        assert_eq!(target("fp8", up, 40), Some(RowFormat::Fp8));
+        assert_eq!(target("fp8", "lm_head.weight", 896), Some(GgmlDType::Q8_0.into()));
+        assert_eq!(target("fp8", "model.layers.0.mlp.gate.weight", 512), None);
         for (name, same) in [("q4_k_m", "q4_k"), ("Q5_K_M", "q5_k"), ("int8", "q8_0")] {
             assert_eq!(name.parse::<Quantization>().unwrap(), same.parse().unwrap());
         }
         assert!("f16".parse::<Quantization>().is_err());
-        assert!(Quantization::ALL.iter().all(|dtype| {
-            let name = Quantization(*dtype).to_string();
-            name.parse::<Quantization>().is_ok_and(|parsed| parsed.0 == *dtype)
+        assert!(Quantization::ALL.iter().all(|format| {
+            let name = Quantization(*format).to_string();
+            name.parse::<Quantization>().is_ok_and(|parsed| parsed.0 == *format)
                 && UnknownQuantization(String::new()).to_string().contains(&name)
         }));
     }

@@ -104,7 +104,9 @@ impl Scheme {
                 "qzeros" | "scales" | "g_idx" => (0, 0),
                 _ => ordinary,
             },
-            Self::Fp8(_) if tensor.dtype == ElementType::F8E4M3 => (num_values, 2 * num_values),
+            Self::Fp8(fp8) if tensor.dtype == ElementType::F8E4M3 => {
+                (num_values, fp8.num_bytes(&tensor.shape))
+            }
             Self::Fp8(_) if suffix.contains("scale") => (0, 0),
             Self::Floats | Self::Fp8(_) => ordinary,
         }

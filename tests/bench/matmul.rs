@@ -16,22 +16,41 @@ use candle_core::{Device, Module, Tensor};
 use qwen_server::device::memory::keep_freed_memory;
 use qwen_server::device::threads::{ThreadPool, parallel_for};
 use qwen_server::ops::matmul::{MatrixSource, PackedMatrix, Weights, matmul};
+use qwen_server::ops::random_rows::random_rows;
+use qwen_server::ops::row_format::RowFormat;
 use qwen_server::ops::tensor::Tensor as Activations;
 
 struct Case {
     name: &'static str,
-    dtype: GgmlDType,
+    format: RowFormat,
     num_cols: usize,
     num_rows: usize,
 }
 
-const CASES: [Case; 6] = [
-    Case { name: "qkv", dtype: GgmlDType::Q5_0, num_cols: 896, num_rows: 1152 },
-    Case { name: "o", dtype: GgmlDType::Q5_0, num_cols: 896, num_rows: 896 },
-    Case { name: "gate_up", dtype: GgmlDType::Q5_0, num_cols: 896, num_rows: 9728 },
-    Case { name: "down", dtype: GgmlDType::Q6K, num_cols: 4864, num_rows: 896 },
-    Case { name: "down", dtype: GgmlDType::Q4K, num_cols: 4864, num_rows: 896 },
-    Case { name: "head", dtype: GgmlDType::Q8_0, num_cols: 896, num_rows: 151_936 },
+const CASES: [Case; 8] = [
+    Case { name: "qkv", format: RowFormat::Gguf(GgmlDType::Q5_0), num_cols: 896, num_rows: 1152 },
+    Case { name: "o", format: RowFormat::Gguf(GgmlDType::Q5_0), num_cols: 896, num_rows: 896 },
+    Case {
+        name: "gate_up",
+        format: RowFormat::Gguf(GgmlDType::Q5_0),
+        num_cols: 896,
+        num_rows: 9728,
+    },
+    Case { name: "down", format: RowFormat::Gguf(GgmlDType::Q6K), num_cols: 4864, num_rows: 896 },
+    Case { name: "down", format: RowFormat::Gguf(GgmlDType::Q4K), num_cols: 4864, num_rows: 896 },
+    Case {
+        name: "head",
+        format: RowFormat::Gguf(GgmlDType::Q8_0),
+        num_cols: 896,
+        num_rows: 151_936,
+    },
+    Case { name: "gate_up", format: RowFormat::Fp8, num_cols: 896, num_rows: 9728 },
+    Case {
+        name: "gate_up",
+        format: RowFormat::Gguf(GgmlDType::F16),
+        num_cols: 896,
+        num_rows: 9728,
+    },
 ];
 
 /// More than the last-level caches of the machines in question.
@@ -58,7 +77,7 @@ fn main() {
         );
         println!("|---|---|---|---|---|---|---|---|---|");
         for case in &CASES {
-            let format = format!("{:?}", case.dtype);
+            let format = case.format.to_string();
             if words.is_empty() || words.iter().any(|word| *word == case.name || *word == format) {
                 run(case, bandwidth, &counts, alone.is_empty());
             }
@@ -67,8 +86,9 @@ fn main() {
 }
 
 fn run(case: &Case, bandwidth: f64, counts: &[usize], with_candle: bool) {
-    let data = random_blocks(case);
-    let source = MatrixSource { dtype: case.dtype, data: &data, num_rows: case.num_rows };
+    let shape = (case.num_rows, case.num_cols);
+    let data = random_rows(case.format, shape, 1).expect("whole blocks");
+    let source = MatrixSource { format: case.format, data: &data, num_rows: case.num_rows };
     let num_copies = (WORKING_SET / data.len()).clamp(1, 64);
     let packed: Vec<_> = (0..num_copies)
         .map(|_| {
@@ -80,9 +100,12 @@ fn run(case: &Case, bandwidth: f64, counts: &[usize], with_candle: bool) {
         let packed = PackedMatrix::pack(&[source], case.num_cols);
         black_box(packed.expect("a valid matrix"));
     });
-    println!("| {} | {:?} | packing | {packing} | | | | | |", case.name, case.dtype);
-    let num_candles = if with_candle { num_copies } else { 0 };
-    let candles: Vec<_> = (0..num_candles).map(|_| candle_matrix(case, &data)).collect();
+    println!("| {} | {} | packing | {packing} | | | | | |", case.name, case.format);
+    let of_candle = case.format.gguf().filter(|_| with_candle);
+    let candles: Vec<_> = of_candle
+        .iter()
+        .flat_map(|dtype| (0..num_copies).map(|_| candle_matrix(*dtype, shape, &data)))
+        .collect();
     for &num_tokens in counts {
         if case.name == "head" && 64 < num_tokens {
             continue;
@@ -93,7 +116,7 @@ fn run(case: &Case, bandwidth: f64, counts: &[usize], with_candle: bool) {
         let ours = times(|turn| {
             black_box(matmul(&activations, &packed[turn % num_copies], None).expect("shapes fit"));
         });
-        let candle = with_candle.then(|| {
+        let candle = of_candle.map(|_| {
             times(|turn| {
                 black_box(candles[turn % num_copies].forward(&x).expect("shapes fit"));
             })
@@ -103,9 +126,9 @@ fn run(case: &Case, bandwidth: f64, counts: &[usize], with_candle: bool) {
         let rate = num_bytes as f64 / seconds;
         let macs = (num_tokens * case.num_rows * case.num_cols) as f64 / seconds;
         print!(
-            "| {} | {:?} | {num_tokens} | {ours} | {:.1} | {:.0} % | {:.0} |",
+            "| {} | {} | {num_tokens} | {ours} | {:.1} | {:.0} % | {:.0} |",
             case.name,
-            case.dtype,
+            case.format,
             rate / 1e9,
             100.0 * rate / bandwidth,
             macs / 1e9,
@@ -119,9 +142,9 @@ fn run(case: &Case, bandwidth: f64, counts: &[usize], with_candle: bool) {
     }
 }
 
-fn candle_matrix(case: &Case, data: &[u8]) -> QMatMul {
-    let storage = QStorage::from_data(Cow::Borrowed(data), &Device::Cpu, case.dtype);
-    let tensor = QTensor::new(storage.expect("valid data"), (case.num_rows, case.num_cols));
+fn candle_matrix(dtype: GgmlDType, shape: (usize, usize), data: &[u8]) -> QMatMul {
+    let storage = QStorage::from_data(Cow::Borrowed(data), &Device::Cpu, dtype);
+    let tensor = QTensor::new(storage.expect("valid data"), shape);
     QMatMul::from_qtensor(tensor.expect("a valid shape")).expect("a valid matrix")
 }
 
@@ -164,26 +187,4 @@ fn read_bandwidth() -> f64 {
         });
     });
     WORKING_SET as f64 / time.median.as_secs_f64()
-}
-
-/// Random bits with scales of about `0.001`.
-fn random_blocks(case: &Case) -> Vec<u8> {
-    let block_bytes = case.dtype.type_size();
-    let num_blocks = case.num_rows * case.num_cols / case.dtype.block_size();
-    let mut state = 1u64;
-    let mut data: Vec<u8> = (0..num_blocks * block_bytes)
-        .map(|_| {
-            state = state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
-            (state >> 56) as u8
-        })
-        .collect();
-    let scale = half::f16::from_f32(0.001).to_le_bytes();
-    let at = if case.dtype == GgmlDType::Q6K { block_bytes - 2 } else { 0 };
-    for block in data.chunks_exact_mut(block_bytes) {
-        block[at..at + 2].copy_from_slice(&scale);
-        if case.dtype == GgmlDType::Q4K {
-            block[2..4].copy_from_slice(&scale);
-        }
-    }
-    data
 }

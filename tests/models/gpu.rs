@@ -22,22 +22,25 @@ async fn a_card_computes_what_hugging_face_does() {
         return;
     }
     for (name, tolerance) in [
-        ("f32-tied", BF16_WEIGHTS),
-        ("bf16", BF16_ACTIVATIONS),
-        ("q8_0-hd128", BF16_ACTIVATIONS),
-        ("q4_0-gqa7", BF16_ACTIVATIONS),
-        ("mixed", BF16_ACTIVATIONS),
-        ("k-quants", BF16_ACTIVATIONS),
-        ("qwen3-q8_0", BF16_ACTIVATIONS),
-        ("qwen2moe-f16", BF16_EXPERTS),
-        ("qwen3moe-mixed", BF16_EXPERTS),
+        ("f32-tied.gguf", BF16_WEIGHTS),
+        ("bf16.gguf", BF16_ACTIVATIONS),
+        ("q8_0-hd128.gguf", BF16_ACTIVATIONS),
+        ("q4_0-gqa7.gguf", BF16_ACTIVATIONS),
+        ("mixed.gguf", BF16_ACTIVATIONS),
+        ("k-quants.gguf", BF16_ACTIVATIONS),
+        ("qwen3-q8_0.gguf", BF16_ACTIVATIONS),
+        ("qwen2moe-f16.gguf", BF16_EXPERTS),
+        ("qwen3moe-mixed.gguf", BF16_EXPERTS),
+        ("fp8-block", BF16_ACTIVATIONS),
+        ("fp8-block-qwen3moe", BF16_EXPERTS),
     ] {
-        compare_with_golden(&format!("{name}.gguf"), tolerance, ON_GPU).await;
+        compare_with_golden(name, tolerance, ON_GPU).await;
     }
 }
 
-/// Goal: replaying a recording is launching its kernels. Method: the same requests, alone and in
-/// company, with recordings and without; every step but the first two of each shape is a replay.
+/// Goal: replaying a recording is launching its kernels. Method: the same requests of one to eight
+/// choices, with recordings and without; every step but the first two of each shape is a replay.
+/// One request after the other: which prompts are computed together must not be chance here.
 #[tokio::test]
 async fn recorded_steps_give_the_bits_of_launched_ones() {
     if !has_gpu() {
@@ -45,9 +48,12 @@ async fn recorded_steps_give_the_bits_of_launched_ones() {
     }
     let eager = Setup { place: Place::Gpu(Execution::Eager), ..ROOMY };
     for model in EQUALITY_MODELS.map(tiny) {
-        let (recorded, launched) =
-            (together(&start(&model, ON_GPU)).await, together(&start(&model, eager)).await);
-        assert_eq!(recorded, launched);
+        let (recorded, launched) = (start(&model, ON_GPU), start(&model, eager));
+        for (n, prompt) in [1, 3, 8].into_iter().zip(prompts().iter().rev()) {
+            let request = || Request { n, ..request(prompt, 12, sampled(1)) };
+            let (found, expected) = (run(&recorded, request()), run(&launched, request()));
+            assert_same("recorded", n as usize, &found.await, &expected.await);
+        }
     }
 }
 

@@ -5,16 +5,20 @@ use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 use qwen_server::cli::quantize::{self, QuantizeArgs};
+use qwen_server::layers::content::rows;
 use qwen_server::ops::kv_cache::KvDtype;
+use qwen_server::ops::row_format::RowFormat;
 use qwen_server::runner::load::PlannedModel;
 use qwen_server::text::{Tokenizer, TokenizerSpec};
-use qwen_server::weights::checkpoint::Checkpoint;
+use qwen_server::weights::checkpoint::{Checkpoint, Source};
 use qwen_server::weights::gguf::Gguf;
+use qwen_server::weights::safetensors::ElementType;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{
-    REQUANTISED, ROOMY, Setup, compare_engine, load_options, start, start_planned, tiny, tokenizer,
+    REQUANTISED, REQUANTISED_TO_FP8, ROOMY, Setup, compare_engine, load_options, start,
+    start_planned, tiny, tokenizer,
 };
 
 fn copy(name: &str) -> TempDir {
@@ -104,21 +108,54 @@ const EXACT_CACHE: Setup = Setup { kv_cache_dtype: KvDtype::F32, ..ROOMY };
 #[tokio::test]
 async fn floats_may_be_quantised_as_they_are_loaded() {
     // Rows of 128 are no blocks of 256, so that `q6_k` has eight bits here too.
-    for (name, quantization) in
-        [("hf-f16", "q8_0"), ("hf-bf16", "q6_k"), ("hf-f32", "q8_0"), ("fp8-block", "q8_0")]
-    {
+    for (name, quantization) in [
+        ("hf-f16", "q8_0"),
+        ("hf-bf16", "q6_k"),
+        ("hf-f32", "q8_0"),
+        ("fp8-block", "q8_0"),
+        ("hf-qwen3", "fp8"),
+    ] {
         let open = || Checkpoint::open(&tiny(name)).unwrap();
         let checkpoint = open().quantized(quantization.parse().unwrap()).unwrap();
         assert!(checkpoint.quantization().ends_with(&format!("quantised to {quantization}")));
         let planned = PlannedModel::plan(checkpoint, load_options(EXACT_CACHE)).unwrap();
         assert!(planned.plan.weight_bytes < open().num_weight_bytes());
-        compare_engine(&start_planned(&planned, EXACT_CACHE), name, REQUANTISED).await;
+        let tolerance = if quantization == "fp8" { REQUANTISED_TO_FP8 } else { REQUANTISED };
+        compare_engine(&start_planned(&planned, EXACT_CACHE), name, tolerance).await;
     }
     for name in ["gptq-int4", "awq", "q8_0.gguf"] {
         let checkpoint = Checkpoint::open(&tiny(name)).unwrap();
         let error = checkpoint.quantized("q8_0".parse().unwrap()).err().unwrap().to_string();
         assert!(error.contains("already"), "{name}: {error}");
     }
+}
+
+/// Goal: floats of eight bits stay what they are, and take no more memory than their file.
+#[test]
+fn floats_of_eight_bits_are_kept() {
+    for name in ["fp8-block", "fp8-tensor", "fp8-channel", "fp8-block-qwen3moe"] {
+        let checkpoint = Checkpoint::open(&tiny(name)).unwrap();
+        let Source::Repository(repository) = checkpoint.source() else { unreachable!() };
+        let tensors = repository.tensors().filter(|tensor| tensor.dtype == ElementType::F8E4M3);
+        let names: Vec<_> =
+            tensors.map(|tensor| (tensor.name.clone(), tensor.shape.clone())).collect();
+        assert!(!names.is_empty());
+        let again = Checkpoint::open(&tiny(name)).unwrap().quantized("fp8".parse().unwrap());
+        let again = again.unwrap();
+        for (name, shape) in names {
+            let matrix = checkpoint.matrix(&name, shape[0], shape[1]).unwrap();
+            assert_eq!(matrix.row_format(), RowFormat::Fp8);
+            let data = rows(&matrix).unwrap();
+            assert_eq!(data.len(), shape[0] * (shape[1] + 4 * shape[1].div_ceil(128)));
+            let kept = again.matrix(&name, shape[0], shape[1]).unwrap();
+            assert_eq!(rows(&kept).unwrap(), data, "{name}");
+        }
+        let file_bytes = checkpoint.num_file_bytes() as f64;
+        assert!((checkpoint.num_weight_bytes() as f64) < 1.05 * file_bytes);
+    }
+    let output = Path::new("not-written.gguf");
+    let error = quantize_to("hf-f16", output, "fp8").unwrap_err().to_string();
+    assert!(error.contains("serve --quantization fp8"), "{error}");
 }
 
 /// Goal: the matrices of a layer's experts are one tensor, which choose experts as exactly as before.
@@ -149,10 +186,14 @@ async fn a_repository_with_experts_becomes_a_file() {
 }
 
 fn quantize(name: &str, output: &Path) -> anyhow::Result<()> {
+    quantize_to(name, output, "q8_0")
+}
+
+fn quantize_to(name: &str, output: &Path, quantization: &str) -> anyhow::Result<()> {
     quantize::run(QuantizeArgs {
         input: tiny(name),
         output: output.to_path_buf(),
-        quantization: "q8_0".parse().unwrap(),
+        quantization: quantization.parse().unwrap(),
         num_threads: Some(1),
     })
 }

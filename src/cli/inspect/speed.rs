@@ -17,8 +17,10 @@ use crate::config::{DeviceChoice, available_threads};
 use crate::device::Device;
 use crate::device::threads::ThreadPool;
 use crate::ops::matmul::{RandomSource, Stacking, Weights, instruction_set, matmul};
+use crate::ops::row_format::RowFormat;
 use crate::ops::tensor::Tensor;
 use crate::weights::gguf::dtype_name;
+use crate::weights::safetensors::ElementType;
 
 /// Weights to measure with: more than the caches of a processor hold, or enough to keep a card busy
 /// for longer than a launch takes.
@@ -59,11 +61,11 @@ pub(super) fn expect(
     tensors: &[TensorLine],
     experts: Option<(usize, usize)>,
 ) -> anyhow::Result<Option<ExpectedSpeed>> {
-    let Some(dtype) = main_type(tensors) else { return Ok(None) };
+    let Some(format) = main_format(tensors) else { return Ok(None) };
     let work = token_work(tensors, experts);
     let Opened { device, .. } = open(DeviceChoice::Auto)?;
     let pool = ThreadPool::new(available_threads().get());
-    let rates = pool.install(|| measure(dtype, &device))?;
+    let rates = pool.install(|| measure(format, &device))?;
     let device = match &device {
         Device::Cpu => format!("cpu, {} threads, {}", pool.num_threads(), instruction_set()),
         Device::Gpu(gpu) => gpu.properties().name.clone(),
@@ -75,9 +77,9 @@ pub(super) fn expect(
     }))
 }
 
-/// The type of most bytes of matrices.
-fn main_type(tensors: &[TensorLine]) -> Option<GgmlDType> {
-    const KNOWN: [GgmlDType; 13] = [
+/// The format of most bytes of matrices.
+fn main_format(tensors: &[TensorLine]) -> Option<RowFormat> {
+    const IN_GGUF: [GgmlDType; 13] = [
         GgmlDType::F32,
         GgmlDType::F16,
         GgmlDType::BF16,
@@ -93,14 +95,15 @@ fn main_type(tensors: &[TensorLine]) -> Option<GgmlDType> {
         GgmlDType::Q6K,
     ];
     let matrices = || tensors.iter().filter(|tensor| 1 < tensor.shape.len());
-    let num_bytes = |dtype: &GgmlDType| -> usize {
-        let name = dtype_name(*dtype);
+    let num_bytes = |format: &RowFormat| -> usize {
+        let name = format.gguf().map_or(ElementType::F8E4M3.name(), dtype_name);
         matrices().filter(|tensor| tensor.dtype == name).map(|tensor| tensor.num_bytes).sum()
     };
     let all: usize = matrices().map(|tensor| tensor.num_bytes).sum();
-    let found = KNOWN.into_iter().max_by_key(num_bytes)?;
+    let known = || IN_GGUF.into_iter().map(RowFormat::from).chain([RowFormat::Fp8]);
+    let found = known().max_by_key(num_bytes)?;
     // Packed integers of other formats are of no type known here.
-    (all < KNOWN.iter().map(num_bytes).sum::<usize>() * 2).then_some(found)
+    (all < known().map(|format| num_bytes(&format)).sum::<usize>() * 2).then_some(found)
 }
 
 /// An embedding is looked up, unless it is the output head too; of the experts a few take part.
@@ -125,14 +128,14 @@ fn token_work(tensors: &[TensorLine], experts: Option<(usize, usize)>) -> TokenW
 }
 
 /// Bytes of weights and multiplications a second.
-fn measure(dtype: GgmlDType, device: &Device) -> Result<TokenWork> {
+fn measure(format: RowFormat, device: &Device) -> Result<TokenWork> {
     let sample_bytes = match device {
         Device::Cpu => CPU_SAMPLE_BYTES,
         Device::Gpu(_) => GPU_SAMPLE_BYTES,
     };
-    let row_bytes = SAMPLE_COLS / dtype.block_size() * dtype.type_size();
+    let row_bytes = format.row_bytes(SAMPLE_COLS)?;
     let num_rows = (sample_bytes / row_bytes).next_multiple_of(64);
-    let source = RandomSource { dtype, num_rows, seed: 1 };
+    let source = RandomSource { format, num_rows, seed: 1 };
     let sample = [vec![source]];
     let weights = Weights::random_each(&sample, SAMPLE_COLS, Stacking::Below, device)?.remove(0);
     let seconds = |num_tokens: usize| -> Result<f64> {
@@ -189,10 +192,10 @@ mod tests {
         assert_eq!(work.num_products, 3200.0 + 65_536.0 * 3.0 + 256.0);
         tensors.push(line("output.weight", "Q8_0", &[100, 32], 3400));
         assert_eq!(token_work(&tensors, Some((2, 8))).num_bytes, work.num_bytes);
-        assert_eq!(main_type(&tensors), Some(GgmlDType::Q4K));
+        assert_eq!(main_format(&tensors), Some(GgmlDType::Q4K.into()));
         tensors.push(line("packed", "I32", &[1 << 20], 4 << 20));
         tensors.push(line("packed", "I32", &[1 << 20, 1], 4 << 20));
-        assert_eq!(main_type(&tensors), None);
+        assert_eq!(main_format(&tensors), None);
     }
 
     #[test]

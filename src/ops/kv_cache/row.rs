@@ -41,7 +41,7 @@ pub(in crate::ops) struct Q8_0Block {
 impl E4m3 {
     /// The nearest, of two the even one. What is too large becomes 448; a NaN stays one.
     #[inline(always)]
-    fn from_f32(x: f32) -> Self {
+    pub(in crate::ops) fn from_f32(x: f32) -> Self {
         let (sign, magnitude) = (x.to_bits() >> 24 & 0x80, x.abs());
         // Below 2^-6 they are multiples of 2^-9, the unit in the last place of 2^14.
         let small = (magnitude + 16_384.0).to_bits() & 0xf;
@@ -49,6 +49,10 @@ impl E4m3 {
         let large = (bits + 0x7_ffff + (bits >> 20 & 1)) >> 20;
         let rounded = if magnitude < 0.015_625 { small } else { large.wrapping_sub(120 << 3) };
         Self(if x.is_nan() { 0x7f } else { (sign | rounded & 0x7f) as u8 })
+    }
+
+    pub(in crate::ops) fn to_bits(self) -> u8 {
+        self.0
     }
 }
 

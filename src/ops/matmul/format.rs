@@ -25,6 +25,7 @@
 
 use candle_core::quantized::GgmlDType;
 
+use super::RowFormat;
 use super::simd::{LANES, Simd};
 
 /// Columns in a block.
@@ -83,9 +84,9 @@ impl ScaleKind {
     }
 }
 
-/// The bits and scales that a file format is packed to, or nothing for floats.
-pub(super) fn packed_layout(dtype: GgmlDType) -> Option<(usize, ScaleKind)> {
-    match dtype {
+/// The bits and scales that a format of integers is packed to, or nothing for floats.
+pub(super) fn packed_layout(format: RowFormat) -> Option<(usize, ScaleKind)> {
+    match format.gguf()? {
         GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => None,
         GgmlDType::Q4_0 => Some((4, ScaleKind::Half)),
         GgmlDType::Q4_1 => Some((4, ScaleKind::HalfMin)),

@@ -14,7 +14,6 @@ mod random;
 #[cfg(test)]
 mod tests;
 
-use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Result, bail};
 
 pub use self::experts::{GROUP_ROWS, RowOrder};
@@ -23,7 +22,7 @@ use self::pack::{RowTile, pack_dense};
 use super::{MatrixSource, SharedMut};
 use crate::device::gpu::{DenseOperands, DeviceBuffer, Gpu};
 use crate::device::threads::parallel_for;
-use crate::ops::gguf_blocks::row_bytes;
+use crate::ops::row_format::RowFormat;
 use crate::ops::silu_mul::{GateUpOrder, silu_mul};
 use crate::ops::tensor::GpuTensor;
 
@@ -124,7 +123,7 @@ impl GpuMatrix {
             .collect::<Result<_>>()?;
         let Some(first) = plans.first() else { return Ok(Vec::new()) };
         let shape = |plan: &[PlannedSegment<'_>]| -> Vec<_> {
-            plan.iter().map(|it| (it.rows.dtype(), it.rows.layout, it.rows.num_rows)).collect()
+            plan.iter().map(|it| (it.rows.format(), it.rows.layout, it.rows.num_rows)).collect()
         };
         if plans.iter().any(|plan| shape(plan) != shape(first)) {
             bail!(
@@ -282,14 +281,14 @@ fn plan_segments<'a>(
     stacking: Stacking,
 ) -> Result<Vec<PlannedSegment<'a>>> {
     if let (Stacking::Gated, [gate, up]) = (stacking, sources)
-        && gate.dtype == up.dtype
+        && gate.format == up.format
         && gate.num_rows == up.num_rows
     {
         return Ok(vec![plan_segment(sources, num_cols, 0, Interleaving::Gated)?]);
     }
     let mut first_row = 0;
     let mut planned = Vec::new();
-    for alike in sources.chunk_by(|a, b| a.dtype == b.dtype) {
+    for alike in sources.chunk_by(|a, b| a.format == b.format) {
         let segment = plan_segment(alike, num_cols, first_row, Interleaving::Plain)?;
         first_row += segment.rows.num_rows;
         planned.push(segment);
@@ -303,16 +302,16 @@ fn plan_segment<'a>(
     first_row: usize,
     layout: Interleaving,
 ) -> Result<PlannedSegment<'a>> {
-    let dtype = sources[0].dtype;
-    let row_bytes = row_bytes(dtype, num_cols)?;
+    let format = sources[0].format;
+    let row_bytes = format.row_bytes(num_cols)?;
     for MatrixSource { data, num_rows, .. } in sources {
         if Some(data.len()) != row_bytes.checked_mul(*num_rows) {
-            bail!("{num_rows} rows of {num_cols} {dtype:?} weights are not {} bytes", data.len());
+            bail!("{num_rows} rows of {num_cols} {format} weights are not {} bytes", data.len());
         }
     }
-    let weights = match packed_format(dtype) {
-        Some(format) => Weights::Packed(format),
-        None if dtype == GgmlDType::Q8K => bail!("there is no kernel for {dtype:?} weights"),
+    let weights = match packed_format(format) {
+        Some(packed) => Weights::Packed(packed),
+        None if format.block_len() != 1 => bail!("there is no kernel for {format} weights"),
         None => Weights::Dense { row_stride: num_cols },
     };
     if !num_cols.is_multiple_of(8) {
@@ -343,8 +342,8 @@ struct SourceRows<'a> {
 }
 
 impl SourceRows<'_> {
-    fn dtype(&self) -> GgmlDType {
-        self.sources[0].dtype
+    fn format(&self) -> RowFormat {
+        self.sources[0].format
     }
 
     fn num_row_tiles(&self) -> usize {
@@ -397,9 +396,10 @@ fn upload(
             let data: [_; TILE_ROWS] = std::array::from_fn(|i| rows.get(first + index, i));
             match weights {
                 Weights::Packed(format) => {
-                    RowTile::new(num_tiles).pack(format, rows.dtype(), &data, to);
+                    let from = (rows.format(), num_cols);
+                    RowTile::new(num_tiles).pack(format, from, &data, to);
                 }
-                Weights::Dense { row_stride } => pack_dense(rows.dtype(), &data, row_stride, to),
+                Weights::Dense { row_stride } => pack_dense(rows.format(), &data, row_stride, to),
             }
         });
         let range = first * tile_bytes..(first + count) * tile_bytes;

@@ -8,10 +8,12 @@ use std::ops::Range;
 
 use candle_core::quantized::GgmlDType;
 
+use super::RowFormat;
 use super::format::{
     BLOCK, Format, GROUP_BYTES, GROUPS, Half, HalfMin, SuperHalves, SuperMin, SuperNibbles,
     Unpacked, load_groups, unpacked_min_at, unpacked_scale_at,
 };
+use super::fp8;
 #[cfg(target_arch = "x86_64")]
 use super::pair::{PAIR_WIDTH, pair};
 #[cfg(target_arch = "x86_64")]
@@ -89,7 +91,11 @@ pub(super) struct Unpacking {
 }
 
 impl Kernels {
-    pub(super) fn new(isa: Isa, dtype: GgmlDType) -> Self {
+    pub(super) fn new(isa: Isa, format: RowFormat) -> Self {
+        let dtype = match format {
+            RowFormat::Gguf(dtype) => dtype,
+            RowFormat::Fp8 => return Self { by_width: fp8::by_width(isa), unpacking: None },
+        };
         match dtype {
             GgmlDType::F32 => dense::<F32>(isa),
             GgmlDType::F16 => dense::<F16>(isa),
@@ -318,7 +324,7 @@ unsafe fn panel<S: Simd, F: Format, const T: usize>(args: &PanelArgs) {
 /// # Safety
 /// As for [`Simd`]; there is a tile.
 #[inline(always)]
-unsafe fn load_tile<S: Simd, const T: usize>(tile: *const Tile) -> [S::Floats; T] {
+pub(super) unsafe fn load_tile<S: Simd, const T: usize>(tile: *const Tile) -> [S::Floats; T] {
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [S::splat(0.0); T];
@@ -334,7 +340,7 @@ unsafe fn load_tile<S: Simd, const T: usize>(tile: *const Tile) -> [S::Floats; T
 /// # Safety
 /// As for [`load_tile`].
 #[inline(always)]
-unsafe fn store_tile<S: Simd, const T: usize>(sums: [S::Floats; T], tile: *mut Tile) {
+pub(super) unsafe fn store_tile<S: Simd, const T: usize>(sums: [S::Floats; T], tile: *mut Tile) {
     // SAFETY: the caller's promise.
     unsafe {
         let mut t = 0;

@@ -9,7 +9,7 @@ use crate::ops::gguf_blocks::{QuantBlock, block_layout, read_block};
 
 /// Packs up to sixteen rows of blocks into a zeroed panel.
 pub(super) fn pack_quantized(dtype: GgmlDType, rows: &[&[u8]], num_cols: usize, panel: &mut [u8]) {
-    let (bits, kind) = packed_layout(dtype).expect("the caller packs floats otherwise");
+    let (bits, kind) = packed_layout(dtype.into()).expect("the caller packs floats otherwise");
     let run_len = block_layout(dtype).expect("an integer format").run_len;
     let block_len = dtype.block_size();
     let (quants, scales) = panel.split_at_mut(num_cols / BLOCK * bits * GROUP_BYTES);

@@ -207,7 +207,7 @@ impl Plan<'_> {
             let stride = max_unpacked_bytes(CHUNK_BLOCKS);
             let to: *mut u8 = scratch.as_mut_ptr().cast();
             let is_same = couple.second.is_some_and(|second| {
-                self.segment(second).dtype == self.segment(couple.first).dtype
+                self.segment(second).format == self.segment(couple.first).format
             });
             for start in (0..num_blocks).step_by(CHUNK_BLOCKS) {
                 let blocks = start..num_blocks.min(start + CHUNK_BLOCKS);

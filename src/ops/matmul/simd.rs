@@ -149,6 +149,8 @@ pub(super) trait Simd: Copy {
     unsafe fn load_f32(from: *const f32) -> Self::Floats;
     unsafe fn load_f16(from: *const u8) -> Self::Floats;
     unsafe fn load_bf16(from: *const u8) -> Self::Floats;
+    /// Eight-bit floats (E4M3), smaller by 2^8 than they are.
+    unsafe fn load_e4m3(from: *const u8) -> Self::Floats;
     unsafe fn load_i8(from: *const u8) -> Self::Floats;
     /// The low four bits of each byte.
     unsafe fn load_low_nibbles(from: *const u8) -> Self::Floats;

@@ -15,6 +15,7 @@ use super::{
     CheckpointError, Content, JsonFile, Repository, RepositoryError, StoredMatrix, check_shape,
     floats,
 };
+use crate::ops::row_format::RowFormat;
 use crate::weights::gguf::shown;
 
 /// How weights of eight-bit floats are scaled.
@@ -31,6 +32,13 @@ pub struct Fp8Scales {
     pub block: (usize, usize),
     /// `[blocks of rows][blocks of columns]`
     pub scales: Vec<f32>,
+}
+
+impl Fp8Scales {
+    /// Whether products can be computed with the weights as they are.
+    pub fn fit_rows(&self, num_cols: usize) -> bool {
+        RowFormat::fits_fp8(self.block.1, num_cols)
+    }
 }
 
 impl Fp8 {
@@ -82,6 +90,17 @@ impl Fp8 {
             Some((rows, cols)) => format!("FP8 e4m3, blocks of {rows} x {cols}"),
             None => "FP8 e4m3".to_owned(),
         }
+    }
+
+    /// Bytes that so many weights take in memory, a row being wider than its blocks are.
+    pub(super) fn num_bytes(&self, shape: &[usize]) -> u64 {
+        let num_cols = shape.last().copied().unwrap_or(0);
+        let num_rows: usize = shape.iter().rev().skip(1).product();
+        let format = match self.block {
+            Some((_, cols)) if !RowFormat::fits_fp8(cols, num_cols) => GgmlDType::F16.into(),
+            _ => RowFormat::Fp8,
+        };
+        (num_rows * format.row_bytes(num_cols).unwrap_or(0)) as u64
     }
 
     pub(super) fn matrix(

@@ -7,6 +7,8 @@ use super::super::CpuRoutes;
 use super::*;
 use crate::ops::gguf_blocks::tests::{Random, random_blocks};
 use crate::ops::matmul::{MatrixSource, Stacking};
+use crate::ops::row_format::RowFormat;
+use crate::ops::row_format::tests::random_rows;
 use crate::ops::tensor::{Device, Tensor};
 
 const NUM_EXPERTS: usize = 7;
@@ -96,23 +98,23 @@ fn rows_of_an_expert_stand_together_in_the_order_of_tokens() {
 /// Matrices of all experts, of the same sources.
 fn experts(
     gpu: &Gpu,
-    dtypes: &[GgmlDType],
+    formats: &[RowFormat],
     (num_rows, num_cols): (usize, usize),
     stacking: Stacking,
 ) -> Vec<GpuMatrix> {
     let blocks: Vec<Vec<_>> = (0..NUM_EXPERTS)
         .map(|expert| {
-            let blocks = |(seed, dtype): (u64, &GgmlDType)| {
-                random_blocks(*dtype, num_rows * num_cols, seed * 100 + expert as u64)
+            let rows = |(seed, format): (u64, &RowFormat)| {
+                random_rows(*format, (num_rows, num_cols), seed * 100 + expert as u64)
             };
-            (1..).zip(dtypes).map(blocks).collect()
+            (1..).zip(formats).map(rows).collect()
         })
         .collect();
-    let source = |(data, dtype): (_, &GgmlDType)| MatrixSource { dtype: *dtype, data, num_rows };
+    let source = |(data, format): (_, &RowFormat)| MatrixSource { format: *format, data, num_rows };
     let sources: Vec<Vec<_>> = blocks
         .iter()
         .map(|blocks: &Vec<Vec<u8>>| {
-            blocks.iter().map(Vec::as_slice).zip(dtypes).map(source).collect()
+            blocks.iter().map(Vec::as_slice).zip(formats).map(source).collect()
         })
         .collect();
     GpuMatrix::pack_each(gpu, &sources, num_cols, stacking).unwrap()
@@ -132,7 +134,7 @@ fn assert_close(found: &[f32], expected: &[f32], what: &str) {
 fn each_row_meets_the_weights_of_its_expert() {
     use GgmlDType::{BF16, F16, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
     let Some(gpu) = Gpu::for_tests() else { return };
-    for dtypes in [
+    let in_gguf = [
         [Q4_0, Q4_0],
         [Q4_1, Q4_1],
         [Q5_0, Q5_0],
@@ -146,12 +148,14 @@ fn each_row_meets_the_weights_of_its_expert() {
         [BF16, F16],
         [BF16, BF16],
         [Q4_0, Q8_0],
-    ] {
+    ];
+    let in_gguf = in_gguf.map(|both| both.map(RowFormat::from));
+    for formats in in_gguf.into_iter().chain([[RowFormat::Fp8; 2]]) {
         // Neither rows nor, of small blocks, columns are whole tiles.
-        let shape = (40, if dtypes[0].block_size() == 256 { 512 } else { 160 });
-        let matrices = experts(&gpu, &dtypes, shape, Stacking::Gated);
+        let shape = (40, if formats[0].block_len() == 256 { 512 } else { 160 });
+        let matrices = experts(&gpu, &formats, shape, Stacking::Gated);
         for num_tokens in [1, 5, 16, 17, 45] {
-            let what = format!("{dtypes:?}, {num_tokens} tokens");
+            let what = format!("{formats:?}, {num_tokens} tokens");
             let logits = random(num_tokens * NUM_EXPERTS, 11);
             let (routes, expected) = routes(&gpu, &logits, NUM_EXPERTS, (NUM_CHOSEN, false));
             let x = random(num_tokens * shape.1, 5);
@@ -196,8 +200,8 @@ fn outputs_are_added_by_weight() {
 #[test]
 fn company_of_few_changes_no_bit() {
     let Some(gpu) = Gpu::for_tests() else { return };
-    let gate_up = experts(&gpu, &[GgmlDType::Q4K; 2], (256, 256), Stacking::Gated);
-    let down = experts(&gpu, &[GgmlDType::Q6K], (24, 256), Stacking::Below);
+    let gate_up = experts(&gpu, &[GgmlDType::Q4K.into(); 2], (256, 256), Stacking::Gated);
+    let down = experts(&gpu, &[GgmlDType::Q6K.into()], (24, 256), Stacking::Below);
     let (logits, x) = (random(16 * NUM_EXPERTS, 4), random(16 * 256, 6));
     let run = |tokens: std::ops::Range<usize>| {
         let logits = &logits[tokens.start * NUM_EXPERTS..tokens.end * NUM_EXPERTS];
@@ -217,7 +221,8 @@ fn company_of_few_changes_no_bit() {
 fn experts_in_different_formats_are_refused() {
     let Some(gpu) = Gpu::for_tests() else { return };
     let data = random_blocks(GgmlDType::Q8_0, 64, 1);
-    let source = |dtype, data| vec![MatrixSource { dtype, data, num_rows: 1 }];
+    let source =
+        |dtype: GgmlDType, data| vec![MatrixSource { format: dtype.into(), data, num_rows: 1 }];
     let halves = [0_u8; 128];
     let sources = [source(GgmlDType::Q8_0, &data), source(GgmlDType::F16, &halves)];
     assert!(GpuMatrix::pack_each(&gpu, &sources, 64, Stacking::Below).is_err());

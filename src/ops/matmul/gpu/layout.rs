@@ -5,6 +5,8 @@
 
 use candle_core::quantized::GgmlDType;
 
+use crate::ops::row_format::RowFormat;
+
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
 /// Columns of a tile.
@@ -25,6 +27,8 @@ pub(super) enum Scales {
     SuperHalves,
     /// Nibbles of scale and minimum for 16 columns, `f16` superscales of both for 256.
     SuperNibbles,
+    /// An `f32` for the 64 columns of a tile, whose weights are floats of eight bits.
+    Single,
 }
 
 /// One packed format and the kernels that read it.
@@ -42,10 +46,10 @@ pub(super) struct PackedFormat {
 }
 
 impl PackedFormat {
-    /// Columns that share a scale.
+    /// Columns that are scaled together.
     pub(super) const fn run_len(&self) -> usize {
         match self.scales {
-            Scales::Half | Scales::HalfMin | Scales::SuperMin => 32,
+            Scales::Half | Scales::HalfMin | Scales::SuperMin | Scales::Single => 32,
             Scales::SuperHalves | Scales::SuperNibbles => 16,
         }
     }
@@ -69,7 +73,7 @@ impl PackedFormat {
     /// Bytes of the superscales of [`SUPER_TILES`] tiles.
     pub(super) const fn super_bytes(&self) -> usize {
         match self.scales {
-            Scales::Half | Scales::HalfMin => 0,
+            Scales::Half | Scales::HalfMin | Scales::Single => 0,
             Scales::SuperHalves => 32,
             Scales::SuperMin | Scales::SuperNibbles => 64,
         }
@@ -118,9 +122,12 @@ static Q3_K: PackedFormat = format!("q3_k", 3, SuperHalves);
 static Q4_K: PackedFormat = format!("q4_k", 4, SuperMin);
 static Q5_K: PackedFormat = format!("q5_k", 5, SuperMin);
 static Q6_K: PackedFormat = format!("q6_k", 6, SuperHalves);
+static FP8: PackedFormat = format!("fp8", 8, Single);
 
-/// The packed format of integers in a file; nothing for floats and for formats without kernels.
-pub(super) fn packed_format(dtype: GgmlDType) -> Option<&'static PackedFormat> {
+/// The packed format of weights in a file; nothing for floats of more than eight bits and for
+/// formats without kernels.
+pub(super) fn packed_format(format: RowFormat) -> Option<&'static PackedFormat> {
+    let RowFormat::Gguf(dtype) = format else { return Some(&FP8) };
     Some(match dtype {
         GgmlDType::Q4_0 => &Q4_0,
         GgmlDType::Q4_1 => &Q4_1,

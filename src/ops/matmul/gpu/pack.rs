@@ -4,7 +4,9 @@ use candle_core::quantized::GgmlDType;
 use half::{bf16, f16};
 
 use super::layout::{PackedFormat, SUPER_TILES, Scales, TILE_COLS, TILE_ROWS};
+use crate::ops::fp8_weights::{SCALED_COLS, split_row};
 use crate::ops::gguf_blocks::{QuantBlock, block_layout, read_block};
+use crate::ops::row_format::RowFormat;
 
 /// Lanes of a warp.
 const LANES: usize = 32;
@@ -13,7 +15,7 @@ const PRODUCTS: usize = 4;
 /// Pairs of integers that a lane has in a tile.
 const PAIRS: usize = 16;
 
-/// Integers and scales of a row of tiles, before they take their places.
+/// Integers, or floats of eight bits, of a row of tiles before they take their places.
 pub(super) struct RowTile {
     num_tiles: usize,
     /// `[TILE_ROWS][num_tiles * TILE_COLS]`
@@ -30,29 +32,18 @@ impl RowTile {
     pub(super) fn pack(
         &mut self,
         format: &PackedFormat,
-        dtype: GgmlDType,
+        (from, num_cols): (RowFormat, usize),
         rows: &[Option<&[u8]>; TILE_ROWS],
         to: &mut [u8],
     ) {
-        let width = self.num_tiles * TILE_COLS;
-        let run_len = block_layout(dtype).expect("an integer format").run_len;
-        let block_len = dtype.block_size();
-        let mut block = QuantBlock::default();
+        // Where nothing is written below, scales are zero and weights need only be numbers.
+        self.quants.fill(0);
         for (row, data) in rows.iter().enumerate() {
-            let quants = &mut self.quants[row * width..(row + 1) * width];
-            // Where nothing is written below, scales are zero and integers need only be numbers.
-            quants.fill(0);
-            for (index, bytes) in
-                data.unwrap_or_default().chunks_exact(dtype.type_size()).enumerate()
-            {
-                read_block(dtype, bytes, &mut block);
-                let first = index * block_len;
-                quants[first..first + block_len].copy_from_slice(&block.quants[..block_len]);
-                let place = Place { format, row, num_tiles: self.num_tiles };
-                place.put_superscales(&block, first, to);
-                for run in 0..block_len / run_len {
-                    place.put_scales(&block, (first, run), to);
-                }
+            let Some(data) = data else { continue };
+            let place = Place { format, row, num_tiles: self.num_tiles };
+            match from {
+                RowFormat::Gguf(dtype) => self.put_blocks(&place, dtype, data, to),
+                RowFormat::Fp8 => self.put_fp8(&place, split_row(data, num_cols), to),
             }
         }
         let tiles =
@@ -62,6 +53,39 @@ impl RowTile {
                 put_integers(format, self.pairs(format, tile, lane), lane, to);
             }
         }
+    }
+
+    fn put_blocks(&mut self, place: &Place<'_>, dtype: GgmlDType, data: &[u8], to: &mut [u8]) {
+        let run_len = block_layout(dtype).expect("an integer format").run_len;
+        let block_len = dtype.block_size();
+        let mut block = QuantBlock::default();
+        for (index, bytes) in data.chunks_exact(dtype.type_size()).enumerate() {
+            read_block(dtype, bytes, &mut block);
+            let first = index * block_len;
+            self.row_mut(place.row)[first..first + block_len]
+                .copy_from_slice(&block.quants[..block_len]);
+            place.put_superscales(&block, first, to);
+            for run in 0..block_len / run_len {
+                place.put_scales(&block, (first, run), to);
+            }
+        }
+    }
+
+    fn put_fp8(&mut self, place: &Place<'_>, row: (Vec<f32>, &[u8]), to: &mut [u8]) {
+        let (scales, weights) = row;
+        self.row_mut(place.row)[..weights.len()].copy_from_slice(weights);
+        let (g, half) = place.row();
+        for tile in 0..self.num_tiles {
+            let at = tile * place.format.tile_bytes() + place.format.integer_bytes();
+            let at = at + g * 8 + half * 4;
+            let scale = scales[tile * TILE_COLS / SCALED_COLS];
+            to[at..at + 4].copy_from_slice(&scale.to_le_bytes());
+        }
+    }
+
+    fn row_mut(&mut self, row: usize) -> &mut [u8] {
+        let width = self.num_tiles * TILE_COLS;
+        &mut self.quants[row * width..(row + 1) * width]
     }
 
     /// A lane's integers in the order of its products, the first of a pair in the low half.
@@ -87,7 +111,7 @@ impl RowTile {
 
 /// Packs rows of floats as `bf16`, each `row_stride` values from the next, into zeroed bytes.
 pub(super) fn pack_dense(
-    dtype: GgmlDType,
+    from: RowFormat,
     rows: &[Option<&[u8]>],
     row_stride: usize,
     to: &mut [u8],
@@ -97,13 +121,13 @@ pub(super) fn pack_dense(
         let mut put = |column: usize, value: bf16| {
             to[2 * column..2 * column + 2].copy_from_slice(&value.to_le_bytes());
         };
-        match dtype {
-            GgmlDType::F32 => {
+        match from {
+            RowFormat::Gguf(GgmlDType::F32) => {
                 for (column, value) in bytes.as_chunks::<4>().0.iter().enumerate() {
                     put(column, bf16::from_f32(f32::from_le_bytes(*value)));
                 }
             }
-            GgmlDType::F16 => {
+            RowFormat::Gguf(GgmlDType::F16) => {
                 for (column, value) in bytes.as_chunks::<2>().0.iter().enumerate() {
                     put(column, bf16::from_f32(f16::from_le_bytes(*value).to_f32()));
                 }
@@ -117,6 +141,13 @@ pub(super) fn pack_dense(
 fn put_integers(format: &PackedFormat, pairs: [u32; PAIRS], lane: usize, to: &mut [u8]) {
     let mut words = [0_u32; 8];
     match format.bits {
+        // Of four columns the first two in the lower bytes of half words, the others in the upper.
+        _ if format.scales == Scales::Single => {
+            for (index, word) in words.iter_mut().enumerate() {
+                let first = index / 2 * 4 + index % 2;
+                *word = pairs[first] | pairs[first + 2] << 8;
+            }
+        }
         2 => pack_fields::<2>(pairs, &mut words),
         3 => pack_fields::<3>(pairs, &mut words),
         4 => pack_fields::<4>(pairs, &mut words),
@@ -184,7 +215,7 @@ impl Place<'_> {
         let index = column / (SUPER_TILES * TILE_COLS);
         let from = self.num_tiles * self.format.tile_bytes() + index * self.format.super_bytes();
         match self.format.scales {
-            Scales::Half | Scales::HalfMin => {}
+            Scales::Half | Scales::HalfMin | Scales::Single => {}
             Scales::SuperHalves => put_half(&mut to[from + g * 4 + half * 2..], block.scale),
             Scales::SuperMin | Scales::SuperNibbles => {
                 put_half(&mut to[from + g * 8 + half * 4..], block.scale);
@@ -212,6 +243,7 @@ impl Place<'_> {
                 to[at..at + 2].copy_from_slice(&[scale.cast_unsigned(), min]);
             }
             Scales::SuperHalves => to[g * 8 + group * 2 + half] = scale.cast_unsigned() ^ 0x80,
+            Scales::Single => {}
             Scales::SuperNibbles => {
                 to[g * 8 + group * 2 + half] = scale.cast_unsigned() | min << 4;
             }

@@ -5,6 +5,7 @@
 
 use candle_core::Result;
 
+use super::layout::Scales;
 use super::{GATED_ROWS, TILE_COLS, TILE_ROWS};
 use super::{GpuMatrix, Interleaving, Segment, Stacking, Weights};
 use crate::device::gpu::{Arg, DeviceBuffer, Gpu, Kernel, LaunchConfig};
@@ -30,12 +31,12 @@ impl GpuMatrix {
         let Some(sources) = matrices.first() else { return Ok(Vec::new()) };
         let rows = sources
             .iter()
-            .map(|source| random_rows(source.dtype, (TILE_ROWS, num_cols), source.seed))
+            .map(|source| random_rows(source.format, (TILE_ROWS, num_cols), source.seed))
             .collect::<Result<Vec<_>>>()?;
         let samples: Vec<_> = sources
             .iter()
             .zip(&rows)
-            .map(|(source, data)| MatrixSource { dtype: source.dtype, data, num_rows: TILE_ROWS })
+            .map(|(source, data)| MatrixSource { format: source.format, data, num_rows: TILE_ROWS })
             .collect();
         let sample = Self::pack(gpu, &samples, num_cols, stacking)?;
         let mut num_rows = 0;
@@ -81,7 +82,11 @@ impl Segment {
         let num_tiles = num_cols.div_ceil(TILE_COLS);
         let row_tile_bytes = self.weights.row_tile_bytes(num_cols);
         let (tile_bytes, integer_bytes, mask) = match self.weights {
-            Weights::Packed(format) => (format.tile_bytes(), format.integer_bytes(), u32::MAX),
+            Weights::Packed(format) => {
+                // Sign and mantissa of floats of eight bits: no exponent makes one that is no number.
+                let mask = if format.scales == Scales::Single { 0x8787_8787 } else { u32::MAX };
+                (format.tile_bytes(), format.integer_bytes(), mask)
+            }
             Weights::Dense { .. } => (row_tile_bytes, row_tile_bytes, 0x807f_807f),
         };
         let tiles_bytes = match self.weights {
@@ -116,6 +121,7 @@ mod tests {
 
     use super::*;
     use crate::ops::gguf_blocks::tests::Random;
+    use crate::ops::row_format::RowFormat;
     use crate::ops::tensor::GpuTensor;
 
     fn random_one(
@@ -137,7 +143,7 @@ mod tests {
         let spread = 3.0_f32.sqrt();
         let x: Vec<f32> = (0..num_cols).map(|_| random.float() * spread).collect();
         let x = GpuTensor::from_slice(&gpu, &x, DType::BF16, (1, num_cols)).unwrap();
-        for dtype in [
+        let in_gguf = [
             GgmlDType::BF16,
             GgmlDType::F16,
             GgmlDType::Q8_0,
@@ -150,19 +156,20 @@ mod tests {
             GgmlDType::Q4K,
             GgmlDType::Q5K,
             GgmlDType::Q6K,
-        ] {
-            let source = |num_rows, seed| RandomSource { dtype, num_rows, seed };
+        ];
+        for format in in_gguf.into_iter().map(RowFormat::from).chain([RowFormat::Fp8]) {
+            let source = |num_rows, seed| RandomSource { format, num_rows, seed };
             let sources = [source(160, 1), source(48, 2), source(16, 3)];
             let matrix = random_one(&gpu, &sources, num_cols, Stacking::Below);
             assert_eq!(matrix.num_rows(), 224);
             let y = matrix.matmul(&x, None, DType::F32).unwrap();
             let y = y.to_vec().unwrap();
             let square = y.iter().map(|y| y * y).sum::<f32>() / y.len() as f32;
-            assert!((0.15..1.7).contains(&square), "{dtype:?}: {square}");
+            assert!((0.15..1.7).contains(&square), "{format}: {square}");
             let mut sorted = y.clone();
             sorted.sort_by(f32::total_cmp);
             let num_equal = sorted.windows(2).filter(|pair| pair[0] == pair[1]).count();
-            assert!(num_equal < 4, "{dtype:?}: {num_equal} of {} products are equal", y.len());
+            assert!(num_equal < 4, "{format}: {num_equal} of {} products are equal", y.len());
         }
     }
 
@@ -171,7 +178,7 @@ mod tests {
     fn random_gates_multiply() {
         let Some(gpu) = Gpu::for_tests() else { return };
         let x = GpuTensor::from_slice(&gpu, &[1.0; 256], DType::BF16, (1, 256)).unwrap();
-        let source = |seed| RandomSource { dtype: GgmlDType::Q4K, num_rows: 72, seed };
+        let source = |seed| RandomSource { format: GgmlDType::Q4K.into(), num_rows: 72, seed };
         let sources = [source(1), source(2)];
         let matrix = random_one(&gpu, &sources, 256, Stacking::Gated);
         let y = matrix.gated_matmul(&x).unwrap().to_vec().unwrap();

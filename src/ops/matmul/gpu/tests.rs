@@ -8,9 +8,10 @@ use super::launch::Plan;
 use super::layout::packed_format;
 use super::{GpuMatrix, Output, Stacking, Weights};
 use crate::device::gpu::Gpu;
-use crate::ops::gguf_blocks::dequantize_row;
-use crate::ops::gguf_blocks::tests::{Random, random_blocks};
+use crate::ops::gguf_blocks::tests::Random;
 use crate::ops::matmul::MatrixSource;
+use crate::ops::row_format::RowFormat;
+use crate::ops::row_format::tests::{dequantized, random_rows};
 use crate::ops::tensor::GpuTensor;
 
 const INTEGERS: [GgmlDType; 11] = [
@@ -28,6 +29,11 @@ const INTEGERS: [GgmlDType; 11] = [
 ];
 const FLOATS: [GgmlDType; 3] = [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16];
 
+/// What is multiplied in few bits.
+fn packed_formats() -> impl Iterator<Item = RowFormat> {
+    INTEGERS.into_iter().map(RowFormat::from).chain([RowFormat::Fp8])
+}
+
 /// A matrix, and what it holds.
 struct Case {
     matrix: GpuMatrix,
@@ -37,13 +43,13 @@ struct Case {
 }
 
 impl Case {
-    fn new(gpu: &Gpu, dtype: GgmlDType, num_rows: usize, num_cols: usize) -> Self {
-        Self::stacked(gpu, &[(dtype, num_rows)], num_cols, Stacking::Below)
+    fn new(gpu: &Gpu, format: impl Into<RowFormat>, num_rows: usize, num_cols: usize) -> Self {
+        Self::stacked(gpu, &[(format.into(), num_rows)], num_cols, Stacking::Below)
     }
 
     fn stacked(
         gpu: &Gpu,
-        parts: &[(GgmlDType, usize)],
+        parts: &[(RowFormat, usize)],
         num_cols: usize,
         stacking: Stacking,
     ) -> Self {
@@ -51,11 +57,10 @@ impl Case {
         let blocks: Vec<_> = parts
             .iter()
             .zip(1..)
-            .map(|(&(dtype, num_rows), seed)| {
-                let data = random_blocks(dtype, num_rows * num_cols, seed * 77);
-                let mut values = vec![0.0; num_rows * num_cols];
-                dequantize_row(dtype, &data, &mut values).unwrap();
-                if FLOATS.contains(&dtype) {
+            .map(|(&(format, num_rows), seed)| {
+                let data = random_rows(format, (num_rows, num_cols), seed * 77);
+                let mut values = dequantized(format, &data, num_cols);
+                if format.gguf().is_some_and(|dtype| FLOATS.contains(&dtype)) {
                     values = rounded(values);
                 }
                 weights.extend(values);
@@ -65,7 +70,7 @@ impl Case {
         let sources: Vec<_> = parts
             .iter()
             .zip(&blocks)
-            .map(|(&(dtype, num_rows), data)| MatrixSource { dtype, data, num_rows })
+            .map(|(&(format, num_rows), data)| MatrixSource { format, data, num_rows })
             .collect();
         let matrix = GpuMatrix::pack(gpu, &sources, num_cols, stacking).unwrap();
         let num_rows = parts.iter().map(|part| part.1).sum();
@@ -149,16 +154,16 @@ fn num_tokens(plan: Plan) -> &'static [usize] {
 #[test]
 fn few_tokens() {
     let Some(gpu) = Gpu::for_tests() else { return };
-    for dtype in INTEGERS.into_iter().chain(FLOATS) {
-        let block_len = dtype.block_size().max(32);
-        let case = Case::new(&gpu, dtype, 35, block_len * if block_len == 32 { 27 } else { 3 });
+    for format in packed_formats().chain(FLOATS.map(RowFormat::from)) {
+        let block_len = format.block_len().max(32);
+        let case = Case::new(&gpu, format, 35, block_len * if block_len == 32 { 27 } else { 3 });
         for plan in SMALL {
             let four = matches!(plan, Plan::Small { tiles: 4, .. });
             if four && !case.matrix.segments[0].weights.has_four_tiles() {
                 continue;
             }
             for &num_tokens in num_tokens(plan) {
-                case.check(plan, num_tokens, &format!("{dtype:?}"));
+                case.check(plan, num_tokens, &format.to_string());
             }
         }
     }
@@ -168,13 +173,13 @@ fn few_tokens() {
 #[test]
 fn many_tokens() {
     let Some(gpu) = Gpu::for_tests() else { return };
-    for dtype in INTEGERS.into_iter().chain([GgmlDType::BF16]) {
-        let block_len = dtype.block_size().max(32);
-        let case = Case::new(&gpu, dtype, 131, block_len * if block_len == 32 { 11 } else { 2 });
+    for format in packed_formats().chain([GgmlDType::BF16.into()]) {
+        let block_len = format.block_len().max(32);
+        let case = Case::new(&gpu, format, 131, block_len * if block_len == 32 { 11 } else { 2 });
         for (tokens, split_tiles, num_tokens) in
             [(32, 2, 33), (64, 100, 61), (64, 3, 65), (128, 100, 131)]
         {
-            case.check(Plan::Large { tokens, split_tiles }, num_tokens, &format!("{dtype:?}"));
+            case.check(Plan::Large { tokens, split_tiles }, num_tokens, &format.to_string());
         }
     }
 }
@@ -184,13 +189,18 @@ fn many_tokens() {
 #[test]
 fn odd_shapes() {
     let Some(gpu) = Gpu::for_tests() else { return };
-    for (dtype, num_cols) in [(GgmlDType::Q5_0, 32), (GgmlDType::Q4_0, 96), (GgmlDType::BF16, 8)] {
+    for (format, num_cols) in [
+        (GgmlDType::Q5_0.into(), 32),
+        (GgmlDType::Q4_0.into(), 96),
+        (GgmlDType::BF16.into(), 8),
+        (RowFormat::Fp8, 136),
+    ] {
         for num_rows in [1, 15, 16, 17, 127, 128, 129] {
-            let case = Case::new(&gpu, dtype, num_rows, num_cols);
+            let case = Case::new(&gpu, format, num_rows, num_cols);
             for num_tokens in [1, 2, 15, 16, 17, 31, 32, 33] {
                 let weights = case.matrix.segments[0].weights;
                 let plan = Plan::new(weights, num_tokens, (num_rows, num_cols));
-                case.check(plan, num_tokens, &format!("{dtype:?} {num_rows} x {num_cols}"));
+                case.check(plan, num_tokens, &format!("{format} {num_rows} x {num_cols}"));
             }
         }
     }
@@ -221,18 +231,19 @@ fn real_widths() {
 #[test]
 fn company_changes_nothing() {
     let Some(gpu) = Gpu::for_tests() else { return };
-    for dtype in [GgmlDType::Q4_0, GgmlDType::Q4K, GgmlDType::Q6K, GgmlDType::BF16] {
+    let in_gguf = [GgmlDType::Q4_0, GgmlDType::Q4K, GgmlDType::Q6K, GgmlDType::BF16];
+    for format in in_gguf.into_iter().map(RowFormat::from).chain([RowFormat::Fp8]) {
         let (num_rows, num_cols) = (37, 512);
-        let case = Case::new(&gpu, dtype, num_rows, num_cols);
+        let case = Case::new(&gpu, format, num_rows, num_cols);
         let x = random_x(16, num_cols);
         let plan = |columns, tiles| Plan::Small { columns, tiles, num_warps: 8 };
         let together = case.run(plan(16, 2), &x);
-        assert_eq!(case.run(plan(16, 1), &x), together, "{dtype:?}");
+        assert_eq!(case.run(plan(16, 1), &x), together, "{format}");
         let eight = case.run(plan(8, 1), &x[..8 * num_cols]);
-        assert_eq!(eight, together[..8 * num_rows], "{dtype:?}");
+        assert_eq!(eight, together[..8 * num_rows], "{format}");
         for token in [0, 3, 15] {
             let alone = case.run(plan(1, 2), &x[token * num_cols..(token + 1) * num_cols]);
-            assert_eq!(alone, together[token * num_rows..(token + 1) * num_rows], "{dtype:?}");
+            assert_eq!(alone, together[token * num_rows..(token + 1) * num_rows], "{format}");
         }
     }
 }
@@ -243,6 +254,7 @@ fn stacks_with_biases() {
     let Some(gpu) = Gpu::for_tests() else { return };
     let parts =
         [(GgmlDType::Q5_0, 20), (GgmlDType::Q5_0, 7), (GgmlDType::Q8_0, 9), (GgmlDType::F16, 3)];
+    let parts = parts.map(|(dtype, num_rows)| (dtype.into(), num_rows));
     let case = Case::stacked(&gpu, &parts, 96, Stacking::Below);
     assert_eq!(case.matrix.segments.len(), 3);
     let bias: Vec<f32> = (0..39).map(|i| i as f32 * 0.01).collect();
@@ -269,9 +281,10 @@ fn stacks_with_biases() {
 fn gates() {
     let Some(gpu) = Gpu::for_tests() else { return };
     for (gate, up) in [
-        (GgmlDType::Q5_0, GgmlDType::Q5_0),
-        (GgmlDType::BF16, GgmlDType::BF16),
-        (GgmlDType::Q4_0, GgmlDType::Q5_0),
+        (GgmlDType::Q5_0.into(), GgmlDType::Q5_0.into()),
+        (GgmlDType::BF16.into(), GgmlDType::BF16.into()),
+        (GgmlDType::Q4_0.into(), GgmlDType::Q5_0.into()),
+        (RowFormat::Fp8, RowFormat::Fp8),
     ] {
         for num_features in [8, 21] {
             let parts = [(gate, num_features), (up, num_features)];
@@ -292,7 +305,7 @@ fn gates() {
                         })
                     })
                     .collect();
-                let what = format!("{gate:?} {up:?} {num_features} {num_tokens}");
+                let what = format!("{gate} {up} {num_features} {num_tokens}");
                 assert_close(&found.to_vec().unwrap(), &expected, 1e-2, &what);
             }
         }
@@ -323,7 +336,7 @@ fn plans() {
 /// Goal: no plan asks for more shared memory than the smallest card has that is served, an A100.
 #[test]
 fn plans_fit_into_shared_memory() {
-    let formats = INTEGERS.into_iter().filter_map(packed_format).map(Weights::Packed);
+    let formats = packed_formats().filter_map(packed_format).map(Weights::Packed);
     for weights in formats.chain([Weights::Dense { row_stride: 8 }]) {
         for num_tokens in 1..200 {
             for num_rows in (16..70_000).step_by(1000) {
@@ -345,8 +358,8 @@ fn plans_fit_into_shared_memory() {
 #[test]
 fn what_does_not_fit_is_an_error() {
     let Some(gpu) = Gpu::for_tests() else { return };
-    let pack = |dtype, data: &[u8], num_cols| {
-        let source = MatrixSource { dtype, data, num_rows: 1 };
+    let pack = |dtype: GgmlDType, data: &[u8], num_cols| {
+        let source = MatrixSource { format: dtype.into(), data, num_rows: 1 };
         GpuMatrix::pack(&gpu, &[source], num_cols, Stacking::Below)
     };
     assert!(pack(GgmlDType::Q4_0, &[0; 18], 64).is_err());

@@ -27,6 +27,20 @@ unsafe fn dot_eight<const VNNI: bool>(sum: __m256i, weights: __m256i, x: __m256i
     }
 }
 
+/// Half-precision numbers whose sign and upper bits are those of sixteen eight-bit floats.
+///
+/// # Safety
+/// The contract of [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn halves_of_e4m3(values: __m128i) -> __m256i {
+    // SAFETY: the trait's contract.
+    unsafe {
+        // The sign reaches down to bit 14, where it does not belong.
+        let words = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(values));
+        _mm256_and_si256(words, _mm256_set1_epi16(0xbfff_u16 as i16))
+    }
+}
+
 /// The sum of sixteen signed bytes.
 ///
 /// # Safety
@@ -193,6 +207,18 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
             let low = _mm_loadu_si128(from.cast());
             let high = _mm_loadu_si128(from.add(16).cast());
             [_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let halves = halves_of_e4m3(_mm_loadu_si128(from.cast()));
+            [
+                _mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves)),
+            ]
         }
     }
 

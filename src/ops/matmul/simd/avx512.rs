@@ -3,6 +3,7 @@
 #[allow(clippy::wildcard_imports, reason = "intrinsics carry their module in their names")]
 use std::arch::x86_64::*;
 
+use super::avx2::halves_of_e4m3;
 use super::{MAGNITUDE, ROUNDER, Simd};
 
 #[derive(Clone, Copy)]
@@ -114,6 +115,12 @@ impl Simd for Avx512 {
     unsafe fn load_f16(from: *const u8) -> Self::Floats {
         // SAFETY: the trait's contract.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> Self::Floats {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_cvtph_ps(halves_of_e4m3(_mm_loadu_si128(from.cast()))) }
     }
 
     #[inline(always)]

@@ -136,6 +136,16 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_e4m3(from: *const u8) -> Self::Floats {
+        // SAFETY: the caller's promise.
+        let bits = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        lanes(bits, |bits| {
+            let bits = u16::from(bits);
+            f16::from_bits((bits & 0x80) << 8 | (bits & 0x7f) << 7).to_f32()
+        })
+    }
+
+    #[inline(always)]
     unsafe fn load_bf16(from: *const u8) -> Self::Floats {
         // SAFETY: the caller's promise.
         let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
