@@ -431,6 +431,10 @@ SAVED = {
         num_experts=6, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=True,
         decoder_sparse_step=2, head_dim=32)),
     "hf-sliding": ("Qwen2", dict(use_sliding_window=True, sliding_window=20, max_window_layers=1)),
+    # With heads that cards compute, and the other layer.
+    "hf-sliding-hd64": ("Qwen2", dict(
+        use_sliding_window=True, sliding_window=20, head_dim=64,
+        layer_types=["sliding_attention", "full_attention"])),
     "hf-yarn": ("Qwen2", dict(
         max_position_embeddings=gen_tiny.YARN_FACTOR * 64,
         rope_parameters=dict(rope_type="yarn", rope_theta=1e6, factor=float(gen_tiny.YARN_FACTOR),

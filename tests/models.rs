@@ -535,6 +535,7 @@ async fn hugging_face_computes_the_same_from_its_own_repositories() {
         ("hf-qwen2moe", DENSE),
         ("hf-qwen3moe", DENSE),
         ("hf-sliding", DENSE),
+        ("hf-sliding-hd64", DENSE),
         ("hf-yarn", DENSE),
         ("gptq-int4", QUANTISED),
         ("gptq-int4-act-order", QUANTISED),

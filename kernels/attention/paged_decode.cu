@@ -1,6 +1,6 @@
 // Causal attention of one or few queries per sequence over a paged cache: the step that generates.
 //
-//   out[i] = sum over j <= p of softmax_j(scale * q[i] . k[j]) * v[j],   p = seq_len - query_len + i
+//   out[i] = sum over p - window < j <= p of softmax_j(scale * q[i] . k[j]) * v[j],   p = seq_len - query_len + i
 //
 // q, out      [num_tokens, num_kv_heads * group, HEAD_DIM] bf16
 // k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16, f16 or e4m3), block_size a multiple of
@@ -8,24 +8,28 @@
 // partial_*   [num_partials, num_heads, HEAD_DIM] f32 and [num_partials, num_heads, 2] (maximum, sum), where
 //             num_partials is at least the sum of query_len * partitions over the sequences
 // counters    [num_seqs, num_kv_heads, MAX_ROW_TILES], zero before and after
+// window      at least 1; 2^31 - 1 for all keys
 // grid        any number of blocks of THREADS threads
 //
 // Sequences with more than MAX_ROW_TILES * 16 rows (queries times `group` heads), without queries or
 // with a seq_len of zero are left out; their outputs stay as they are.
 //
 // The work is cut into items of one sequence, partition of its keys, KV head and tile of 16 rows, which
-// share one reading of the keys. A partition is 128 keys, or as many as make 32 partitions: it depends
-// on the sequence's length alone, so numbers do not depend on the batch. The grid does not depend on the
-// lengths, as a captured graph needs it: each block counts the items of all sequences and takes those
-// of its number, and the ones that lie gridDim.x further on.
+// share one reading of the keys. A partition is 128 keys, or as many as make 32 partitions of those that
+// any query sees: it depends on the sequence alone, so numbers do not depend on the batch. The grid does
+// not depend on the lengths, as a captured graph needs it: each block counts the items of all sequences
+// and takes those of its number, and the ones that lie gridDim.x further on.
 //
-//   keys of a sequence   [ partition 0 | partition 1 | ... | last ]
+//   keys of a sequence   [ not read: before the window of the first query | partition 0 | partition 1 | ... | last ]
 //   of a partition       [w0|w1|w2|w3|w0|w1|w2|w3| ... ]   tiles of the warps, each with its own ring
+//
+// Partition 0 begins at a multiple of 8, at most 7 keys before the window; the last one ends with the
+// sequence and may have so many more.
 //
 // No warp waits for another before the end of the partition. Then the warps' results are merged in
 // shared memory; the block that completes the last partition of a sequence merges those of all.
 //
-// Cost: the keys and values are read once, 4 * HEAD_DIM bytes per token and KV head (half of it in 8
+// Cost: the keys and values of the window are read once, 4 * HEAD_DIM bytes per token and KV head (half of it in 8
 // bits), and the partial outputs written and read, 8 * group * HEAD_DIM per partition (an eighth of it
 // at most, and mostly within the L2 cache). 7B (4 KV heads of
 // 128), 64 sequences of 2,048 tokens: 268 MB a layer, 62 us at 4.3 TB/s. 4 * group * HEAD_DIM operations per
@@ -61,6 +65,7 @@ struct Args {
     unsigned num_kv_heads;
     unsigned group;
     unsigned block_size;
+    unsigned window;
     float scale_log2;
     float value_scale;
 };
@@ -70,17 +75,22 @@ using Operand = typename Format<T>::Operand;
 
 // How one sequence's work is cut.
 struct Cut {
+    unsigned first_key;  // that is read
     unsigned partition_len;
     unsigned num_partitions;  // zero: none of this kernel's work
     unsigned num_row_tiles;
 
-    __device__ __forceinline__ Cut(unsigned query_len, unsigned seq_len, unsigned group) {
+    __device__ __forceinline__ Cut(unsigned query_len, unsigned seq_len, unsigned group, unsigned window) {
         constexpr unsigned LIMIT = MIN_PARTITION * MAX_PARTITIONS;
-        const unsigned times = seq_len == 0 ? 0 : (seq_len - 1) / LIMIT;
+        const unsigned end_first = seq_len - query_len + 1;  // of what the first query sees
+        const unsigned first_seen = seq_len != 0 && window < end_first ? end_first - window : 0;
+        const unsigned num_seen = seq_len - first_seen;
+        const unsigned times = num_seen == 0 ? 0 : (num_seen - 1) / LIMIT;
+        first_key = first_seen / GRANULE * GRANULE;
         partition_len = MIN_PARTITION << (32 - __clz(int(times)));
         num_row_tiles = ceil_div(query_len * group, unsigned(ROWS));
         const bool is_ours = 0 < query_len && query_len <= MAX_ROW_TILES * ROWS && num_row_tiles <= MAX_ROW_TILES;
-        num_partitions = is_ours ? ceil_div(seq_len, partition_len) : 0;
+        num_partitions = is_ours ? ceil_div(num_seen, partition_len) : 0;
     }
     // Per KV head.
     __device__ __forceinline__ unsigned num_items() const { return num_partitions * num_row_tiles; }
@@ -101,7 +111,7 @@ __device__ __forceinline__ void count_items(unsigned* item_starts, unsigned* par
     unsigned partials = 0;
     for (unsigned seq = first; seq < end; seq++) {
         const unsigned query_len = args.query_start_loc[seq + 1] - args.query_start_loc[seq];
-        const Cut cut(query_len, args.seq_lens[seq], args.group);
+        const Cut cut(query_len, args.seq_lens[seq], args.group, args.window);
         item_starts[seq] = items;
         partial_starts[seq] = partials;
         items += cut.num_items();
@@ -226,11 +236,13 @@ struct State {
     float sum[2];  // this lane's columns only
 };
 
-// Adds a tile of keys, the first one `first_key`, to the state. Row i sees keys up to last_key[i].
+// Adds a tile of keys, the first one `first_key`, to the state. Row i sees keys from first_seen[i] to
+// last_key[i]; all rows see those from `end_hiding` on, as far as first_seen is concerned.
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void attend(State<HEAD_DIM>& state, const uint32_t (&q)[HEAD_DIM / 16][4],
                                        const unsigned char* k_tile, const unsigned char* v_tile, int first_key,
-                                       const int (&last_key)[2], float scale_log2) {
+                                       const int (&first_seen)[2], int end_hiding, const int (&last_key)[2],
+                                       float scale_log2) {
     constexpr int KEYS = Ring<T, HEAD_DIM>::KEYS;
     constexpr int ROW_BYTES = HEAD_DIM * sizeof(T);
     const unsigned lane = threadIdx.x % WARP_SIZE;
@@ -250,6 +262,16 @@ __device__ __forceinline__ void attend(State<HEAD_DIM>& state, const uint32_t (&
         }
     }
     const int column = first_key + int(lane % LANES_PER_ROW) * 2;
+    if (first_key < end_hiding) {
+#pragma unroll
+        for (int key_tile = 0; key_tile < KEYS / 8; key_tile++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float& score = scores[key_tile][i];
+                score = first_seen[i / 2] <= column + key_tile * 8 + i % 2 ? score : -INFINITY;
+            }
+        }
+    }
     float factors[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -512,19 +534,25 @@ __device__ __forceinline__ void run_item(unsigned char* shared, const Item& item
     uint32_t q[HEAD_DIM / 16][4];
     load_queries<T, HEAD_DIM>(q, item, args);
     State<HEAD_DIM> state = {};
+    int first_seen[2];
     int last_key[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         // Finite, so that a row without a key in this partition does no harm.
         state.max[half] = -1e30f;
         const unsigned row = item.first_row + lane / LANES_PER_ROW + half * 8;
-        last_key[half] = int(min(item.first_position + row / args.group, item.end_key - 1));
+        const unsigned position = item.first_position + row / args.group;
+        first_seen[half] = int(position + 1) - int(args.window);
+        last_key[half] = int(min(position, item.end_key - 1));
     }
+    const unsigned last_row = item.first_row + item.num_rows - 1;
+    const int end_hiding = int(item.first_position + last_row / args.group + 1) - int(args.window);
 #pragma unroll 1
     for (unsigned n = 0; n < num_tiles; n++) {
         cp_async_wait<STAGES - 1>();
         __syncwarp();
-        attend<T, HEAD_DIM>(state, q, ring.keys(n), ring.values(n), ring.key_of(n), last_key, args.scale_log2);
+        attend<T, HEAD_DIM>(state, q, ring.keys(n), ring.values(n), ring.key_of(n), first_seen, end_hiding,
+                            last_key, args.scale_log2);
         __syncwarp();
         ring.copy(n + STAGES, num_tiles);
     }
@@ -549,14 +577,14 @@ __device__ __forceinline__ void paged_decode(const Args& args) {
         const unsigned query_start = args.query_start_loc[seq];
         const unsigned query_len = args.query_start_loc[seq + 1] - query_start;
         const unsigned seq_len = args.seq_lens[seq];
-        const Cut cut(query_len, seq_len, args.group);
+        const Cut cut(query_len, seq_len, args.group, args.window);
         Item item;
         item.seq = seq;
         item.row_tile = in_seq / cut.num_partitions;
         item.partition = in_seq % cut.num_partitions;
         item.num_partitions = cut.num_partitions;
-        item.first_key = item.partition * cut.partition_len;
-        item.end_key = min(item.first_key + cut.partition_len, seq_len);
+        item.first_key = cut.first_key + item.partition * cut.partition_len;
+        item.end_key = item.partition + 1 == cut.num_partitions ? seq_len : item.first_key + cut.partition_len;
         item.first_row = item.row_tile * ROWS;
         item.num_rows = min(query_len * args.group - item.first_row, unsigned(ROWS));
         item.first_position = seq_len - query_len;
@@ -575,10 +603,10 @@ __device__ __forceinline__ void paged_decode(const Args& args) {
         name(bf16* out, const bf16* q, const void* k, const void* v, float* partial_out, float* partial_max_sum,   \
              unsigned* counters, const unsigned* query_start_loc, const unsigned* seq_lens,                        \
              const unsigned* block_table, unsigned num_seqs, unsigned max_blocks_per_seq, unsigned num_kv_heads,   \
-             unsigned group, unsigned block_size, float scale_log2, float value_scale) {                           \
+             unsigned group, unsigned block_size, unsigned window, float scale_log2, float value_scale) {          \
         paged_decode<type, head_dim>({out, q, k, v, partial_out, partial_max_sum, counters, query_start_loc,       \
                                       seq_lens, block_table, num_seqs, max_blocks_per_seq, num_kv_heads, group,    \
-                                      block_size, scale_log2 * Format<type>::DIVISOR,                              \
+                                      block_size, window, scale_log2 * Format<type>::DIVISOR,                      \
                                       value_scale * Format<type>::DIVISOR});                                       \
     }                                                                                                              \
     KERNEL(name);

@@ -1,13 +1,14 @@
 // Causal attention of many queries per sequence over a paged cache: prompts, chunks of prompts, and
 // batches that mix them.
 //
-//   out[i] = sum over j <= p of softmax_j(scale * q[i] . k[j]) * v[j],   p = seq_len - query_len + i
+//   out[i] = sum over p - window < j <= p of softmax_j(scale * q[i] . k[j]) * v[j],   p = seq_len - query_len + i
 //
 // q, out      [num_tokens, num_kv_heads * group, HEAD_DIM] bf16
 // k, v        [num_blocks, num_kv_heads, block_size, HEAD_DIM] T (bf16, f16 or e4m3), block_size a multiple of
 //             8; scale_log2 = scale * log2(e) and value_scale include what 8 bits are scaled by
 // tiles       [num_tiles], each the work of one block per KV head
 // partial_*   [num_slots, num_kv_heads, ROWS, HEAD_DIM] f32 and [.., ROWS, 2] (maximum, sum)
+// window      at least 1; 2^31 - 1 for all keys
 // grid        (num_kv_heads, num_tiles), THREADS threads, shared memory for the tiles of q, k and v in 16 bits
 //             and, behind them, for copies of k and v in 8 bits
 //
@@ -18,6 +19,9 @@
 //
 //   warp w, 32 rows             keys ->  0      64     128
 //     rows 32w .. 32w + 31   queries    [######][######][##/   ]    # visible, / compared key by key
+//
+// With a window the tiles begin where that of the first query does, and the first of them are compared
+// key by key too.
 //
 // The copy of v runs during q k^T, that of the next k during softmax and p v. A tile with a slot covers
 // only some of the keys its queries see, and writes what merge_partitions needs: few queries behind many
@@ -47,7 +51,7 @@ struct Tile {
     unsigned first_query;
     unsigned first_key;  // a multiple of KEYS
     unsigned end_key;    // at most what the last query sees
-    unsigned slot;       // NO_SLOT if the tile covers all keys
+    unsigned slot;       // NO_SLOT if the tile covers all keys that its queries see
 };
 
 struct Args {
@@ -64,6 +68,7 @@ struct Args {
     unsigned max_blocks_per_seq;
     unsigned group;
     unsigned block_size;
+    unsigned window;
     float scale_log2;
     float value_scale;
 };
@@ -212,6 +217,29 @@ __device__ __forceinline__ void mask(float (&scores)[ROW_TILES][KEY_TILES][4], i
                 for (int i = 0; i < 2; i++) {
                     float& score = scores[row_tile][key_tile][half * 2 + i];
                     score = key_tile * 8 + i <= last_column ? score : -INFINITY;
+                }
+            }
+        }
+    }
+}
+
+// Hides the keys before each row's window, in the same way.
+__device__ __forceinline__ void mask_window(float (&scores)[ROW_TILES][KEY_TILES][4], int first_key, int window,
+                                            RowDivider divider) {
+    const unsigned lane = threadIdx.x % WARP_SIZE;
+    const unsigned first_row = threadIdx.x / WARP_SIZE * WARP_ROWS + lane / LANES_PER_ROW;
+#pragma unroll
+    for (int row_tile = 0; row_tile < ROW_TILES; row_tile++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int query = divider.query(first_row + row_tile * 16 + half * 8);
+            const int first_column = query - window + 1 - first_key - int(lane % LANES_PER_ROW) * 2;
+#pragma unroll
+            for (int key_tile = 0; key_tile < KEY_TILES; key_tile++) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float& score = scores[row_tile][key_tile][half * 2 + i];
+                    score = first_column <= key_tile * 8 + i ? score : -INFINITY;
                 }
             }
         }
@@ -392,6 +420,7 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
     const unsigned other_heads = (num_kv_heads - 1) * group;
     const size_t first_row = (size_t(query_start + tile.first_query) * num_kv_heads + kv_head) * group;
     const int first_position = args.seq_lens[tile.seq] - query_len + tile.first_query;
+    const int window = int(args.window);
     const int first_key = tile.first_key;
     const unsigned end_key = tile.end_key;
     const Pages pages = {args.block_table + size_t(tile.seq) * args.max_blocks_per_seq, end_key, args.block_size,
@@ -446,6 +475,9 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
             if (int(divider.query(warp_row)) < key - first_position + KEYS - 1) {
                 mask(scores, key - first_position, divider);
             }
+            if (key - first_position <= last_query - window) {
+                mask_window(scores, key - first_position, window, divider);
+            }
             softmax(scores, state, args.scale_log2);
             multiply_values<T, HEAD_DIM>(state, scores, v_tile);
         }
@@ -468,9 +500,9 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
         name(bf16* out, const bf16* q, const void* k, const void* v, const Tile* tiles, float* partial_out,         \
              float* partial_max_sum, const unsigned* query_start_loc, const unsigned* seq_lens,                     \
              const unsigned* block_table, unsigned max_blocks_per_seq, unsigned group, unsigned block_size,         \
-             float scale_log2, float value_scale) {                                                                 \
+             unsigned window, float scale_log2, float value_scale) {                                                \
         paged_prefill<type, head_dim>({out, q, k, v, tiles, partial_out, partial_max_sum, query_start_loc,          \
-                                       seq_lens, block_table, max_blocks_per_seq, group, block_size,                \
+                                       seq_lens, block_table, max_blocks_per_seq, group, block_size, window,        \
                                        scale_log2 * Format<type>::DIVISOR, value_scale * Format<type>::DIVISOR});   \
     }                                                                                                               \
     KERNEL(name);

@@ -3,7 +3,7 @@
 //! For query `i` of `n` of a sequence of length `len`, at position `p = len - n + i`, and each head:
 //!
 //! ```text
-//!   out = sum over j <= p of softmax_j(scale * q . k_j) * v_j
+//!   out = sum over p - window < j <= p of softmax_j(scale * q . k_j) * v_j
 //! ```
 //!
 //! where `k_j` and `v_j` lie in slot `j % block_size` of the sequence's block `j / block_size`, and
@@ -128,8 +128,14 @@ pub struct Attending {
     /// What products of queries and keys are multiplied with.
     pub scale: f32,
     /// How many tokens a token looks at, itself and those right before it; all of them if absent.
-    /// On the CPU only.
     pub window: Option<usize>,
+}
+
+impl Attending {
+    /// How many tokens a token looks at, where more than any sequence has are all of them.
+    fn num_seen(self) -> usize {
+        self.window.unwrap_or(usize::MAX).max(1)
+    }
 }
 
 /// Causal attention of the step's tokens over everything cached of their sequences.
@@ -142,10 +148,9 @@ pub fn paged_attention(
     meta: &AttentionMetadata,
     how: Attending,
 ) -> Result<Tensor> {
-    match (kv, how.window) {
-        (KvCache::Cpu(kv), _) => attend_on_cpu(q.cpu()?, kv, meta, how).map(Tensor::Cpu),
-        (KvCache::Gpu(kv), None) => gpu::attend(q.gpu()?, kv, meta, how.scale).map(Tensor::Gpu),
-        (KvCache::Gpu(_), Some(_)) => bail!("attention in a window is not supported on the GPU"),
+    match kv {
+        KvCache::Cpu(kv) => attend_on_cpu(q.cpu()?, kv, meta, how).map(Tensor::Cpu),
+        KvCache::Gpu(kv) => gpu::attend(q.gpu()?, kv, meta, how).map(Tensor::Gpu),
     }
 }
 
@@ -326,7 +331,7 @@ impl PagedAttention<'_> {
             kv_head,
             blocks: &meta.block_table[seq * meta.max_blocks_per_seq..][..num_blocks],
             scale: self.how.scale,
-            window: self.how.window.unwrap_or(usize::MAX).max(1),
+            window: self.how.num_seen(),
         }
     }
 

@@ -252,11 +252,6 @@ fn read_config(checkpoint: &Checkpoint, options: &LoadOptions) -> anyhow::Result
     let config = ModelConfig::from_checkpoint(checkpoint, options.rope_scaling)?;
     options.kv_cache_dtype.check(config.head_dim, &options.device)?;
     check_experts(&config, &options.device)?;
-    anyhow::ensure!(
-        config.sliding_window.is_none() || matches!(options.device, Device::Cpu),
-        "attention in a sliding window (`use_sliding_window`) runs on the CPU only; pass \
-         `--device cpu`"
-    );
     Ok(config)
 }
 

@@ -12,6 +12,9 @@ const BF16_WEIGHTS: Tolerance = Tolerance { max: 1.2, mean: 0.06, margin: 0.4 };
 /// Of two experts that are nearly as likely rounding chooses the other one for some tokens.
 const BF16_EXPERTS: Tolerance = Tolerance { max: 3.5, mean: 0.1, margin: 1.0 };
 
+/// Its first layer looks at 20 tokens.
+const SLIDING: &str = "hf-sliding-hd64";
+
 fn has_gpu() -> bool {
     Gpu::for_tests().is_some()
 }
@@ -32,6 +35,7 @@ async fn a_card_computes_what_hugging_face_does() {
         ("qwen2moe-f16.gguf", BF16_EXPERTS),
         ("qwen3moe-mixed.gguf", BF16_EXPERTS),
         ("fp8-block", BF16_ACTIVATIONS),
+        (SLIDING, BF16_ACTIVATIONS),
         ("fp8-block-qwen3moe", BF16_EXPERTS),
     ] {
         compare_with_golden(name, tolerance, ON_GPU).await;
@@ -47,7 +51,7 @@ async fn recorded_steps_give_the_bits_of_launched_ones() {
         return;
     }
     let eager = Setup { place: Place::Gpu(Execution::Eager), ..ROOMY };
-    for model in EQUALITY_MODELS.map(tiny) {
+    for model in EQUALITY_MODELS.into_iter().chain([SLIDING]).map(tiny) {
         let (recorded, launched) = (start(&model, ON_GPU), start(&model, eager));
         for (n, prompt) in [1, 3, 8].into_iter().zip(prompts().iter().rev()) {
             let request = || Request { n, ..request(prompt, 12, sampled(1)) };
@@ -64,7 +68,7 @@ async fn company_changes_no_bit_of_a_decode_step() {
     if !has_gpu() {
         return;
     }
-    for model in EQUALITY_MODELS.map(tiny) {
+    for model in EQUALITY_MODELS.into_iter().chain([SLIDING]).map(tiny) {
         let prompt = &prompts()[6];
         // The prefix is in the cache both times: the last token of a prompt alone is multiplied
         // by other kernels than a whole prompt.
@@ -89,7 +93,7 @@ async fn chunks_and_preemption_change_no_more_than_rounding() {
         return;
     }
     let greedy = || SamplingParams { temperature: 0.0, logprobs: Some(5), ..sampled(0) };
-    for name in EQUALITY_MODELS {
+    for name in EQUALITY_MODELS.into_iter().chain([SLIDING]) {
         // Rounding may send a token to another expert where two are nearly as likely.
         let limit = if name.contains("moe") { 1.0 } else { 0.1 };
         let model = tiny(name);

@@ -11,10 +11,11 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Result, bail};
 
-use super::AttentionMetadata;
 use super::plan::{
-    Heads, MAX_DECODE_ROWS, Plan, Round, StepBounds, TILE_ROWS, max_partial_rows, max_partitions,
+    Heads, MAX_DECODE_ROWS, Plan, Round, StepBounds, TILE_KEYS, TILE_ROWS, max_partial_rows,
+    max_partitions,
 };
+use super::{Attending, AttentionMetadata};
 use crate::device::gpu::{Arg, DeviceBuffer, Gpu, Kernel, LaunchConfig};
 use crate::ops::kv_cache::{GpuKvCache, KvCacheShape};
 use crate::ops::tensor::GpuTensor;
@@ -22,8 +23,6 @@ use crate::ops::tensor::GpuTensor;
 const THREADS: u32 = 128;
 /// Rows of a merge's block, as in `merge_partitions.cu`.
 const MERGE_ROWS: usize = 16;
-/// Keys of a tile of `paged_prefill.cu`.
-const TILE_KEYS: usize = 64;
 /// What the warps of a decode block copy keys and values to, as in `paged_decode.cu`.
 const RING_BYTES: usize = 64 << 10;
 /// More decode blocks on a multiprocessor would not find the registers.
@@ -33,9 +32,10 @@ const MAX_ROW_TILES: usize = MAX_DECODE_ROWS / 16;
 /// Sequences that the counters of a cache suffice for.
 const NUM_COUNTED_SEQS: usize = 256;
 
-/// What the first layer's attention of a step leaves to the others.
+/// What the first layer's attention of a step leaves to the others: for layers that look at all
+/// tokens, and for those with a window.
 #[derive(Clone, Debug, Default)]
-pub struct StepPlan(OnceLock<Arc<Uploaded>>);
+pub struct StepPlan([OnceLock<Arc<Uploaded>>; 2]);
 
 /// It is made of the other indices.
 impl PartialEq for StepPlan {
@@ -49,6 +49,7 @@ impl Eq for StepPlan {}
 #[derive(Debug)]
 struct Uploaded {
     heads: Heads,
+    window: Option<usize>,
     plan: Plan,
     /// The plan's tiles, then its merges.
     buffer: Option<DeviceBuffer>,
@@ -59,18 +60,22 @@ impl StepPlan {
     fn get(
         &self,
         meta: &AttentionMetadata,
-        heads: Heads,
+        (heads, how): (Heads, Attending),
         num_tokens: usize,
         kv: &GpuKvCache,
     ) -> Result<Arc<Uploaded>> {
-        if let Some(known) = self.0.get().filter(|known| known.heads == heads) {
+        let window = how.window;
+        let kept = &self.0[usize::from(window.is_some())];
+        if let Some(known) =
+            kept.get().filter(|known| (known.heads, known.window) == (heads, window))
+        {
             return Ok(Arc::clone(known));
         }
         meta.check_starts(num_tokens)?;
         // A sequence without tokens is padding, and nothing of it is read.
         let mut seqs = (0..meta.seq_lens.len()).filter(|&seq| meta.seq_lens[seq] != 0);
         seqs.try_for_each(|seq| meta.check_seq(seq, kv.shape))?;
-        let plan = Plan::new(meta, heads);
+        let plan = Plan::new(meta, heads, how.num_seen());
         let mut bytes = bytemuck::cast_slice::<_, u8>(&plan.tiles).to_vec();
         bytes.extend_from_slice(bytemuck::cast_slice(&plan.merges));
         let buffer = if bytes.is_empty() {
@@ -80,9 +85,10 @@ impl StepPlan {
             buffer.upload(&bytes)?;
             Some(buffer)
         };
-        let uploaded = Arc::new(Uploaded { heads, plan, buffer });
-        // A model whose layers have different heads makes a plan for each; nothing depends on it.
-        let _ = self.0.set(Arc::clone(&uploaded));
+        let uploaded = Arc::new(Uploaded { heads, window, plan, buffer });
+        // A model whose layers have different heads or windows makes a plan for each; nothing
+        // depends on it.
+        let _ = kept.set(Arc::clone(&uploaded));
         Ok(uploaded)
     }
 }
@@ -107,12 +113,12 @@ pub(super) fn attend(
     q: &GpuTensor,
     kv: &GpuKvCache,
     meta: &AttentionMetadata,
-    scale: f32,
+    how: Attending,
 ) -> Result<GpuTensor> {
     let heads = check(q, kv)?;
-    let step = meta.step_plan.get(meta, heads, q.num_rows, kv)?;
+    let step = meta.step_plan.get(meta, (heads, how), q.num_rows, kv)?;
     let out = GpuTensor::scratch(&q.gpu, DType::BF16, (q.num_rows, q.num_cols))?;
-    let call = Call { q, kv, meta, heads, scale, out: &out };
+    let call = Call { q, kv, meta, heads, how, out: &out };
     if 0 < step.plan.num_decode_tokens {
         call.decode(&step.plan)?;
     }
@@ -155,7 +161,7 @@ struct Call<'a> {
     kv: &'a GpuKvCache,
     meta: &'a AttentionMetadata,
     heads: Heads,
-    scale: f32,
+    how: Attending,
     out: &'a GpuTensor,
 }
 
@@ -184,12 +190,17 @@ pub fn max_partial_bytes(
 }
 
 impl Call<'_> {
+    /// As kernels take it, who count keys in signed numbers of 32 bits.
+    fn window(&self) -> Arg<'static> {
+        Arg::U32(self.how.num_seen().min(i32::MAX as usize) as u32)
+    }
+
     fn decode(&self, plan: &Plan) -> Result<()> {
         let Self { q, kv, meta, heads, .. } = *self;
         let Heads { num_kv_heads, group } = heads;
         let (gpu, head_dim) = (&q.gpu, kv.shape.head_dim);
         let num_seqs = meta.seq_lens.len();
-        let partitions = max_partitions(meta.max_seq_len as usize);
+        let partitions = max_partitions(plan.max_decode_keys);
         let num_partials = if partitions == 1 { 0 } else { plan.num_decode_tokens * partitions };
         let partials = Partials::new(gpu, num_partials * num_kv_heads * group, head_dim)?;
         let num_bytes = counter_bytes(num_seqs, num_kv_heads);
@@ -232,7 +243,8 @@ impl Call<'_> {
             Arg::U32(num_kv_heads as u32),
             Arg::U32(group as u32),
             Arg::U32(kv.shape.block_size as u32),
-            Arg::F32(self.scale * LOG2_E * kv.k_scale),
+            self.window(),
+            Arg::F32(self.how.scale * LOG2_E * kv.k_scale),
             Arg::F32(kv.v_scale),
         ];
         Ok(gpu.launch(Kernel { module: "paged_decode", function }, config, &args)?)
@@ -270,7 +282,8 @@ impl Call<'_> {
             Arg::U32(meta.max_blocks_per_seq as u32),
             Arg::U32(heads.group as u32),
             Arg::U32(kv.shape.block_size as u32),
-            Arg::F32(self.scale * LOG2_E * kv.k_scale),
+            self.window(),
+            Arg::F32(self.how.scale * LOG2_E * kv.k_scale),
             Arg::F32(kv.v_scale),
         ];
         gpu.launch(Kernel { module: "paged_prefill", function }, config, &args)?;

@@ -5,8 +5,7 @@ use candle_core::DType;
 use super::*;
 use crate::device::threads::ThreadPool;
 
-pub(super) const SCALE: f32 = 0.125;
-pub(super) const TO_ALL: Attending = Attending { scale: SCALE, window: None };
+const SCALE: f32 = 0.125;
 
 /// Dimensions of a model and how its cache is laid out.
 #[derive(Clone, Copy)]
@@ -54,7 +53,7 @@ pub(super) struct Batch {
     pub(super) q: CpuTensor,
     pub(super) kv: CpuKvCache,
     pub(super) meta: AttentionMetadata,
-    how: Attending,
+    pub(super) how: Attending,
 }
 
 impl Setup {

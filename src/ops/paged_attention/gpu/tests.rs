@@ -7,7 +7,7 @@
 
 use half::{bf16, f16};
 
-use super::super::tests::{Batch, QWEN, SCALE, Seq, Setup, TO_ALL};
+use super::super::tests::{Batch, QWEN, Seq, Setup};
 use super::super::{KvCacheShape, KvDtype, attend_on_cpu};
 use super::*;
 
@@ -27,6 +27,7 @@ struct OnGpu {
     q: GpuTensor,
     kv: GpuKvCache,
     meta: AttentionMetadata,
+    how: Attending,
 }
 
 impl OnGpu {
@@ -51,11 +52,15 @@ impl OnGpu {
         let mut meta = batch.meta.clone();
         meta.max_seq_len = meta.seq_lens.iter().copied().max().unwrap_or(0);
         upload(gpu, &mut meta);
-        Self { q: q.unwrap(), kv, meta }
+        Self { q: q.unwrap(), kv, meta, how: batch.how }
     }
 
     fn run(&self) -> Vec<f32> {
-        attend(&self.q, &self.kv, &self.meta, SCALE).unwrap().to_vec().unwrap()
+        self.attend().unwrap().to_vec().unwrap()
+    }
+
+    fn attend(&self) -> Result<GpuTensor> {
+        attend(&self.q, &self.kv, &self.meta, self.how)
     }
 }
 
@@ -69,7 +74,7 @@ fn upload(gpu: &Gpu, meta: &mut AttentionMetadata) {
 /// What the processor makes of the same queries in `bf16`.
 fn on_cpu(batch: &Batch) -> Vec<f32> {
     let q = batch.q.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
-    let out = attend_on_cpu(&q, &batch.kv, &batch.meta, TO_ALL).unwrap();
+    let out = attend_on_cpu(&q, &batch.kv, &batch.meta, batch.how).unwrap();
     out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
 }
 
@@ -148,6 +153,57 @@ fn matches_the_processor_on_long_sequences() {
     check(&gpu, setup, &[(4097, 1), (2049, 12)]);
 }
 
+/// The edges are those of granules (8 keys), tiles (16, 32, 64), partitions (128, 256) and blocks.
+#[test]
+fn matches_the_processor_in_windows() {
+    let Some(gpu) = Gpu::for_tests() else { return };
+    for (index, window) in
+        [1, 2, 7, 20, 63, 64, 65, 127, 128, 129, 200, 257, 1000, 5000].into_iter().enumerate()
+    {
+        let head_dim = [64, 128][index % 2];
+        let dtype = [KvDtype::F16, KvDtype::Bf16, KvDtype::Fp8][index % 3];
+        let (num_heads, num_kv_heads) = [(7, 1), (2, 2), (8, 1)][index % 3];
+        let block_size = [16, 8, 24, 128][index % 4];
+        let window = Some(window);
+        let setup =
+            Setup { num_heads, num_kv_heads, head_dim, dtype, block_size, block_step: 3, window };
+        check(&gpu, setup, &[(1, 1), (8, 1), (129, 1), (137, 2), (300, 8), (700, 1), (1031, 1)]);
+        check(&gpu, setup, &[(70, 70), (200, 131), (150, 20), (333, 65), (129, 1)]);
+    }
+    // More partitions than there may be of 128 keys, and tiles whose keys are split.
+    for window in [1100, 4090, 4096, 4500] {
+        let setup = Setup { num_heads: 7, num_kv_heads: 1, window: Some(window), ..QWEN };
+        check(&gpu, setup, &[(4500, 1), (5003, 8), (4400, 1), (4700, 30)]);
+    }
+}
+
+/// Goal: a step costs what its window does. Method: values before it are not numbers, which would
+/// show even with a weight of zero; copies begin with a granule, in `paged_prefill` with a tile.
+#[test]
+fn keys_before_the_window_are_not_read() {
+    let Some(gpu) = Gpu::for_tests() else { return };
+    for (window, query_len, unit) in [(1, 1, 8), (100, 1, 8), (600, 9, 8), (130, 40, 64)] {
+        let setup = Setup { num_heads: 7, num_kv_heads: 1, window: Some(window), ..QWEN };
+        let len = 1501;
+        let batch = setup.batch(&seqs(&[(len, query_len)]));
+        let step = OnGpu::new(&gpu, setup, &batch);
+        let expected = step.run();
+        let first_read = (len - query_len + 1 - window) / unit * unit;
+        let mut values = batch.kv.v.flatten_all().unwrap().to_vec1::<f16>().unwrap();
+        for position in 0..first_read {
+            let block = batch.meta.block_table[position / setup.block_size] as usize;
+            let slot = block * setup.block_size + position % setup.block_size;
+            values[slot * setup.head_dim..][..setup.head_dim].fill(f16::NAN);
+        }
+        step.kv.v.upload(bytemuck::cast_slice(&values)).unwrap();
+        assert!(step.run() == expected, "{window} {query_len}");
+        // The method can fail: what is seen is read.
+        values[..].fill(f16::NAN);
+        step.kv.v.upload(bytemuck::cast_slice(&values)).unwrap();
+        assert!(step.run().iter().all(|value| value.is_nan()));
+    }
+}
+
 #[test]
 fn matches_the_processor_on_more_sequences_than_a_cache_counts() {
     let Some(gpu) = Gpu::for_tests() else { return };
@@ -173,28 +229,35 @@ fn matches_the_processor_in_the_shapes_of_models() {
 #[test]
 fn a_batch_gives_each_sequence_the_bits_it_gets_alone() {
     let Some(gpu) = Gpu::for_tests() else { return };
-    let setup = Setup { num_heads: 7, num_kv_heads: 1, ..QWEN };
-    let lens = [(1, 1), (140, 140), (600, 1), (64, 3), (1100, 40), (17, 1), (257, 9)];
-    let run = |lens: &[(usize, usize)]| {
-        let batch = setup.batch(&seqs(lens));
-        OnGpu::new(&gpu, setup, &batch).run()
-    };
-    let apart: Vec<f32> = lens.iter().flat_map(|&seq| run(&[seq])).collect();
-    assert!(run(&lens) == apart);
+    for window in [None, Some(190)] {
+        let setup = Setup { num_heads: 7, num_kv_heads: 1, window, ..QWEN };
+        let lens = [(1, 1), (140, 140), (600, 1), (64, 3), (1100, 40), (17, 1), (257, 9)];
+        let run = |lens: &[(usize, usize)]| {
+            let batch = setup.batch(&seqs(lens));
+            OnGpu::new(&gpu, setup, &batch).run()
+        };
+        let apart: Vec<f32> = lens.iter().flat_map(|&seq| run(&[seq])).collect();
+        assert!(run(&lens) == apart, "{window:?}");
+    }
 }
 
 #[test]
 fn recorded_steps_follow_lengths_and_leave_padding_alone() {
     let Some(gpu) = Gpu::for_tests() else { return };
-    let setup = Setup { num_heads: 7, num_kv_heads: 1, ..QWEN };
+    for window in [None, Some(1), Some(129), Some(250)] {
+        let setup = Setup { num_heads: 7, num_kv_heads: 1, window, ..QWEN };
+        check_recorded(&gpu, setup);
+    }
+}
+
+fn check_recorded(gpu: &Gpu, setup: Setup) {
     let batch = setup.batch(&seqs(&[(300, 1), (20, 1), (129, 1)]));
-    let mut step = OnGpu::new(&gpu, setup, &batch);
+    let mut step = OnGpu::new(gpu, setup, &batch);
     step.meta.max_seq_len = 1024;
     step.run();
-    let record = || attend(&step.q, &step.kv, &step.meta, SCALE);
-    let (out, graph) = gpu.capture(record).unwrap();
-    // Two rounds: counters that were not left at zero would show in the second.
-    for lens in [[300_u32, 0, 129], [257, 20, 0]] {
+    let (out, graph) = gpu.capture(|| step.attend()).unwrap();
+    // Three rounds: counters that were not left at zero would show in the second.
+    for lens in [[300_u32, 0, 129], [257, 20, 0], [130, 1, 128]] {
         let mut shorter = Setup::batch(&setup, &seqs(&[(300, 1), (20, 1), (129, 1)]));
         *shorter.meta.seq_lens = lens.to_vec();
         step.meta.seq_lens.on_gpu().unwrap().upload(bytemuck::cast_slice(&lens)).unwrap();
@@ -221,8 +284,7 @@ fn shapes_without_a_kernel_are_errors() {
     let Some(gpu) = Gpu::for_tests() else { return };
     let batch = QWEN.batch(&seqs(&[(20, 2), (40, 40)]));
     let new = || OnGpu::new(&gpu, QWEN, &batch);
-    let run = |step: &OnGpu| attend(&step.q, &step.kv, &step.meta, SCALE);
-    run(&new()).unwrap();
+    new().attend().unwrap();
     let wrong: [fn(&mut OnGpu); 8] = [
         |step| step.q.dtype = DType::F32,
         |step| step.q.num_cols = 13 * 64,
@@ -236,7 +298,7 @@ fn shapes_without_a_kernel_are_errors() {
     for (index, spoil) in wrong.into_iter().enumerate() {
         let mut step = new();
         spoil(&mut step);
-        assert!(run(&step).is_err(), "case {index}");
+        assert!(step.attend().is_err(), "case {index}");
     }
     let shape = KvCacheShape { num_blocks: 1, num_kv_heads: 1, block_size: 16, head_dim: 64 };
     assert!(GpuKvCache::new(shape, KvDtype::F32, &gpu).is_err());
