@@ -4,12 +4,12 @@ use std::borrow::Cow;
 
 use candle_core::Result;
 
-use crate::ops::fp8_weights::{fp8_rows, half_rows};
+use crate::ops::fp8_weights::{Fp8Source, fp8_rows, half_rows};
 use crate::ops::grouped_weights::{GroupedSource, WordOrder, grouped_rows};
 use crate::ops::quantize_rows::quantize_rows;
 use crate::ops::random_rows::random_rows;
 use crate::weights::checkpoint::{Content, StoredMatrix};
-use crate::weights::scheme::{GroupedWeights, Packing};
+use crate::weights::scheme::{Fp8Scales, GroupedWeights, Packing};
 
 /// The rows of a matrix in the format that [`StoredMatrix::row_format`] says: those of the file as
 /// they are, or made of what is there instead. Uses the current thread pool.
@@ -19,7 +19,7 @@ use crate::weights::scheme::{GroupedWeights, Packing};
 pub fn rows(matrix: &StoredMatrix) -> Result<Cow<'_, [u8]>> {
     let shape = (matrix.num_rows, matrix.num_cols);
     if let Some(fp8) = matrix.kept_fp8() {
-        return fp8_rows(matrix.bytes.as_ref(), shape, fp8.block, &fp8.scales).map(Cow::Owned);
+        return fp8_rows(&fp8_source(fp8, shape, matrix.bytes.as_ref())).map(Cow::Owned);
     }
     let stored = gguf_rows(matrix)?;
     match matrix.quantize_to {
@@ -42,13 +42,17 @@ pub fn gguf_rows(matrix: &StoredMatrix) -> Result<Cow<'_, [u8]>> {
             random_rows(matrix.dtype.into(), shape, *seed).map(Cow::Owned)
         }
         Content::Grouped(grouped) => {
-            grouped_rows(&source(grouped, shape, bytes), matrix.dtype).map(Cow::Owned)
+            grouped_rows(&grouped_source(grouped, shape, bytes), matrix.dtype).map(Cow::Owned)
         }
-        Content::Fp8(fp8) => half_rows(bytes, shape, fp8.block, &fp8.scales).map(Cow::Owned),
+        Content::Fp8(fp8) => half_rows(&fp8_source(fp8, shape, bytes)).map(Cow::Owned),
     }
 }
 
-fn source<'a>(
+fn fp8_source<'a>(fp8: &'a Fp8Scales, shape: (usize, usize), bytes: &'a [u8]) -> Fp8Source<'a> {
+    Fp8Source { bytes, shape, block: fp8.block, scales: &fp8.scales }
+}
+
+fn grouped_source<'a>(
     grouped: &'a GroupedWeights,
     shape: (usize, usize),
     words: &'a [u8],

@@ -84,61 +84,40 @@ pub(super) fn fits_rows(scaled_cols: usize, num_cols: usize) -> bool {
     num_cols <= scaled_cols || scaled_cols.is_multiple_of(SCALED_COLS) && 0 < scaled_cols
 }
 
-/// The rows of a matrix whose bytes are scaled by `scales[row / block.0][column / block.1]`. Uses
-/// the current thread pool.
-///
-/// # Errors
-/// If the parts do not fit together, [`fits_rows`] says no, or a weight is not a finite number.
-pub fn fp8_rows(
-    bytes: &[u8],
-    (num_rows, num_cols): (usize, usize),
-    block: (usize, usize),
-    scales: &[f32],
-) -> Result<Vec<u8>> {
-    check(bytes, (num_rows, num_cols), block, scales)?;
-    if !fits_rows(block.1, num_cols) {
-        bail!("eight-bit floats with a scale for {} columns are no rows", block.1);
-    }
-    // Nothing but a scale can make a number of eight bits infinite.
-    let is_finite = AtomicBool::new(scales.iter().all(|scale| (scale * LARGEST).is_finite()));
-    let (row_bytes, scales_per_row) = (row_bytes(num_cols), num_cols.div_ceil(block.1));
-    let mut data = vec![0; num_rows * row_bytes];
-    parallel_chunks_mut(&mut data, (STRIP * row_bytes).max(1), |strip, rows| {
-        for (i, to) in rows.chunks_exact_mut(row_bytes).enumerate() {
-            let row = strip * STRIP + i;
-            let from = &bytes[row * num_cols..(row + 1) * num_cols];
-            let scales = &scales[row / block.0 * scales_per_row..][..scales_per_row];
-            let (scales_to, weights_to) = to.split_at_mut(row_bytes - num_cols);
-            for (index, to) in scales_to.as_chunks_mut().0.iter_mut().enumerate() {
-                *to = scales[index * SCALED_COLS / block.1].to_le_bytes();
-            }
-            weights_to.copy_from_slice(from);
-            if from.iter().any(|byte| byte & 127 == 127) {
-                is_finite.store(false, Ordering::Relaxed);
-            }
-        }
-    });
-    if !is_finite.into_inner() {
-        bail!("a weight of eight bits is not a finite number");
-    }
-    Ok(data)
+/// A matrix as files have it: `[num_rows][num_cols]` bytes, of which that of a row and a column is
+/// scaled by `scales[row / block.0][column / block.1]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Fp8Source<'a> {
+    /// The weights.
+    pub bytes: &'a [u8],
+    /// Rows and columns.
+    pub shape: (usize, usize),
+    /// Rows and columns that share a scale.
+    pub block: (usize, usize),
+    /// `[blocks of rows][blocks of columns]`
+    pub scales: &'a [f32],
 }
 
-fn check(
-    bytes: &[u8],
-    (num_rows, num_cols): (usize, usize),
-    block: (usize, usize),
-    scales: &[f32],
-) -> Result<()> {
-    let num_scales = num_rows.div_ceil(block.0.max(1)) * num_cols.div_ceil(block.1.max(1));
-    if Some(bytes.len()) != num_rows.checked_mul(num_cols)
-        || block.0 == 0
-        || block.1 == 0
-        || scales.len() != num_scales
-    {
-        bail!("the parts of a matrix of eight-bit floats do not fit together");
+/// The rows of a matrix. Uses the current thread pool.
+///
+/// # Errors
+/// If the parts do not fit together, the scales are for too few columns, or a weight is not a finite
+/// number.
+pub fn fp8_rows(source: &Fp8Source<'_>) -> Result<Vec<u8>> {
+    let (num_cols, scaled_cols) = (source.shape.1, source.block.1);
+    if !fits_rows(scaled_cols, num_cols) {
+        bail!("eight-bit floats with a scale for {scaled_cols} columns are no rows");
     }
-    Ok(())
+    source.rows(row_bytes(num_cols), |from, scales, to| {
+        let (scales_to, weights_to) = to.split_at_mut(to.len() - from.len());
+        for (index, to) in scales_to.as_chunks_mut().0.iter_mut().enumerate() {
+            *to = scales[index * SCALED_COLS / scaled_cols].to_le_bytes();
+        }
+        weights_to.copy_from_slice(from);
+        // Nothing but a scale can make a number of eight bits infinite.
+        scales.iter().all(|scale| (scale * LARGEST).is_finite())
+            && from.iter().all(|byte| byte & 127 != 127)
+    })
 }
 
 /// The same as rows of `f16`: as exact as the scales, but for weights below `6e-5`, which have an
@@ -146,36 +125,54 @@ fn check(
 ///
 /// # Errors
 /// If the parts do not fit together, or a weight is not a finite number in half precision.
-pub fn half_rows(
-    bytes: &[u8],
-    (num_rows, num_cols): (usize, usize),
-    block: (usize, usize),
-    scales: &[f32],
-) -> Result<Vec<u8>> {
-    check(bytes, (num_rows, num_cols), block, scales)?;
-    let scales_per_row = num_cols.div_ceil(block.1);
+pub fn half_rows(source: &Fp8Source<'_>) -> Result<Vec<u8>> {
     let values: Vec<f32> = (0..=u8::MAX).map(e4m3_to_f32).collect();
-    let row_bytes = num_cols * size_of::<f16>();
-    let mut data = vec![0; num_rows * row_bytes];
-    let is_finite = AtomicBool::new(true);
-    parallel_chunks_mut(&mut data, (STRIP * row_bytes).max(1), |strip, rows| {
-        for (i, to) in rows.chunks_exact_mut(row_bytes).enumerate() {
-            let row = strip * STRIP + i;
-            let from = &bytes[row * num_cols..(row + 1) * num_cols];
-            let scales = &scales[row / block.0 * scales_per_row..][..scales_per_row];
-            for (column, (&byte, to)) in from.iter().zip(to.as_chunks_mut::<2>().0).enumerate() {
-                let value = f16::from_f32(values[byte as usize] * scales[column / block.1]);
-                if !value.is_finite() {
+    source.rows(source.shape.1 * size_of::<f16>(), |from, scales, to| {
+        let mut is_finite = true;
+        for (column, (&byte, to)) in from.iter().zip(to.as_chunks_mut::<2>().0).enumerate() {
+            let value = f16::from_f32(values[byte as usize] * scales[column / source.block.1]);
+            is_finite &= value.is_finite();
+            *to = value.to_le_bytes();
+        }
+        is_finite
+    })
+}
+
+impl Fp8Source<'_> {
+    /// Rows of so many bytes, made of weights and scales by `put`, which says whether they are
+    /// finite.
+    fn rows(
+        &self,
+        row_bytes: usize,
+        put: impl Fn(&[u8], &[f32], &mut [u8]) -> bool + Sync,
+    ) -> Result<Vec<u8>> {
+        let Self { bytes, shape: (num_rows, num_cols), block, scales } = *self;
+        let scales_per_row = num_cols.div_ceil(block.1.max(1));
+        let num_scales = num_rows.div_ceil(block.0.max(1)) * scales_per_row;
+        if Some(bytes.len()) != num_rows.checked_mul(num_cols)
+            || block.0 == 0
+            || block.1 == 0
+            || scales.len() != num_scales
+        {
+            bail!("the parts of a matrix of eight-bit floats do not fit together");
+        }
+        let mut data = vec![0; num_rows * row_bytes];
+        let is_finite = AtomicBool::new(true);
+        parallel_chunks_mut(&mut data, (STRIP * row_bytes).max(1), |strip, rows| {
+            for (i, to) in rows.chunks_exact_mut(row_bytes).enumerate() {
+                let row = strip * STRIP + i;
+                let from = &bytes[row * num_cols..(row + 1) * num_cols];
+                let scales = &scales[row / block.0 * scales_per_row..][..scales_per_row];
+                if !put(from, scales, to) {
                     is_finite.store(false, Ordering::Relaxed);
                 }
-                *to = value.to_le_bytes();
             }
+        });
+        if !is_finite.into_inner() {
+            bail!("a weight of eight bits is not a number, or too large");
         }
-    });
-    if !is_finite.into_inner() {
-        bail!("a weight of eight bits is not a number, or too large for half precision");
+        Ok(data)
     }
-    Ok(data)
 }
 
 #[cfg(test)]
@@ -205,7 +202,8 @@ mod tests {
         // One (0x38) and minus two (0xc0) in blocks of two rows and three columns.
         let bytes: Vec<u8> = (0..15).map(|i| if i % 2 == 0 { 0x38 } else { 0xc0 }).collect();
         let scales = [1.0, 10.0, 100.0, 1000.0];
-        let data = half_rows(&bytes, (3, 5), (2, 3), &scales).unwrap();
+        let (shape, block) = ((3, 5), (2, 3));
+        let data = half_rows(&Fp8Source { bytes: &bytes, shape, block, scales: &scales }).unwrap();
         let found: Vec<f32> =
             data.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect();
         assert_eq!(found[..5], [1.0, -2.0, 1.0, -20.0, 10.0]);
@@ -222,8 +220,9 @@ mod tests {
         for block in [(num_rows, num_cols), (1, num_cols), (2, 128), (3, 256), (1, 1 << 20)] {
             let num_scales = num_rows.div_ceil(block.0) * num_cols.div_ceil(block.1);
             let scales: Vec<f32> = (0..num_scales).map(|i| 2.0_f32.powi(i as i32 % 7)).collect();
-            let rows = fp8_rows(&bytes, (num_rows, num_cols), block, &scales).unwrap();
-            let halves = half_rows(&bytes, (num_rows, num_cols), block, &scales).unwrap();
+            let shape = (num_rows, num_cols);
+            let source = Fp8Source { bytes: &bytes, shape, block, scales: &scales };
+            let (rows, halves) = (fp8_rows(&source).unwrap(), half_rows(&source).unwrap());
             let mut found = vec![0.0; num_cols];
             for (row, halves) in rows.chunks(row_bytes(num_cols)).zip(halves.chunks(2 * num_cols)) {
                 dequantize_row(row, &mut found).unwrap();
@@ -254,16 +253,22 @@ mod tests {
 
     #[test]
     fn what_is_no_number_is_an_error() {
+        let source = |bytes, num_cols, block, scales| Fp8Source {
+            bytes,
+            shape: (1, num_cols),
+            block,
+            scales,
+        };
         for rows in [half_rows, fp8_rows] {
-            assert!(rows(&[0x38; 2], (1, 2), (1, 2), &[65504.0]).is_ok());
-            assert!(rows(&[0x38, 0xff], (1, 2), (1, 2), &[1.0]).is_err());
-            assert!(rows(&[0x38, 0x38], (1, 2), (1, 2), &[f32::MAX]).is_err());
-            assert!(rows(&[0; 2], (1, 2), (1, 1), &[1.0]).is_err());
-            assert!(rows(&[0; 2], (1, 2), (0, 2), &[1.0]).is_err());
-            assert!(rows(&[0; 3], (1, 2), (1, 2), &[1.0]).is_err());
+            assert!(rows(&source(&[0x38; 2], 2, (1, 2), &[65504.0])).is_ok());
+            assert!(rows(&source(&[0x38, 0xff], 2, (1, 2), &[1.0])).is_err());
+            assert!(rows(&source(&[0x38, 0x38], 2, (1, 2), &[f32::MAX])).is_err());
+            assert!(rows(&source(&[0; 2], 2, (1, 1), &[1.0])).is_err());
+            assert!(rows(&source(&[0; 2], 2, (0, 2), &[1.0])).is_err());
+            assert!(rows(&source(&[0; 3], 2, (1, 2), &[1.0])).is_err());
         }
-        assert!(half_rows(&[0x38, 0x40], (1, 2), (1, 2), &[65504.0]).is_err());
-        assert!(fp8_rows(&[0; 8], (1, 8), (1, 4), &[1.0; 2]).is_err());
-        assert!(half_rows(&[0; 8], (1, 8), (1, 4), &[1.0; 2]).is_ok());
+        assert!(half_rows(&source(&[0x38, 0x40], 2, (1, 2), &[65504.0])).is_err());
+        assert!(fp8_rows(&source(&[0; 8], 8, (1, 4), &[1.0; 2])).is_err());
+        assert!(half_rows(&source(&[0; 8], 8, (1, 4), &[1.0; 2])).is_ok());
     }
 }
