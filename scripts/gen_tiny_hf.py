@@ -435,6 +435,13 @@ SAVED = {
     "hf-sliding-hd64": ("Qwen2", dict(
         use_sliding_window=True, sliding_window=20, head_dim=64,
         layer_types=["sliding_attention", "full_attention"])),
+    # Rows that no type of blocks fits, so that quantising leaves every bit as it is.
+    "hf-narrow": ("Qwen2", dict(
+        hidden_size=40, intermediate_size=56, num_attention_heads=5, num_key_value_heads=1, head_dim=8,
+        use_sliding_window=True, sliding_window=20, layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=gen_tiny.YARN_FACTOR * 64,
+        rope_parameters=dict(rope_type="yarn", rope_theta=1e6, factor=float(gen_tiny.YARN_FACTOR),
+                             original_max_position_embeddings=64))),
     "hf-yarn": ("Qwen2", dict(
         max_position_embeddings=gen_tiny.YARN_FACTOR * 64,
         rope_parameters=dict(rope_type="yarn", rope_theta=1e6, factor=float(gen_tiny.YARN_FACTOR),

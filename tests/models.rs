@@ -537,6 +537,7 @@ async fn hugging_face_computes_the_same_from_its_own_repositories() {
         ("hf-sliding", DENSE),
         ("hf-sliding-hd64", DENSE),
         ("hf-yarn", DENSE),
+        ("hf-narrow", DENSE),
         ("gptq-int4", QUANTISED),
         ("gptq-int4-act-order", QUANTISED),
         ("gptq-int4-asym", QUANTISED),

@@ -12,8 +12,9 @@ use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use super::text_side::TextSide;
 use crate::config::RopeScalingChoice;
 use crate::device::threads::ThreadPool;
-use crate::layers::attention::RopeScaling;
+use crate::layers::attention::{RopeScaling, YarnScaling};
 use crate::layers::content::{gguf_rows, rows};
+use crate::models::config::{ExpertsConfig, SLIDING_WINDOW_KEYS};
 use crate::models::{ModelConfig, registry};
 use crate::ops::gguf_blocks::{dequantize_row, row_bytes};
 use crate::text::TokenizerSpec;
@@ -85,7 +86,6 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
     };
     registry::check_architecture(&ModelConfig::architecture_of(&checkpoint)?)?;
     let config = ModelConfig::from_checkpoint(&checkpoint, RopeScalingChoice::Auto)?;
-    refuse_what_is_not_written(&config)?;
     let num_experts = config.experts.map_or(0, |experts| experts.num_experts);
     let outputs = outputs(&checkpoint, repository, num_experts)?;
     let mut writer = metadata(repository, &checkpoint, &config)?
@@ -99,20 +99,6 @@ pub fn run(args: QuantizeArgs) -> Result<()> {
     let pool = ThreadPool::new(num_threads.unwrap_or_else(default_threads));
     let num_bytes = pool.install(|| write(&output, &writer, &checkpoint, &outputs))?;
     println!("{}: {quantization}, {}", output.display(), HumanBytes(num_bytes));
-    Ok(())
-}
-
-fn refuse_what_is_not_written(config: &ModelConfig) -> Result<()> {
-    ensure!(
-        config.rope_scaling == RopeScaling::None,
-        "a model with stretched positions (`rope_scaling`) cannot be written to a GGUF file; \
-         `serve --quantization` quantises it"
-    );
-    ensure!(
-        config.sliding_window.is_none(),
-        "a model with a sliding window (`use_sliding_window`) cannot be written to a GGUF file; \
-         `serve --quantization` quantises it"
-    );
     Ok(())
 }
 
@@ -217,6 +203,8 @@ fn metadata(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
 ) -> Result<Writer> {
+    // How far stretched positions go follows from the keys that say how they are stretched.
+    let unstretched = ModelConfig::from_checkpoint(checkpoint, RopeScalingChoice::None)?;
     let text = TextSide::read(checkpoint.source(), config.vocab_size)?;
     let json = repository.file("tokenizer.json")?.context("tokenizer.json is missing")?;
     let spec = TokenizerSpec::from_json(&json, config.vocab_size)?;
@@ -235,7 +223,7 @@ fn metadata(
         .string("general.architecture", architecture)
         .string("general.name", &name)
         .u32(&key("block_count"), config.num_hidden_layers as u32)
-        .u32(&key("context_length"), config.max_position_embeddings as u32)
+        .u32(&key("context_length"), unstretched.max_position_embeddings as u32)
         .u32(&key("embedding_length"), config.hidden_size as u32)
         .u32(&key("feed_forward_length"), config.intermediate_size as u32)
         .u32(&key("attention.head_count"), config.num_attention_heads as u32)
@@ -251,18 +239,15 @@ fn metadata(
         .strings("tokenizer.ggml.merges", &merges)
         .u32("tokenizer.ggml.eos_token_id", eos)
         .bool("tokenizer.ggml.add_bos_token", false);
+    if let RopeScaling::Yarn(yarn) = &config.rope_scaling {
+        writer = write_yarn(writer, architecture, yarn)?;
+    }
+    if let Some(sliding) = &config.sliding_window {
+        let [length, layers] = SLIDING_WINDOW_KEYS.map(key);
+        writer = writer.u32(&length, sliding.num_tokens as u32).bools(&layers, &sliding.layers);
+    }
     if let Some(experts) = &config.experts {
-        writer = writer
-            .u32(&key("expert_count"), experts.num_experts as u32)
-            .u32(&key("expert_used_count"), experts.num_experts_per_tok as u32)
-            .u32(&key("expert_feed_forward_length"), experts.moe_intermediate_size as u32);
-        if 0 < experts.shared_expert_intermediate_size {
-            let size = experts.shared_expert_intermediate_size as u32;
-            writer = writer.u32(&key("expert_shared_feed_forward_length"), size);
-        }
-        if let Some(norm) = experts.norm_topk_prob {
-            writer = writer.bool(&key("expert_weights_norm"), norm);
-        }
+        writer = write_experts(writer, architecture, experts);
     }
     let bos = text.template_tokens.bos_token.as_deref();
     if let Some(bos) = bos.and_then(|token| text.tokenizer.id_of(token)) {
@@ -270,6 +255,53 @@ fn metadata(
     }
     if let Some(template) = &text.template {
         writer = writer.string("tokenizer.chat_template", template);
+    }
+    Ok(writer)
+}
+
+fn write_experts(writer: Writer, architecture: &str, experts: &ExpertsConfig) -> Writer {
+    let key = |suffix: &str| format!("{architecture}.{suffix}");
+    let mut writer = writer
+        .u32(&key("expert_count"), experts.num_experts as u32)
+        .u32(&key("expert_used_count"), experts.num_experts_per_tok as u32)
+        .u32(&key("expert_feed_forward_length"), experts.moe_intermediate_size as u32);
+    if 0 < experts.shared_expert_intermediate_size {
+        let size = experts.shared_expert_intermediate_size as u32;
+        writer = writer.u32(&key("expert_shared_feed_forward_length"), size);
+    }
+    if let Some(norm) = experts.norm_topk_prob {
+        writer = writer.bool(&key("expert_weights_norm"), norm);
+    }
+    writer
+}
+
+/// `<architecture>.rope.scaling.*` of the GGUF specification, and llama.cpp's names for the rest.
+fn write_yarn(writer: Writer, architecture: &str, yarn: &YarnScaling) -> Result<Writer> {
+    let &YarnScaling {
+        factor,
+        original_max_position_embeddings,
+        beta_fast,
+        beta_slow,
+        attention_factor,
+    } = yarn;
+    ensure!(
+        attention_factor.is_none(),
+        "an `attention_factor` of its own in `rope_scaling` has no place in a GGUF file; \
+         `serve --quantization` quantises such a model"
+    );
+    let key = |suffix: &str| format!("{architecture}.rope.scaling.{suffix}");
+    let numbers =
+        [("factor", factor), ("yarn_beta_fast", beta_fast), ("yarn_beta_slow", beta_slow)];
+    let mut writer = writer
+        .string(&key("type"), "yarn")
+        .u32(&key("original_context_length"), original_max_position_embeddings as u32);
+    for (name, number) in numbers {
+        ensure!(
+            f64::from(number as f32) == number,
+            "{number} in `rope_scaling` has more digits than a GGUF file holds; \
+             `serve --quantization` quantises such a model"
+        );
+        writer = writer.f32(&key(name), number as f32);
     }
     Ok(writer)
 }

@@ -258,7 +258,6 @@ fn find_model(config: &Config, device: Device) -> Result<(ResolvedModel, Planned
     };
     let planned = PlannedModel::plan_with_draft(checkpoint, draft, options)
         .with_context(|| format!("cannot load `{}`", resolved.path.display()))?;
-    draft::check_tokenizer(&planned)?;
     Ok((resolved, planned))
 }
 

@@ -40,6 +40,10 @@ pub struct ModelConfig {
     pub sliding_window: Option<SlidingWindow>,
 }
 
+/// What GGUF files call a window's length and the layers that have it, behind the architecture.
+pub const SLIDING_WINDOW_KEYS: [&str; 2] =
+    ["attention.sliding_window", "attention.sliding_window_pattern"];
+
 /// Layers that look at the latest tokens only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlidingWindow {
@@ -47,6 +51,32 @@ pub struct SlidingWindow {
     pub num_tokens: usize,
     /// Which layers these are.
     pub layers: Vec<bool>,
+}
+
+impl SlidingWindow {
+    /// Reads llama.cpp's keys: the window's length, and which layers have it.
+    ///
+    /// Without the latter the former is nothing to go by: converters take it over from models that
+    /// do not use it (`use_sliding_window`), and llama.cpp does not look at it in Qwen's files.
+    fn from_gguf(
+        metadata: &Metadata,
+        architecture: &str,
+        num_layers: usize,
+    ) -> Result<Option<Self>, CheckpointError> {
+        let [length, pattern] = SLIDING_WINDOW_KEYS.map(|key| format!("{architecture}.{key}"));
+        let bad = |what: String| Err(CheckpointError::Hyperparameter(what));
+        let Some(layers) = metadata.optional(&pattern, Metadata::bools)? else { return Ok(None) };
+        if layers.len() != num_layers {
+            return bad(format!("`{pattern}` is of {} layers, not of {num_layers}", layers.len()));
+        }
+        if !layers.contains(&true) {
+            return Ok(None);
+        }
+        match metadata.optional(&length, Metadata::u32)? {
+            None | Some(0) => bad(format!("`{pattern}` wants windows, but `{length}` has none")),
+            Some(num_tokens) => Ok(Some(Self { num_tokens: num_tokens as usize, layers })),
+        }
+    }
 }
 
 /// The experts of a model. Which layers have them is said by the parameters that there are.
@@ -153,13 +183,14 @@ impl ModelConfig {
         let embedding = gguf.tensor("token_embd.weight")?.0;
         let theta = metadata.f32(&format!("{architecture}.rope.freq_base"));
         let intermediate_size = size("feed_forward_length")?;
+        let num_hidden_layers = size("block_count")?;
         Ok(Self {
             rope_scaling: RopeScaling::None,
             experts: ExpertsConfig::from_gguf(metadata, &architecture, intermediate_size)?,
-            sliding_window: None,
+            sliding_window: SlidingWindow::from_gguf(metadata, &architecture, num_hidden_layers)?,
             hidden_size,
             intermediate_size,
-            num_hidden_layers: size("block_count")?,
+            num_hidden_layers,
             num_attention_heads,
             num_key_value_heads: size("attention.head_count_kv").unwrap_or(num_attention_heads),
             head_dim,
@@ -224,5 +255,45 @@ impl ModelConfig {
     /// Bytes that keys and values of one token take in all layers.
     pub fn kv_bytes_per_token(&self, dtype: KvDtype) -> usize {
         2 * self.num_hidden_layers * self.num_key_value_heads * dtype.row_bytes(self.head_dim)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::gguf::writer::Writer;
+
+    #[test]
+    fn a_file_says_which_layers_have_a_window() {
+        let read = |writer: Writer| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let tensor = [0; 32];
+            let bytes = writer.tensor("token_embd.weight", &[4, 2], 0, &tensor).build();
+            std::fs::write(file.path(), bytes).unwrap();
+            let gguf = Gguf::open(file.path()).unwrap();
+            SlidingWindow::from_gguf(gguf.metadata(), "qwen2", 3)
+        };
+        let [length, pattern] = SLIDING_WINDOW_KEYS.map(|key| format!("qwen2.{key}"));
+        let layers = [false, true, true];
+        let window = SlidingWindow { num_tokens: 7, layers: layers.to_vec() };
+        let sliding = || Writer::new().u32(&length, 7);
+        for (writer, expected) in [
+            (Writer::new(), None),
+            (sliding(), None),
+            (sliding().bools(&pattern, &[false; 3]), None),
+            (sliding().bools(&pattern, &layers), Some(window.clone())),
+            (sliding().i32s(&pattern, &[0, 1, 1]), Some(window)),
+        ] {
+            assert_eq!(read(writer).unwrap(), expected);
+        }
+        for (writer, part) in [
+            (Writer::new().bools(&pattern, &layers), "`qwen2.attention.sliding_window` has none"),
+            (Writer::new().u32(&length, 0).bools(&pattern, &layers), "has none"),
+            (sliding().bools(&pattern, &[true; 2]), "is of 2 layers, not of 3"),
+            (sliding().u32(&pattern, 2), "an array of true and false"),
+        ] {
+            let message = read(writer).unwrap_err().to_string();
+            assert!(message.contains(part), "{part}: {message}");
+        }
     }
 }

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 use qwen_server::cli::quantize::{self, QuantizeArgs};
+use qwen_server::config::RopeScalingChoice;
 use qwen_server::layers::content::rows;
+use qwen_server::models::ModelConfig;
 use qwen_server::ops::kv_cache::KvDtype;
 use qwen_server::ops::row_format::RowFormat;
 use qwen_server::runner::load::PlannedModel;
@@ -17,8 +19,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{
-    REQUANTISED, REQUANTISED_TO_FP8, ROOMY, Setup, compare_engine, load_options, start,
-    start_planned, tiny, tokenizer,
+    REQUANTISED, REQUANTISED_TO_FP8, ROOMY, Setup, alone, assert_same, compare_engine,
+    load_options, prompts, start, start_planned, tiny, tokenizer,
 };
 
 fn copy(name: &str) -> TempDir {
@@ -154,7 +156,7 @@ fn floats_of_eight_bits_are_kept() {
         assert!((checkpoint.num_weight_bytes() as f64) < 1.05 * file_bytes);
     }
     let output = Path::new("not-written.gguf");
-    let error = quantize_to("hf-f16", output, "fp8").unwrap_err().to_string();
+    let error = quantize_to(&tiny("hf-f16"), output, "fp8").unwrap_err().to_string();
     assert!(error.contains("serve --quantization fp8"), "{error}");
 }
 
@@ -165,7 +167,7 @@ async fn a_repository_with_experts_becomes_a_file() {
     let directory = tempfile::tempdir().unwrap();
     for (name, num_experts) in [("hf-qwen2moe", 6), ("hf-qwen3moe", 6), ("fp8-block-qwen3moe", 5)] {
         let path = directory.path().join(format!("{name}.gguf"));
-        quantize(name, &path).unwrap();
+        quantize(&tiny(name), &path).unwrap();
         compare_engine(&start(&path, EXACT_CACHE), name, REQUANTISED).await;
         let gguf = Gguf::open(&path).unwrap();
         let layer = usize::from(name == "hf-qwen3moe");
@@ -185,13 +187,69 @@ async fn a_repository_with_experts_becomes_a_file() {
     }
 }
 
-fn quantize(name: &str, output: &Path) -> anyhow::Result<()> {
-    quantize_to(name, output, "q8_0")
+/// Goal: stretched positions and windows get into a file, and nothing of them is lost. Method: rows
+/// that no quantised type fits stay as they are, so that answers must have the same bits.
+#[tokio::test]
+async fn stretched_positions_and_windows_become_keys_of_a_file() {
+    let plain = json!({"rope_type": "default", "rope_theta": 1e6});
+    let unusual = json!({
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 2.5,
+        "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0,
+    });
+    let mut bits = Vec::new();
+    for changes in [
+        json!({}),
+        json!({"rope_parameters": plain}),
+        json!({"rope_parameters": unusual, "max_position_embeddings": 64}),
+        json!({"use_sliding_window": false}),
+        json!({"layer_types": null, "max_window_layers": 0, "sliding_window": 9}),
+        json!({"layer_types": null, "max_window_layers": 1}),
+    ] {
+        let directory = copy("hf-narrow");
+        set(directory.path(), &changes);
+        let file = directory.path().join("model.gguf");
+        quantize(directory.path(), &file).unwrap();
+        let prompt = &prompts()[6];
+        let said = alone(&file, 6, prompt).await;
+        assert_same(&changes.to_string(), 6, &said, &alone(directory.path(), 6, prompt).await);
+        let read = |path: &Path, choice| {
+            ModelConfig::from_checkpoint(&Checkpoint::open(path).unwrap(), choice).unwrap()
+        };
+        for choice in ["auto", "none", "yarn:factor=8,original=32"] {
+            let choice: RopeScalingChoice = choice.parse().unwrap();
+            assert_eq!(read(&file, choice), read(directory.path(), choice), "{changes}");
+        }
+        assert!(!bits.contains(&said.logprob_bits), "{changes} changes nothing");
+        bits.push(said.logprob_bits);
+    }
 }
 
-fn quantize_to(name: &str, output: &Path, quantization: &str) -> anyhow::Result<()> {
+#[test]
+fn what_a_file_cannot_say_is_not_written() {
+    for (more, part) in [
+        (json!({"factor": 3.3}), "3.3 in `rope_scaling` has more digits"),
+        (json!({"attention_factor": 1.2}), "`attention_factor`"),
+    ] {
+        let directory = copy("hf-narrow");
+        let mut yarn = json!({
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+        });
+        yarn.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        set(directory.path(), &json!({"rope_parameters": yarn}));
+        let file = directory.path().join("model.gguf");
+        let error = quantize(directory.path(), &file).unwrap_err().to_string();
+        assert!(error.contains(part) && !error.contains('\n'), "{error}");
+        assert!(!file.exists());
+    }
+}
+
+fn quantize(input: &Path, output: &Path) -> anyhow::Result<()> {
+    quantize_to(input, output, "q8_0")
+}
+
+fn quantize_to(input: &Path, output: &Path, quantization: &str) -> anyhow::Result<()> {
     quantize::run(QuantizeArgs {
-        input: tiny(name),
+        input: input.to_path_buf(),
         output: output.to_path_buf(),
         quantization: quantization.parse().unwrap(),
         num_threads: Some(1),
@@ -205,7 +263,7 @@ async fn a_repository_becomes_a_file() {
     let directory = tempfile::tempdir().unwrap();
     for name in ["hf-f16", "hf-sharded", "hf-f32", "fp8-channel"] {
         let path = directory.path().join(format!("{name}.gguf"));
-        quantize(name, &path).unwrap();
+        quantize(&tiny(name), &path).unwrap();
         compare_engine(&start(&path, EXACT_CACHE), name, REQUANTISED).await;
         let gguf = Gguf::open(&path).unwrap();
         assert_eq!(gguf.quantization(), "Q8_0");
@@ -223,11 +281,11 @@ async fn a_repository_becomes_a_file() {
         assert_eq!(ours.is_special(268), theirs.is_special(268));
     }
     let path = directory.path().join("hf-f16.gguf");
-    let error = quantize("hf-f16", &path).unwrap_err().to_string();
+    let error = quantize(&tiny("hf-f16"), &path).unwrap_err().to_string();
     assert!(error.contains("exists already"), "{error}");
     let path = directory.path().join("other.gguf");
     for (name, part) in [("gptq-int4", "already"), ("q8_0.gguf", "no directory")] {
-        let error = quantize(name, &path).unwrap_err().to_string();
+        let error = quantize(&tiny(name), &path).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
     }
     assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 4);

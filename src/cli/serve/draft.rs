@@ -24,18 +24,17 @@ pub(super) fn open(name: &str) -> Result<Checkpoint> {
     })
 }
 
-/// A token must mean the same to both models; padding at the end of a vocabulary means nothing.
+/// A token must mean the same to the draft model, if there is one, as to the model with this
+/// tokenizer; padding at the end of a vocabulary means nothing.
 ///
 /// # Errors
 /// If one does not.
-pub(super) fn check_tokenizer(planned: &PlannedModel) -> Result<()> {
+pub(super) fn check_tokenizer(planned: &PlannedModel, tokenizer: &Tokenizer) -> Result<()> {
     let Some(draft) = planned.draft_checkpoint() else { return Ok(()) };
-    let vocab_size = planned.config.vocab_size;
-    let model = TextSide::read(planned.checkpoint.source(), vocab_size)?.tokenizer;
-    let draft = TextSide::read(draft.source(), vocab_size)
+    let draft = TextSide::read(draft.source(), planned.config.vocab_size)
         .context("the tokenizer of the draft model cannot be read")?
         .tokenizer;
-    let Some(token) = first_difference(&model, &draft) else { return Ok(()) };
+    let Some(token) = first_difference(tokenizer, &draft) else { return Ok(()) };
     let message = format!("the draft model has another tokenizer: token {token} is not the same");
     let hint = "pass a smaller model of the same family to `--speculative`, or `ngram`";
     Err(Hinted { message, hint: hint.to_owned() }.into())
@@ -48,4 +47,26 @@ fn first_difference(one: &Tokenizer, other: &Tokenizer) -> Option<TokenId> {
         one.zip(other).is_some_and(|(one, other)| one != other)
     };
     (0..num_shared).find(differs)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    #[test]
+    fn tokens_that_differ_are_found() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny/hf-bf16/tokenizer.json");
+        let json = std::fs::read(file).unwrap();
+        let one = Tokenizer::from_json(&json).unwrap();
+        assert_eq!(first_difference(&one, &Tokenizer::from_json(&json).unwrap()), None);
+        let mut other: Value = serde_json::from_slice(&json).unwrap();
+        let vocabulary = &mut other["model"]["vocab"];
+        let ids = ["a", "b"].map(|token| vocabulary[token].as_u64().unwrap());
+        (vocabulary["a"], vocabulary["b"]) = (ids[1].into(), ids[0].into());
+        let other = Tokenizer::from_json(&serde_json::to_vec(&other).unwrap()).unwrap();
+        let first = ids[0].min(ids[1]) as TokenId;
+        assert_eq!(first_difference(&one, &other), Some(first));
+    }
 }

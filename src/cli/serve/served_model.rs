@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use super::draft;
 use crate::chat::fim::FimTokens;
 use crate::chat::model::{Conventions, NamePattern, Reasoning, ServedModel};
 use crate::chat::reasoning;
@@ -24,7 +25,8 @@ use crate::weights::resolve::ResolvedModel;
 /// Builds tokenizer and chat template of a model that answers to these [`names`].
 ///
 /// # Errors
-/// If the files hold no usable tokenizer, or a template that cannot be parsed.
+/// If the files hold no usable tokenizer, or a template that cannot be parsed, or the draft model
+/// has another tokenizer.
 pub(super) fn build(
     config: &ModelConfig,
     resolved: &ResolvedModel,
@@ -33,6 +35,7 @@ pub(super) fn build(
 ) -> Result<ServedModel> {
     let text = TextSide::read(planned.checkpoint.source(), planned.config.vocab_size)
         .with_context(|| format!("cannot serve `{}`", resolved.path.display()))?;
+    draft::check_tokenizer(planned, &text.tokenizer)?;
     let fim = FimTokens::find(&text.tokenizer).filter(|_| is_coder(&text.names, resolved));
     let TextSide { tokenizer, template, template_tokens, eos_token_ids, generation, .. } = text;
     let conventions = conventions(config, resolved, template.as_deref().unwrap_or_default());

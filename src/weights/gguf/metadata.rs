@@ -300,6 +300,17 @@ impl Metadata {
         })
     }
 
+    /// An array of true and false, which some files write as ones and zeros.
+    pub fn bools(&self, key: &str) -> Result<Vec<bool>, GgufError> {
+        const EXPECTED: &str = "an array of true and false";
+        self.scalars(key, EXPECTED, |value| match value {
+            Value::Bool(value) => Some(value),
+            Value::Unsigned(value @ 0..=1) => Some(value == 1),
+            Value::Signed(value @ 0..=1) => Some(value == 1),
+            _ => None,
+        })
+    }
+
     fn scalars<T>(
         &self,
         key: &str,

@@ -21,6 +21,8 @@ fn tiny() -> Writer {
         .raw("a.u16", 2, &7_u16.to_le_bytes())
         .strings("tokenizer.ggml.tokens", &["a", "", "Ġb", "语"])
         .i32s("tokenizer.ggml.token_type", &[1, 3, -1, 4])
+        .bools("a.bools", &[true, false])
+        .i32s("a.bits", &[0, 1, 1])
         .tensor("token_embd.weight", &[4, 2], 0, &[7; 32])
         .tensor("output.weight", &[32, 3], 8, &[9; 102])
         .tensor("half", &[5], 1, &[1; 10])
@@ -56,6 +58,8 @@ fn a_valid_file_is_read_exactly() {
     assert!(metadata.bool("a.bool").unwrap());
     assert_eq!(metadata.strings("tokenizer.ggml.tokens").unwrap(), ["a", "", "Ġb", "语"]);
     assert_eq!(metadata.i32s("tokenizer.ggml.token_type").unwrap(), [1, 3, -1, 4]);
+    assert_eq!(metadata.bools("a.bools").unwrap(), [true, false]);
+    assert_eq!(metadata.bools("a.bits").unwrap(), [false, true, true]);
     assert_eq!(metadata.f32s("tokenizer.ggml.token_type").unwrap(), [1.0, 3.0, -1.0, 4.0]);
     assert_eq!(metadata.optional("nothing", Metadata::str).unwrap(), None);
     assert_eq!(metadata.optional("a.u16", Metadata::u64).unwrap(), Some(7));
@@ -86,6 +90,11 @@ fn getters_name_the_key() {
         (metadata.u32("general.architecture").unwrap_err(), ["`general.architecture`", "a string"]),
         (metadata.str("a.u16").unwrap_err(), ["`a.u16`", "the number 7"]),
         (metadata.bool("a.u16").unwrap_err(), ["`a.u16`", "true or false"]),
+        (metadata.bools("a.u16").unwrap_err(), ["`a.u16`", "array of true and false"]),
+        (
+            metadata.bools("tokenizer.ggml.token_type").unwrap_err(),
+            ["token_type", "true and false"],
+        ),
         (metadata.strings("a.u16").unwrap_err(), ["`a.u16`", "array of strings"]),
         (metadata.u32s("tokenizer.ggml.token_type").unwrap_err(), ["token_type", "from zero"]),
         (metadata.i32s("tokenizer.ggml.tokens").unwrap_err(), ["tokens", "array of 4 string"]),

@@ -67,6 +67,12 @@ impl Writer {
         self.raw(key, 9, &bytes)
     }
 
+    pub(crate) fn bools(self, key: &str, values: &[bool]) -> Self {
+        let mut bytes = array_start(7, values.len());
+        bytes.extend(values.iter().map(|&value| u8::from(value)));
+        self.raw(key, 9, &bytes)
+    }
+
     pub(crate) fn bool(self, key: &str, value: bool) -> Self {
         self.raw(key, 7, &[u8::from(value)])
     }
