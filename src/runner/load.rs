@@ -300,19 +300,19 @@ impl PlannedModel {
         adapters
     }
 
-    /// Memory that is kept for adapters to come.
-    fn unused_adapter_bytes(&self) -> u64 {
+    /// Memory that the cache must leave to steps, and to adapters that are not there yet.
+    fn kept_bytes(&self) -> u64 {
         let adapters = self.adapters();
         let used = adapters.iter().filter_map(Weak::upgrade).map(|adapter| adapter.num_bytes());
-        self.plan.adapter_bytes.saturating_sub(used.sum::<usize>() as u64)
+        let used = used.sum::<usize>() as u64;
+        self.plan.workspace_bytes + self.plan.adapter_bytes.saturating_sub(used)
     }
 
     /// The planned blocks, or fewer if others took a card's memory while the weights were loaded.
     fn blocks_that_fit(&self) -> anyhow::Result<u32> {
         let Device::Gpu(gpu) = &self.options.device else { return Ok(self.plan.num_blocks) };
         let (free, _) = gpu.memory_info()?;
-        let kept = self.plan.workspace_bytes + self.unused_adapter_bytes();
-        let free = (free as u64).saturating_sub(kept);
+        let free = (free as u64).saturating_sub(self.kept_bytes());
         let fitting = free / self.plan.block_bytes.max(1);
         let num_blocks = u32::try_from(fitting).unwrap_or(u32::MAX).min(self.plan.num_blocks);
         if num_blocks == 0 {
@@ -386,4 +386,40 @@ fn memory(options: &LoadOptions) -> anyhow::Result<(u64, CacheShare)> {
     let wanted = (total as f64 * options.gpu_memory_utilization) as u64;
     // What others have of the card counts as taken.
     Ok((wanted.saturating_sub((total - free) as u64), CacheShare::Rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: what is kept for adapters is kept until they are there, and again when they are gone.
+    #[test]
+    fn memory_is_kept_for_adapters_to_come() {
+        let options = LoadOptions {
+            device: Device::Cpu,
+            gpu_memory_utilization: 0.9,
+            execution: Execution::Eager,
+            kv_cache_bytes: Some(1 << 20),
+            kv_cache_dtype: KvDtype::F16,
+            max_model_len: None,
+            rope_scaling: RopeScalingChoice::Auto,
+            block_size: 16,
+            max_num_seqs: 1,
+            max_num_batched_tokens: 16,
+            num_threads: 1,
+            adapters: (2, 8),
+        };
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny");
+        let planned = PlannedModel::open(&tiny.join("hf-sharded"), options).unwrap();
+        let all = planned.plan.workspace_bytes + planned.plan.adapter_bytes;
+        assert_eq!(planned.kept_bytes(), all);
+        let adapter = planned.load_adapter(&tiny.join("lora-qwen2-all")).unwrap();
+        let other = planned.load_adapter(&tiny.join("lora-qwen2-patterns")).unwrap();
+        let used = adapter.num_bytes() + other.num_bytes();
+        assert_eq!(planned.kept_bytes(), all - used as u64);
+        drop(other);
+        assert_eq!(planned.kept_bytes(), all - adapter.num_bytes() as u64);
+        drop(adapter);
+        assert_eq!(planned.kept_bytes(), all);
+    }
 }

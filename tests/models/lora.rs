@@ -141,6 +141,29 @@ async fn company_of_other_adapters_changes_no_bit() {
     }
 }
 
+/// Goal: guesses change no bit of what an adapter says, though a draft model has none. Method: guesses
+/// by looking up and by a model of other shapes, beside a sequence without an adapter.
+#[tokio::test]
+async fn guesses_go_together_with_adapters() {
+    let (base, draft) = (tiny("mixed.gguf"), tiny("f32-tied.gguf"));
+    let made = random_adapter(&base, 5);
+    let adapter = adapter(made.path(), &base);
+    let both = async |engine: &EngineHandle| {
+        let asked = |adapter| Request { adapter, ..request(&prompts()[4], 40, sampled(0)) };
+        let (adapted, plain) = (asked(Some(adapter.clone())), asked(None));
+        tokio::join!(run(engine, adapted), run(engine, plain))
+    };
+    let expected = both(&start(&base, ROOMY)).await;
+    for (drafter, draft) in [(Drafter::PromptLookup, None), (Drafter::Model, Some(&draft))] {
+        let open = |path: &PathBuf| Checkpoint::open(path).unwrap();
+        let options = load_options(ROOMY);
+        let planned = PlannedModel::plan_with_draft(open(&base), draft.map(open), options).unwrap();
+        let config = SpeculationConfig { drafter, max_drafts: 5 };
+        let found = both(&start_speculating(&planned, ROOMY, Some(config))).await;
+        assert_eq!(found, expected, "{drafter:?}");
+    }
+}
+
 /// Goal: keys and values are shared by those who have the same load of the same adapter, and by nobody
 /// else. Method: one prompt, asked again and again.
 #[tokio::test]
