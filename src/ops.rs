@@ -4,6 +4,7 @@
 //! of the batch, on how a prompt was cut into steps, on the number of threads or on where in the
 //! cache a block lies. Every float operation of an output element has a fixed order.
 
+pub mod add_scaled;
 pub mod embedding;
 pub mod experts;
 pub mod fp8_weights;

@@ -39,6 +39,8 @@ mod kv_cache;
 mod long_context;
 #[path = "models/lora.rs"]
 mod lora;
+#[path = "models/lora_on_gpu.rs"]
+mod lora_on_gpu;
 #[path = "models/repositories.rs"]
 mod repositories;
 #[path = "models/speculation.rs"]

@@ -91,7 +91,6 @@ impl Server {
             Device::Cpu => config.clone(),
             Device::Gpu(_) => config.clone().fit_to_gpu(),
         };
-        adapters::refuse_cards(&config.lora, &opened.device)?;
         keep_freed_memory();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(HTTP_THREADS)

@@ -14,7 +14,8 @@ mod emulator;
 mod ranges;
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::{self, ThreadId};
 
 use self::backend::{Backend, Product};
 pub use self::backend::{Graph, Properties};
@@ -162,11 +163,16 @@ struct Shared {
     backend: Box<dyn Backend>,
     /// Memory for what lives no longer than a step, in pieces that are never given back.
     workspace: Mutex<Vec<Chunk>>,
+    /// Written to while something is recorded.
+    recording: RwLock<()>,
+    /// Who records.
+    recorder: Mutex<Option<ThreadId>>,
 }
 
 /// A piece of the workspace.
 struct Chunk {
     address: u64,
+    len: usize,
     free: FreeRanges,
 }
 
@@ -214,7 +220,8 @@ impl Gpu {
         expect(dead_code, reason = "without a backend nothing is opened")
     )]
     fn new(backend: Box<dyn Backend>) -> Self {
-        Self { shared: Arc::new(Shared { backend, workspace: Mutex::default() }) }
+        let (workspace, recording, recorder) = Default::default();
+        Self { shared: Arc::new(Shared { backend, workspace, recording, recorder }) }
     }
 
     /// What the card is.
@@ -282,9 +289,14 @@ impl Gpu {
         let address = self.shared.backend.alloc(chunk_bytes)?;
         let mut free = FreeRanges::new(chunk_bytes);
         let start = free.take(len).expect("a new chunk is large enough");
-        chunks.push(Chunk { address, free });
+        chunks.push(Chunk { address, len: chunk_bytes, free });
         let place = Place::Scratch { chunk: chunks.len() - 1, range: start..start + len };
         Ok(self.buffer(address + start as u64, num_bytes, place))
+    }
+
+    /// Memory that the workspace has, in use or not.
+    pub fn workspace_bytes(&self) -> usize {
+        self.shared.chunks().iter().map(|chunk| chunk.len).sum()
     }
 
     /// The memory that was parked, as a buffer again.
@@ -357,6 +369,7 @@ impl Gpu {
     /// # Errors
     /// If the driver fails.
     pub fn zero(&self, buffer: &DeviceBuffer) -> Result<(), GpuError> {
+        let _outside = self.shared.outside_recordings();
         self.shared.backend.zero(buffer.address(), buffer.len())
     }
 
@@ -380,7 +393,8 @@ impl Gpu {
         self.shared.backend.synchronize()
     }
 
-    /// Records what `record` launches without running it.
+    /// Records what `record` launches without running it. Other threads that upload, zero or free
+    /// something wait: it would be recorded too, or spoil the recording.
     ///
     /// # Errors
     /// As `record`, or if the driver fails.
@@ -388,6 +402,7 @@ impl Gpu {
         &self,
         record: impl FnOnce() -> Result<T, E>,
     ) -> Result<(T, Graph), E> {
+        let _recorder = Recorder::new(&self.shared);
         self.shared.backend.begin_capture()?;
         let recorded = record();
         // A capture that was begun must be ended, also after an error.
@@ -410,9 +425,39 @@ impl std::fmt::Debug for Gpu {
     }
 }
 
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Shared {
     fn chunks(&self) -> MutexGuard<'_, Vec<Chunk>> {
-        self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.workspace)
+    }
+
+    /// As long as it is held no other thread records.
+    fn outside_recordings(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        let is_recorder = *locked(&self.recorder) == Some(thread::current().id());
+        (!is_recorder).then(|| self.recording.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The thread that records, as long as it does.
+struct Recorder<'a> {
+    shared: &'a Shared,
+    _recording: RwLockWriteGuard<'a, ()>,
+}
+
+impl<'a> Recorder<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        let recording = shared.recording.write().unwrap_or_else(PoisonError::into_inner);
+        *locked(&shared.recorder) = Some(thread::current().id());
+        Self { shared, _recording: recording }
+    }
+}
+
+impl Drop for Recorder<'_> {
+    fn drop(&mut self) {
+        *locked(&self.shared.recorder) = None;
     }
 }
 
@@ -431,7 +476,10 @@ struct Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         match &self.place {
-            Place::Own => self.gpu.shared.backend.free(self.address),
+            Place::Own => {
+                let _outside = self.gpu.shared.outside_recordings();
+                self.gpu.shared.backend.free(self.address);
+            }
             Place::Scratch { chunk, range } => {
                 self.gpu.shared.chunks()[*chunk].free.give_back(range.clone());
             }
@@ -506,6 +554,7 @@ impl DeviceBuffer {
     /// If there are more than the buffer holds.
     pub fn upload(&self, bytes: &[u8]) -> Result<(), GpuError> {
         assert!(bytes.len() <= self.len, "{} bytes into {}", bytes.len(), self.len);
+        let _outside = self.memory.gpu.shared.outside_recordings();
         self.memory.gpu.shared.backend.upload(self.address(), bytes)
     }
 
@@ -628,6 +677,46 @@ mod tests {
         let missing = Kernel { module: "gather_rows", function: "no_such_kernel" };
         let error = gpu.launch(missing, LaunchConfig::linear(1, 1), &[]).unwrap_err().to_string();
         assert!(error.contains("no_such_kernel"), "{error}");
+    }
+
+    /// Goal: what others do to the card's memory meanwhile is neither lost nor recorded. Method: a
+    /// thread that uploads, zeros and frees, begun in the middle of a recording.
+    #[test]
+    fn other_threads_wait_for_the_end_of_a_recording() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let (x, rows) = (words(&gpu, &[1, 2, 3]), words(&gpu, &[0]));
+        gather(&gpu, &x, &rows, &gpu.scratch(12).unwrap()).unwrap();
+        let (others, zeros) = (words(&gpu, &[0; 3]), words(&gpu, &[9; 3]));
+        let (free_before, _) = gpu.memory_info().unwrap();
+        let dropped = gpu.alloc(32 << 20).unwrap();
+        let graph = thread::scope(|scope| {
+            let ((), graph) = gpu
+                .capture(|| {
+                    let worker = scope.spawn(|| {
+                        others.upload(bytemuck::cast_slice(&[4_u32, 5, 6])).unwrap();
+                        gpu.zero(&zeros).unwrap();
+                        drop(dropped);
+                    });
+                    thread::sleep(std::time::Duration::from_millis(50));
+                    assert!(!worker.is_finished(), "it does not wait");
+                    gather(&gpu, &x, &rows, &gpu.scratch(12)?)?;
+                    Ok::<_, GpuError>(())
+                })
+                .unwrap();
+            graph
+        });
+        let found = |buffer: &DeviceBuffer| {
+            bytemuck::pod_collect_to_vec::<u8, u32>(&buffer.download().unwrap())
+        };
+        assert_eq!((found(&others), found(&zeros)), (vec![4, 5, 6], vec![0; 3]));
+        // Of a card others take memory too.
+        let (free, _) = gpu.memory_info().unwrap();
+        let is_freed = free_before.abs_diff(free) < 1 << 20;
+        assert!(is_freed || !gpu.is_emulated(), "{free_before} bytes were free, now {free}");
+        // The recording has nothing of it.
+        zeros.upload(bytemuck::cast_slice(&[7_u32; 3])).unwrap();
+        gpu.replay(&graph).unwrap();
+        assert_eq!(found(&zeros), [7; 3]);
     }
 
     #[test]

@@ -11,8 +11,10 @@ use super::lora::{Adaptation, Site};
 use crate::ops::experts::{ExpertRows, ExpertWeights};
 use crate::ops::gather_columns::gather_columns;
 pub use crate::ops::matmul::Stacking;
-use crate::ops::matmul::{MatrixSource, RandomSource, Weights, gated_matmul, matmul, matmul_f32};
-use crate::ops::silu_mul::gate;
+use crate::ops::matmul::{
+    MatrixSource, RandomSource, Weights, gated_matmul, gates_and_ups, matmul, matmul_f32,
+};
+use crate::ops::silu_mul::{GateUpOrder, gate};
 use crate::ops::tensor::{Device, Tensor};
 use crate::weights::checkpoint::{Checkpoint, Content, StoredMatrix};
 
@@ -117,7 +119,7 @@ impl Linear {
         site: Site,
     ) -> Result<Tensor> {
         let y = self.forward(x)?;
-        adapted.add(site, &y, x)?;
+        adapted.add(site, (&y, GateUpOrder::Halves), x)?;
         Ok(y)
     }
 
@@ -127,7 +129,9 @@ impl Linear {
             return self.forward_gated(x);
         }
         // Gating at once or afterwards gives the same bits, so others in the batch notice nothing.
-        gate(&self.forward_adapted(x, adapted, Site::GateUp)?)
+        let (gate_up, order) = gates_and_ups(&*self.ordered(x)?, &self.weight)?;
+        adapted.add(Site::GateUp, (&gate_up, order), x)?;
+        gate(&gate_up, order)
     }
 
     /// [`Linear::forward`] of each expert's rows with the projection of that expert.

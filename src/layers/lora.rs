@@ -10,6 +10,7 @@ pub use crate::ops::matmul::MatrixSource;
 
 use crate::ops::indices::Indices;
 use crate::ops::low_rank::add_low_rank;
+use crate::ops::silu_mul::GateUpOrder;
 use crate::ops::tensor::Tensor;
 
 /// The projections of a layer, stacked as its inputs are shared.
@@ -85,11 +86,12 @@ impl<'a> Adaptation<'a> {
     }
 
     /// Adds to `y`, the product of `x` with the model's weights at a site, what adapters add there.
+    /// `order` is that of `y`'s columns: but for [`Site::GateUp`] they are one below the other.
     ///
     /// # Errors
     /// If an adapter was made for another model.
-    pub fn add(self, site: Site, y: &Tensor, x: &Tensor) -> Result<()> {
-        self.terms(site).try_for_each(|(rows, terms)| add_low_rank(y, x, rows, terms))
+    pub fn add(self, site: Site, (y, order): (&Tensor, GateUpOrder), x: &Tensor) -> Result<()> {
+        self.terms(site).try_for_each(|(rows, terms)| add_low_rank((y, order), x, rows, terms))
     }
 
     fn terms(self, site: Site) -> impl Iterator<Item = (&'a Indices, &'a [LowRank])> {

@@ -1,8 +1,6 @@
 //! From an adapter's files to terms beside the projections of a model.
 
-use std::path::Path;
-
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use candle_core::quantized::GgmlDType;
 
 use super::ModelConfig;
@@ -12,9 +10,6 @@ use crate::layers::lora::{LayerTerms, LowRank, LowRankSource, MatrixSource, Site
 use crate::weights::gguf::shown;
 use crate::weights::lora::{LoraFiles, LoraModule};
 use crate::weights::safetensors::{ElementType, TensorInfo};
-
-/// The tallest panel that a packed matrix is rounded up to.
-const PANEL_ROWS: usize = 16;
 
 /// A projection that can be adapted.
 #[derive(Clone, Copy)]
@@ -26,6 +21,12 @@ struct Target {
     first_column: usize,
     out_features: usize,
     in_features: usize,
+}
+
+impl Target {
+    fn max_bytes(self, rank: usize, device: &Device) -> u64 {
+        LowRank::max_bytes(rank, self.in_features, self.out_features, device)
+    }
 }
 
 /// The projections of a layer. Experts are not among them.
@@ -57,57 +58,99 @@ fn targets(config: &ModelConfig) -> Vec<Target> {
 }
 
 /// Most memory that an adapter of a rank takes.
-pub fn max_adapter_bytes(config: &ModelConfig, rank: usize) -> u64 {
-    let values = |target: Target| {
-        let a = rank.next_multiple_of(PANEL_ROWS) * target.in_features;
-        let b = target.out_features.next_multiple_of(PANEL_ROWS) * rank;
-        (a + b) as u64
-    };
-    let per_layer: u64 = targets(config).into_iter().map(values).sum();
-    per_layer * config.num_hidden_layers as u64 * size_of::<f32>() as u64
+pub fn max_adapter_bytes(config: &ModelConfig, rank: usize, device: &Device) -> u64 {
+    let bytes = |target: Target| target.max_bytes(rank, device);
+    targets(config).into_iter().map(bytes).sum::<u64>() * config.num_hidden_layers as u64
 }
 
-/// Loads an adapter for a model. Nothing is allocated before every tensor was found to fit.
-///
-/// # Errors
-/// If its files are damaged, or ask for what is not supported, or were made for another model, or
-/// its rank is above `max_rank`.
-pub fn load(
-    directory: &Path,
-    config: &ModelConfig,
-    max_rank: usize,
-    device: &Device,
-) -> Result<LoraWeights> {
-    let files = LoraFiles::open(directory)?;
-    let targets = targets(config);
-    let mut modules = Vec::new();
-    for module in files.modules()? {
-        let place = place(&module, &targets, config).map_err(|what| files.complaint(what))?;
-        check_shape(&module, place.1).map_err(|what| files.complaint(what))?;
-        ensure!(
-            module.rank <= max_rank,
-            "{}: `{}` has rank {}, which is above `--max-lora-rank {max_rank}`",
-            directory.display(),
-            module.name,
-            module.rank
-        );
-        modules.push((place, module));
+/// An adapter whose tensors were all found to fit a model, before anything is allocated for it.
+pub struct FittingAdapter<'a> {
+    files: &'a LoraFiles,
+    modules: Vec<(Place, LoraModule<'a>)>,
+    num_layers: usize,
+}
+
+/// A projection of a layer.
+type Place = (usize, Target);
+
+impl<'a> FittingAdapter<'a> {
+    /// Holds an adapter's files against a model.
+    ///
+    /// # Errors
+    /// If they ask for what is not supported, or were made for another model, or the rank is above
+    /// `max_rank`.
+    pub fn new(files: &'a LoraFiles, config: &ModelConfig, max_rank: usize) -> Result<Self> {
+        let targets = targets(config);
+        let mut modules = Vec::new();
+        for module in files.modules()? {
+            let place = place(&module, &targets, config).map_err(|what| files.complaint(what))?;
+            check_shape(&module, &place.1).map_err(|what| files.complaint(what))?;
+            if max_rank < module.rank {
+                let (name, rank) = (module.name, module.rank);
+                let what = format!(
+                    "`{name}` has rank {rank}, which is above `--max-lora-rank {max_rank}`"
+                );
+                return Err(files.complaint(what).into());
+            }
+            modules.push((place, module));
+        }
+        check_complete(files, &modules, &targets, config)?;
+        Ok(Self { files, modules, num_layers: config.num_hidden_layers })
     }
-    check_complete(&files, &modules, &targets, config)?;
-    let mut layers: Vec<LayerTerms> =
-        (0..config.num_hidden_layers).map(|_| LayerTerms::default()).collect();
-    for ((layer, target), module) in modules {
-        layers[layer][target.site as usize].push(pack(&files, &module, target, device)?);
+
+    /// Most memory that it will take.
+    pub fn max_bytes(&self, device: &Device) -> u64 {
+        let bytes =
+            |((_, target), module): &(Place, LoraModule<'_>)| target.max_bytes(module.rank, device);
+        self.modules.iter().map(bytes).sum()
     }
-    Ok(LoraWeights::new(layers))
+
+    /// Packs its weights for the device that the model is on.
+    ///
+    /// # Errors
+    /// If a value is not finite, or there is no memory.
+    pub fn pack(&self, device: &Device) -> Result<LoraWeights> {
+        let bytes = |(_, module): &(Place, LoraModule<'_>)| {
+            Ok([self.files.finite_bytes(module.a)?, self.files.finite_bytes(module.b)?])
+        };
+        let bytes = self.modules.iter().map(bytes).collect::<Result<Vec<_>>>()?;
+        let sources: Vec<_> = self
+            .modules
+            .iter()
+            .zip(&bytes)
+            .map(|(((_, target), module), [a, b])| LowRankSource {
+                a: matrix(module.a, a.as_ref()),
+                b: matrix(module.b, b.as_ref()),
+                num_inputs: target.in_features,
+                scale: module.scale,
+                first_column: target.first_column,
+            })
+            .collect();
+        let terms = LowRank::pack_each(&sources, device).context("cannot load the adapter")?;
+        let mut layers: Vec<LayerTerms> =
+            (0..self.num_layers).map(|_| LayerTerms::default()).collect();
+        for (((layer, target), _), term) in self.modules.iter().zip(terms) {
+            layers[*layer][target.site as usize].push(term);
+        }
+        Ok(LoraWeights::new(layers))
+    }
+}
+
+fn matrix<'a>(tensor: &TensorInfo, data: &'a [u8]) -> MatrixSource<'a> {
+    let format = match tensor.dtype {
+        ElementType::F16 => GgmlDType::F16.into(),
+        ElementType::BF16 => GgmlDType::BF16.into(),
+        _ => GgmlDType::F32.into(),
+    };
+    MatrixSource { format, data, num_rows: tensor.shape[0] }
 }
 
 /// The layer and the projection that a module is.
-fn place<'a>(
+fn place(
     module: &LoraModule<'_>,
-    targets: &'a [Target],
+    targets: &[Target],
     config: &ModelConfig,
-) -> Result<(usize, &'a Target), String> {
+) -> Result<Place, String> {
     let name = shown(module.name);
     let rest = module.name.strip_prefix("model.layers.").unwrap_or_default();
     let (number, rest) = rest.split_once('.').unwrap_or_default();
@@ -129,7 +172,7 @@ fn place<'a>(
         let names: Vec<_> = targets.iter().map(|target| target.name).collect();
         return Err(format!("`{name}` cannot be adapted here, only {}", names.join(", ")));
     };
-    Ok((layer, target))
+    Ok((layer, *target))
 }
 
 fn check_shape(module: &LoraModule<'_>, target: &Target) -> Result<(), String> {
@@ -148,7 +191,7 @@ fn check_shape(module: &LoraModule<'_>, target: &Target) -> Result<(), String> {
 /// What the configuration names and what the tensors are must be the same, where it names anything.
 fn check_complete(
     files: &LoraFiles,
-    modules: &[((usize, &Target), LoraModule<'_>)],
+    modules: &[(Place, LoraModule<'_>)],
     targets: &[Target],
     config: &ModelConfig,
 ) -> Result<()> {
@@ -171,30 +214,4 @@ fn check_complete(
         }
     }
     Ok(())
-}
-
-fn pack(
-    files: &LoraFiles,
-    module: &LoraModule<'_>,
-    target: &Target,
-    device: &Device,
-) -> Result<LowRank> {
-    let (a, b) = (files.finite_bytes(module.a)?, files.finite_bytes(module.b)?);
-    let matrix = |tensor: &TensorInfo, data| MatrixSource {
-        format: match tensor.dtype {
-            ElementType::F16 => GgmlDType::F16.into(),
-            ElementType::BF16 => GgmlDType::BF16.into(),
-            _ => GgmlDType::F32.into(),
-        },
-        data,
-        num_rows: tensor.shape[0],
-    };
-    let source = LowRankSource {
-        a: matrix(module.a, a.as_ref()),
-        b: matrix(module.b, b.as_ref()),
-        num_inputs: target.in_features,
-        scale: module.scale,
-        first_column: target.first_column,
-    };
-    LowRank::pack(&source, device).with_context(|| format!("cannot load `{}`", module.name))
 }

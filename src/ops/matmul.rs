@@ -42,6 +42,7 @@ use crate::device::threads::parallel_for;
 use crate::ops::gguf_blocks::block_layout;
 use crate::ops::random_rows::random_rows;
 use crate::ops::row_format::RowFormat;
+use crate::ops::silu_mul::GateUpOrder;
 use crate::ops::simd::Isa as FloatIsa;
 use crate::ops::tensor::{Device, GpuTensor, Tensor};
 
@@ -394,6 +395,21 @@ pub fn gated_matmul(x: &Tensor, gate_up: &Weights) -> Result<Tensor> {
     match x {
         Tensor::Cpu(x) => gated_matmul_on_cpu(x, gate_up.cpu()?).map(Tensor::Cpu),
         Tensor::Gpu(x) => gate_up.gpu()?.gated_matmul(x).map(Tensor::Gpu),
+    }
+}
+
+/// The products of [`gated_matmul`] before the activation, which is [`super::silu_mul::gate`]: gates and
+/// ups in the order that is said, on a card in `f32` or `bf16`.
+///
+/// # Errors
+/// As for [`gated_matmul`].
+pub fn gates_and_ups(x: &Tensor, gate_up: &Weights) -> Result<(Tensor, GateUpOrder)> {
+    match x {
+        Tensor::Cpu(_) => Ok((matmul(x, gate_up, None)?, GateUpOrder::Halves)),
+        Tensor::Gpu(x) => {
+            let (y, order) = gate_up.gpu()?.gates_and_ups(x)?;
+            Ok((Tensor::Gpu(y), order))
+        }
     }
 }
 

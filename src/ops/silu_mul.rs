@@ -1,7 +1,7 @@
 //! The gated activation of SwiGLU: `silu(gate) * up`, with `silu(x) = x / (1 + e^-x)`.
 //!
-//! On the CPU it needs no pass of its own: [`super::matmul::gated_matmul`] applies it to sums that are
-//! still in the cache. [`gate`] is for sums to which something is added first.
+//! Mostly it needs no pass of its own: [`super::matmul::gated_matmul`] applies it to sums that are not
+//! in memory yet. [`gate`] is for sums to which something is added first.
 #![expect(clippy::inline_always, reason = "inlining carries the enabled instructions inwards")]
 
 use candle_core::{DType, Result, Storage, bail};
@@ -15,6 +15,8 @@ use crate::device::{Device, gpu};
 
 /// Values that a thread computes, where rows are multiples of it.
 const PACK: usize = 8;
+/// The same of `f32`.
+const F32_PACK: usize = 4;
 
 /// Where gates and ups stand in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,17 +27,24 @@ pub enum GateUpOrder {
     ByEight,
 }
 
-/// The activation of rows of all gates and then all ups, on the CPU; the same bits as
+/// The activation of what [`super::matmul::gates_and_ups`] gives; the same bits as
 /// [`super::matmul::gated_matmul`] gives.
 ///
 /// # Errors
-/// If the rows are not of pairs, or are a card's.
-pub fn gate(gate_up: &Tensor) -> Result<Tensor> {
-    let (num_rows, num_cols) = gate_up.dims2()?;
-    if !num_cols.is_multiple_of(2) {
-        bail!("gates and ups are rows of {num_cols} values, not of pairs");
+/// If the rows are not of pairs in this order.
+pub fn gate(gate_up: &Tensor, order: GateUpOrder) -> Result<Tensor> {
+    match gate_up {
+        Tensor::Cpu(gate_up) => gate_on_cpu(gate_up, order),
+        Tensor::Gpu(gate_up) => silu_mul(gate_up, order).map(Tensor::Gpu),
     }
-    let (storage, layout) = gate_up.cpu()?.storage_and_layout();
+}
+
+fn gate_on_cpu(gate_up: &candle_core::Tensor, order: GateUpOrder) -> Result<Tensor> {
+    let (num_rows, num_cols) = gate_up.dims2()?;
+    if !num_cols.is_multiple_of(2) || order != GateUpOrder::Halves {
+        bail!("gates and ups are rows of {num_cols} values by {order:?}, not of two halves");
+    }
+    let (storage, layout) = gate_up.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else { unreachable!("it is the processor's") };
     let values = contiguous::<f32>("gates and ups", storage, layout)?;
     let width = num_cols / 2;
@@ -50,20 +59,21 @@ pub fn gate(gate_up: &Tensor) -> Result<Tensor> {
 /// The activation on a card: `kernels/mlp/silu_mul.cu`.
 ///
 /// # Errors
-/// If the rows are not `bf16` or do not consist of such pairs, or there is no memory.
+/// If the rows do not consist of such pairs, there is no kernel for them, or no memory.
 pub fn silu_mul(gate_up: &GpuTensor, order: GateUpOrder) -> Result<GpuTensor> {
     let GpuTensor { gpu, buffer, dtype, num_rows, num_cols } = gate_up;
-    if *dtype != DType::BF16 || num_cols % 2 != 0 {
-        bail!("gates and ups are rows of {num_cols} {dtype:?} values, not of pairs of BF16");
-    }
     let num_pairs = num_cols / 2;
-    let out = GpuTensor::scratch(gpu, DType::BF16, (*num_rows, num_pairs))?;
-    let (function, threads_per_row) = match (order, num_pairs.is_multiple_of(PACK)) {
-        (GateUpOrder::Halves, true) => ("silu_mul_8", num_pairs / PACK),
-        (GateUpOrder::Halves, false) => ("silu_mul_1", num_pairs),
-        (GateUpOrder::ByEight, true) => ("silu_mul_by_8", num_pairs / PACK),
-        (GateUpOrder::ByEight, false) => bail!("{num_pairs} gates do not come by eight"),
+    let (function, pack) = match (dtype, order, num_pairs.is_multiple_of(PACK)) {
+        _ if !num_cols.is_multiple_of(2) => {
+            bail!("gates and ups are rows of {num_cols} values, not of pairs")
+        }
+        (DType::BF16, GateUpOrder::Halves, true) => ("silu_mul_8", PACK),
+        (DType::BF16, GateUpOrder::Halves, false) => ("silu_mul_1", 1),
+        (DType::BF16, GateUpOrder::ByEight, true) => ("silu_mul_by_8", PACK),
+        (DType::F32, GateUpOrder::ByEight, true) => ("silu_mul_f32_by_8", F32_PACK),
+        _ => bail!("there is no kernel for {num_pairs} gates and ups of {dtype:?} by {order:?}"),
     };
+    let out = GpuTensor::scratch(gpu, DType::BF16, (*num_rows, num_pairs))?;
     let args = [
         gpu::Arg::Buffer(buffer),
         gpu::Arg::Buffer(&out.buffer),
@@ -71,7 +81,7 @@ pub fn silu_mul(gate_up: &GpuTensor, order: GateUpOrder) -> Result<GpuTensor> {
         gpu::Arg::I32(num_pairs as i32),
     ];
     let kernel = gpu::Kernel { module: "silu_mul", function };
-    gpu.launch(kernel, over_rows(*num_rows, threads_per_row), &args)?;
+    gpu.launch(kernel, over_rows(*num_rows, num_pairs / pack), &args)?;
     Ok(out)
 }
 
@@ -99,8 +109,12 @@ impl Kernel for SiluMul<'_> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::quantized::GgmlDType;
+
     use super::*;
     use crate::device::gpu::Gpu;
+    use crate::ops::gguf_blocks::tests::random_blocks;
+    use crate::ops::matmul::{MatrixSource, Stacking, Weights, gated_matmul, gates_and_ups};
     use crate::ops::simd::Isa;
 
     fn silu_mul_on_cpu(isa: Isa, gate: &[f32], up: &[f32]) -> Vec<f32> {
@@ -181,5 +195,38 @@ mod tests {
             silu_mul(&x, order).unwrap().to_vec().unwrap()
         };
         assert_eq!(run(&by_eight, GateUpOrder::ByEight), run(&halves, GateUpOrder::Halves));
+    }
+
+    /// Goal: of a batch in which some tokens have adapters the others notice nothing. Method: products
+    /// that gate at once, and sums that are gated afterwards, of all kernels and formats.
+    #[test]
+    fn a_card_gates_sums_to_the_bits_of_gated_products() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let (num_inputs, len) = (256, 40);
+        let rows = |dtype, seed| random_blocks(dtype, len * num_inputs, seed);
+        for (gate_dtype, up_dtype) in [
+            (GgmlDType::Q4_0, GgmlDType::Q4_0),
+            (GgmlDType::Q6K, GgmlDType::Q6K),
+            (GgmlDType::BF16, GgmlDType::BF16),
+            (GgmlDType::Q8_0, GgmlDType::Q4K),
+        ] {
+            let (gates, ups) = (rows(gate_dtype, 1), rows(up_dtype, 2));
+            let source =
+                |dtype: GgmlDType, data| MatrixSource { format: dtype.into(), data, num_rows: len };
+            let sources = [source(gate_dtype, &gates), source(up_dtype, &ups)];
+            let device = Device::Gpu(gpu.clone());
+            let weights = Weights::pack(&sources, num_inputs, Stacking::Gated, &device).unwrap();
+            for num_tokens in [1, 7, 16, 40, 70] {
+                let x: Vec<f32> =
+                    (0..num_tokens * num_inputs).map(|i| (i as f32 * 0.37).sin() * 0.1).collect();
+                let shape = (num_tokens, num_inputs);
+                let x = GpuTensor::from_slice(&gpu, &x, DType::BF16, shape).unwrap();
+                let x = Tensor::Gpu(x);
+                let expected = gated_matmul(&x, &weights).unwrap().to_vec().unwrap();
+                let (sums, order) = gates_and_ups(&x, &weights).unwrap();
+                let found = super::gate(&sums, order).unwrap().to_vec().unwrap();
+                assert_eq!(found, expected, "{gate_dtype:?} {up_dtype:?} of {num_tokens} tokens");
+            }
+        }
     }
 }

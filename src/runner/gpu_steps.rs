@@ -5,6 +5,7 @@
 //! the longest length are rounded up. Padding rows belong to no sequence and write nothing.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use candle_core::{DType, Result, bail};
 
@@ -124,8 +125,9 @@ impl GpuSteps {
     pub(super) fn new(gpu: &Gpu, limits: StepLimits, execution: Execution) -> Result<Self> {
         let max_seqs = limits.max_num_seqs.max(GPU_LOGITS_ROWS_MAX);
         let max_blocks = limits.max_model_len.div_ceil(limits.block_size) + ALIGNMENT;
-        let num_words = 4 * (limits.max_num_batched_tokens.max(max_seqs) + ALIGNMENT)
-            + max_seqs * (max_blocks + 3)
+        // Each sequence may have an adapter of its own.
+        let num_words = 5 * (limits.max_num_batched_tokens.max(max_seqs) + ALIGNMENT)
+            + max_seqs * (max_blocks + 3 + ALIGNMENT)
             + 5 * ALIGNMENT;
         let inputs = gpu.alloc(num_words * size_of::<u32>())?;
         // A row may be both sampled and scored.
@@ -199,29 +201,43 @@ impl GpuSteps {
         let num_seqs = batch.attention.seq_lens.len();
         pad(&mut batch, shape, self.limits.block_size);
         self.upload(&mut batch, &mut drawn_rows)?;
-        match self.recordings.get(&shape) {
-            Some(None) if self.execution == Execution::Recorded => {
-                let recording = record(&self.gpu, model, kv, &batch)?;
-                self.recordings.insert(shape, Some(recording));
-            }
-            None | Some(None) => {
-                self.recordings.insert(shape, None);
-                let hidden = model.forward(&batch, kv)?;
-                let logits = model.compute_logits(&hidden)?;
-                return Ok(Launched {
-                    hidden: hidden.narrow(0, num_seqs)?,
-                    logits: Some(logits.narrow(0, num_seqs)?),
-                });
-            }
-            Some(Some(_)) => {}
-        }
-        let Some(Some(recording)) = self.recordings.get(&shape) else {
-            unreachable!("it was recorded above")
+        let gpu = self.gpu.clone();
+        let Some(recording) = self.recording(model, kv, (&batch, shape))? else {
+            let hidden = model.forward(&batch, kv)?;
+            let logits = model.compute_logits(&hidden)?;
+            return Ok(Launched {
+                hidden: hidden.narrow(0, num_seqs)?,
+                logits: Some(logits.narrow(0, num_seqs)?),
+            });
         };
-        self.gpu.replay(&recording.graph)?;
-        let hidden = recording.hidden.retake(&self.gpu, num_seqs);
-        let logits = recording.logits.retake(&self.gpu, num_seqs);
+        gpu.replay(&recording.graph)?;
+        let hidden = recording.hidden.retake(&gpu, num_seqs);
+        let logits = recording.logits.retake(&gpu, num_seqs);
         Ok(Launched { hidden, logits: Some(logits) })
+    }
+
+    /// The recording of a step, unless it is to be launched: the first of its shape, all of those that
+    /// are not recorded, and whatever has adapters, of which a step has these and the next one those.
+    fn recording(
+        &mut self,
+        model: &dyn Model,
+        kv: &[KvCache],
+        (batch, shape): (&ForwardBatch, Shape),
+    ) -> Result<Option<&Recording>> {
+        if !batch.adapted.is_empty() || self.execution != Execution::Recorded {
+            return Ok(None);
+        }
+        let known = match self.recordings.entry(shape) {
+            Entry::Vacant(unknown) => {
+                unknown.insert(None);
+                return Ok(None);
+            }
+            Entry::Occupied(known) => known.into_mut(),
+        };
+        if known.is_none() {
+            *known = Some(record(&self.gpu, model, kv, batch)?);
+        }
+        Ok(known.as_ref())
     }
 
     /// The shape to record a step in: every sequence adds one token and wants its logits.
@@ -244,7 +260,7 @@ impl GpuSteps {
     /// Sends all index vectors in one copy. Tokens that are drawn on the card never leave it.
     fn upload(&self, batch: &mut ForwardBatch, drawn_rows: &mut Indices) -> Result<()> {
         let attention = &mut batch.attention;
-        let vectors = [
+        let mut vectors = vec![
             &mut batch.input_ids,
             &mut batch.logits_indices,
             &mut attention.positions,
@@ -252,8 +268,9 @@ impl GpuSteps {
             &mut attention.query_start_loc,
             &mut attention.seq_lens,
             &mut attention.block_table,
-            drawn_rows,
+            &mut *drawn_rows,
         ];
+        vectors.extend(batch.adapted.iter_mut().map(|adapted| &mut adapted.rows));
         let mut words: Vec<u32> = Vec::new();
         let starts: Vec<usize> = vectors
             .iter()
@@ -311,4 +328,133 @@ fn pad(batch: &mut ForwardBatch, shape: Shape, block_size: usize) {
     attention.block_table = Indices::from(table);
     attention.max_blocks_per_seq = width;
     attention.max_seq_len = shape.len as u32;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::models::lora::{AdaptedRows, LoraWeights};
+    use crate::ops::paged_attention::AttentionMetadata;
+
+    const LIMITS: StepLimits = StepLimits {
+        max_num_batched_tokens: 40,
+        max_num_seqs: 8,
+        max_model_len: 4096,
+        block_size: 16,
+        vocab_size: 10,
+    };
+
+    /// Counts how often its kernels are launched, and looks whether it finds the adapters' rows.
+    struct Counting {
+        gpu: Gpu,
+        num_launches: AtomicUsize,
+    }
+
+    impl Counting {
+        fn on(gpu: &Gpu) -> Self {
+            Self { gpu: gpu.clone(), num_launches: AtomicUsize::new(0) }
+        }
+
+        fn scratch(&self, num_rows: usize) -> Result<Tensor> {
+            GpuTensor::scratch(&self.gpu, DType::F32, (num_rows, LIMITS.vocab_size))
+                .map(Tensor::Gpu)
+        }
+    }
+
+    impl Model for Counting {
+        fn forward(&self, batch: &ForwardBatch, _kv: &[KvCache]) -> Result<Tensor> {
+            self.num_launches.fetch_add(1, Ordering::Relaxed);
+            for AdaptedRows { rows, .. } in &batch.adapted {
+                let found = rows.on_gpu()?.download()?;
+                assert_eq!(bytemuck::pod_collect_to_vec::<u8, u32>(&found), **rows);
+            }
+            self.scratch(batch.logits_indices.len())
+        }
+
+        fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+            self.scratch(hidden.dims2()?.0)
+        }
+
+        fn num_weight_bytes(&self) -> usize {
+            0
+        }
+    }
+
+    /// A step of so many sequences of a token each, of which the last ones have an adapter each.
+    fn step(num_seqs: u32, num_adapted: u32) -> StepInputs {
+        let adapted = (num_seqs - num_adapted..num_seqs).map(|row| AdaptedRows {
+            rows: vec![row].into(),
+            weights: Arc::new(LoraWeights::new(Vec::new())),
+        });
+        let attention = AttentionMetadata {
+            positions: vec![4; num_seqs as usize].into(),
+            slot_mapping: (0..num_seqs).collect(),
+            query_start_loc: (0..=num_seqs).collect(),
+            seq_lens: vec![5; num_seqs as usize].into(),
+            block_table: (0..num_seqs).collect(),
+            max_blocks_per_seq: 1,
+            max_query_len: 1,
+            max_seq_len: 5,
+            ..AttentionMetadata::default()
+        };
+        let batch = ForwardBatch {
+            input_ids: vec![1; num_seqs as usize].into(),
+            logits_indices: (0..num_seqs).collect(),
+            attention,
+            adapted: adapted.collect(),
+        };
+        StepInputs { batch, num_logits: num_seqs as usize, drawn_rows: Indices::default() }
+    }
+
+    /// Goal: steps are recorded and replayed beside steps with adapters, which are launched. Method:
+    /// count launches; the first of a shape and the one that is recorded are some.
+    #[test]
+    fn steps_with_adapters_are_launched_and_others_replayed() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let model = Counting::on(&gpu);
+        let mut steps = GpuSteps::new(&gpu, LIMITS, Execution::Recorded).unwrap();
+        let mut launches = |num_seqs, num_adapted| {
+            let before = model.num_launches.load(Ordering::Relaxed);
+            let launched = steps.launch(&model, &[], step(num_seqs, num_adapted)).unwrap();
+            let logits = launched.logits.expect("all rows have logits");
+            let shapes = (launched.hidden.dims2().unwrap().0, logits.dims2().unwrap().0);
+            assert_eq!(shapes, (num_seqs as usize, num_seqs as usize));
+            model.num_launches.load(Ordering::Relaxed) - before
+        };
+        assert_eq!([launches(3, 2), launches(3, 2), launches(3, 2)], [1; 3]);
+        assert_eq!([launches(3, 0), launches(3, 0), launches(3, 0), launches(4, 0)], [1, 1, 0, 0]);
+        assert_eq!([launches(3, 1), launches(3, 3), launches(4, 0), launches(3, 0)], [1, 1, 0, 0]);
+    }
+
+    /// Goal: there is room for the indices of every step. Method: the largest one, whose sequences have
+    /// an adapter each.
+    #[test]
+    fn the_largest_step_has_room() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let model = Counting::on(&gpu);
+        // So many that what vectors begin at does not matter.
+        let num_tokens = 1 << 16;
+        let limits = StepLimits { max_num_batched_tokens: num_tokens, ..LIMITS };
+        let mut steps = GpuSteps::new(&gpu, limits, Execution::Eager).unwrap();
+        let num_seqs = LIMITS.max_num_seqs;
+        let mut largest = step(num_seqs as u32, num_seqs as u32);
+        let StepInputs { batch, num_logits, .. } = &mut largest;
+        let per_seq = num_tokens / num_seqs;
+        for vector in [&mut batch.input_ids, &mut batch.attention.positions] {
+            vector.resize(num_tokens, 0);
+        }
+        batch.attention.slot_mapping.resize(num_tokens, 0);
+        batch.logits_indices = (0..num_tokens as u32).collect();
+        *num_logits = num_tokens;
+        for (seq, adapted) in batch.adapted.iter_mut().enumerate() {
+            adapted.rows = (seq * per_seq..(seq + 1) * per_seq).map(|row| row as u32).collect();
+        }
+        let width = LIMITS.max_model_len / LIMITS.block_size;
+        batch.attention.block_table.resize(num_seqs * width, 0);
+        batch.attention.max_blocks_per_seq = width;
+        steps.launch(&model, &[], largest).unwrap();
+    }
 }

@@ -1,7 +1,7 @@
 //! From a model file to a runner: plan first, then allocate and repack.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use anyhow::Context;
 use half::bf16;
@@ -13,12 +13,13 @@ use super::model_runner::{LOGITS_ROWS_MAX, LayerCaches, ModelRunner};
 use crate::config::{Execution, RopeScalingChoice};
 use crate::device::threads::ThreadPool;
 use crate::device::{Device, host_memory};
-use crate::models::lora::{self, LoraWeights};
+use crate::models::lora::{self, FittingAdapter, LoraWeights};
 use crate::models::{Model, ModelConfig, registry};
 use crate::ops::experts::{MAX_CHOSEN, max_group_rows};
 use crate::ops::kv_cache::{KvCache, KvCacheShape, KvDtype};
 use crate::ops::paged_attention::{StepBounds, max_partial_bytes};
 use crate::weights::checkpoint::Checkpoint;
+use crate::weights::lora::LoraFiles;
 
 /// Assumed where the system does not say how much memory is free.
 const UNKNOWN_MEMORY_BYTES: u64 = 4 << 30;
@@ -62,6 +63,7 @@ pub struct PlannedModel {
     pub plan: MemoryPlan,
     draft: Option<Draft>,
     options: LoadOptions,
+    adapters: Mutex<Vec<Weak<LoraWeights>>>,
 }
 
 impl PlannedModel {
@@ -94,6 +96,7 @@ impl PlannedModel {
         let draft = draft.map(|checkpoint| Draft::read(checkpoint, &options)).transpose()?;
         let (available_bytes, cache_share) = memory(&options)?;
         let (num_adapters, max_rank) = options.adapters;
+        let adapter_bytes = lora::max_adapter_bytes(&config, max_rank, &options.device);
         let request = MemoryRequest {
             kv_cache_bytes: options.kv_cache_bytes,
             max_model_len: options.max_model_len,
@@ -103,7 +106,7 @@ impl PlannedModel {
             max_num_batched_tokens: options.max_num_batched_tokens,
             available_bytes,
             weight_bytes: checkpoint.num_weight_bytes(),
-            adapter_bytes: num_adapters as u64 * lora::max_adapter_bytes(&config, max_rank),
+            adapter_bytes: num_adapters as u64 * adapter_bytes,
             cache_share,
             logits_bytes: logits_bytes(&options.device, config.vocab_size),
             attention_bytes: attention_bytes(&options, &config),
@@ -114,7 +117,8 @@ impl PlannedModel {
         if let Some(draft) = &draft {
             draft.check_against(&config, &plan)?;
         }
-        Ok(Self { checkpoint, config, plan, draft, options })
+        let adapters = Mutex::default();
+        Ok(Self { checkpoint, config, plan, draft, options, adapters })
     }
 
     /// Repacks the weights on all threads and allocates the cache; `on_layer` hears how many of
@@ -261,15 +265,49 @@ impl PlannedModel {
     ///
     /// # Errors
     /// If it is not one of this model, or asks for what is not supported, or there is no memory.
-    pub fn load_adapter(&self, directory: &Path) -> anyhow::Result<LoraWeights> {
-        lora::load(directory, &self.config, self.options.adapters.1, &self.options.device)
+    pub fn load_adapter(&self, directory: &Path) -> anyhow::Result<Arc<LoraWeights>> {
+        let device = &self.options.device;
+        let files = LoraFiles::open(directory)?;
+        let adapter = FittingAdapter::new(&files, &self.config, self.options.adapters.1)?;
+        self.check_room(adapter.max_bytes(device))?;
+        let weights = Arc::new(adapter.pack(device)?);
+        self.adapters().push(Arc::downgrade(&weights));
+        Ok(weights)
+    }
+
+    /// A card's steps take memory when they first need it, and must find it.
+    fn check_room(&self, num_bytes: u64) -> anyhow::Result<()> {
+        let Device::Gpu(gpu) = &self.options.device else { return Ok(()) };
+        let (free, _) = gpu.memory_info()?;
+        let kept = self.plan.workspace_bytes.saturating_sub(gpu.workspace_bytes() as u64);
+        let free = (free as u64).saturating_sub(kept);
+        anyhow::ensure!(
+            num_bytes <= free,
+            "the adapter may take {num_bytes} bytes, and the GPU has {free} left beside what steps need;              unload another one, or lower `--gpu-memory-utilization` or `--kv-cache-memory`"
+        );
+        Ok(())
+    }
+
+    /// Adapters in memory.
+    fn adapters(&self) -> MutexGuard<'_, Vec<Weak<LoraWeights>>> {
+        let mut adapters = self.adapters.lock().unwrap_or_else(PoisonError::into_inner);
+        adapters.retain(|adapter| 0 < adapter.strong_count());
+        adapters
+    }
+
+    /// Memory that the cache must leave to steps, and to adapters that are not there yet.
+    fn kept_bytes(&self) -> u64 {
+        let adapters = self.adapters();
+        let used = adapters.iter().filter_map(Weak::upgrade).map(|adapter| adapter.num_bytes());
+        let used = used.sum::<usize>() as u64;
+        self.plan.workspace_bytes + self.plan.adapter_bytes.saturating_sub(used)
     }
 
     /// The planned blocks, or fewer if others took a card's memory while the weights were loaded.
     fn blocks_that_fit(&self) -> anyhow::Result<u32> {
         let Device::Gpu(gpu) = &self.options.device else { return Ok(self.plan.num_blocks) };
         let (free, _) = gpu.memory_info()?;
-        let free = (free as u64).saturating_sub(self.plan.workspace_bytes);
+        let free = (free as u64).saturating_sub(self.kept_bytes());
         let fitting = free / self.plan.block_bytes.max(1);
         let num_blocks = u32::try_from(fitting).unwrap_or(u32::MAX).min(self.plan.num_blocks);
         if num_blocks == 0 {
@@ -343,4 +381,40 @@ fn memory(options: &LoadOptions) -> anyhow::Result<(u64, CacheShare)> {
     let wanted = (total as f64 * options.gpu_memory_utilization) as u64;
     // What others have of the card counts as taken.
     Ok((wanted.saturating_sub((total - free) as u64), CacheShare::Rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: what is kept for adapters is kept until they are there, and again when they are gone.
+    #[test]
+    fn memory_is_kept_for_adapters_to_come() {
+        let options = LoadOptions {
+            device: Device::Cpu,
+            gpu_memory_utilization: 0.9,
+            execution: Execution::Eager,
+            kv_cache_bytes: Some(1 << 20),
+            kv_cache_dtype: KvDtype::F16,
+            max_model_len: None,
+            rope_scaling: RopeScalingChoice::Auto,
+            block_size: 16,
+            max_num_seqs: 1,
+            max_num_batched_tokens: 16,
+            num_threads: 1,
+            adapters: (2, 8),
+        };
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny");
+        let planned = PlannedModel::open(&tiny.join("hf-sharded"), options).unwrap();
+        let all = planned.plan.workspace_bytes + planned.plan.adapter_bytes;
+        assert_eq!(planned.kept_bytes(), all);
+        let adapter = planned.load_adapter(&tiny.join("lora-qwen2-all")).unwrap();
+        let other = planned.load_adapter(&tiny.join("lora-qwen2-patterns")).unwrap();
+        let used = adapter.num_bytes() + other.num_bytes();
+        assert_eq!(planned.kept_bytes(), all - used as u64);
+        drop(other);
+        assert_eq!(planned.kept_bytes(), all - adapter.num_bytes() as u64);
+        drop(adapter);
+        assert_eq!(planned.kept_bytes(), all);
+    }
 }

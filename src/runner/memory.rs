@@ -262,10 +262,12 @@ mod tests {
             cache_share: CacheShare::Rest,
             max_num_seqs: 256,
             available_bytes: 40 << 30,
+            adapter_bytes: 3 << 30,
             ..request()
         };
         let plan = plan(&config(), &request).expect("a plan");
-        let used = plan.kv_cache_bytes() + plan.weight_bytes + plan.workspace_bytes;
+        let weight_bytes = plan.weight_bytes + plan.adapter_bytes;
+        let used = plan.kv_cache_bytes() + weight_bytes + plan.workspace_bytes;
         assert!(used <= 40 << 30);
         assert!((40 << 30) - used < plan.block_bytes);
     }

@@ -131,6 +131,11 @@ async fn every_protocol_selects_adapters_by_the_models_name() {
         .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str())
         .collect();
     assert_eq!(text, "hello as sql");
+    // Every choice has it, not only the first.
+    let several = with(named("sql", "hello"), json!({"n": 3}));
+    let choices = server.post("/v1/chat/completions", several).await.ok()["choices"].clone();
+    let said = |choice: &Value| choice["message"]["content"] == "hello as sql";
+    assert_eq!(choices.as_array().unwrap().iter().filter(|choice| said(choice)).count(), 3);
     let embedding = async |model: &str| {
         let body = json!({"model": model, "input": "abc"});
         server.post("/v1/embeddings", body).await.ok()["data"][0]["embedding"].clone()

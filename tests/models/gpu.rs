@@ -2,20 +2,20 @@
 
 use super::*;
 
-const ON_GPU: Setup = Setup { place: Place::Gpu(Execution::Recorded), ..ROOMY };
+pub(super) const ON_GPU: Setup = Setup { place: Place::Gpu(Execution::Recorded), ..ROOMY };
 
 /// Activations are rounded to `bf16` after every operation, which random narrow networks with
 /// logits spread over ten feel; integer weights are multiplied as exactly as in `f32`.
 const BF16_ACTIVATIONS: Tolerance = Tolerance { max: 0.4, mean: 0.05, margin: 0.3 };
 /// Weights of more bits are rounded to `bf16` too.
-const BF16_WEIGHTS: Tolerance = Tolerance { max: 1.2, mean: 0.06, margin: 0.4 };
+pub(super) const BF16_WEIGHTS: Tolerance = Tolerance { max: 1.2, mean: 0.06, margin: 0.4 };
 /// Of two experts that are nearly as likely rounding chooses the other one for some tokens.
 const BF16_EXPERTS: Tolerance = Tolerance { max: 3.5, mean: 0.1, margin: 1.0 };
 
 /// Its first layer looks at 20 tokens.
 const SLIDING: &str = "hf-sliding-hd64";
 
-fn has_gpu() -> bool {
+pub(super) fn has_gpu() -> bool {
     Gpu::for_tests().is_some()
 }
 
@@ -115,8 +115,9 @@ async fn chunks_and_preemption_change_no_more_than_rounding() {
     }
 }
 
-/// Compares the five log-probabilities of each token up to the first token that differs.
-fn compare_while_equal(found: &Said, expected: &Said, limit: f32) {
+/// Compares the five log-probabilities of each token up to the first token that differs. Returns of how
+/// many.
+pub(super) fn compare_while_equal(found: &Said, expected: &Said, limit: f32) -> usize {
     let steps = found.logprob_bits.chunks(5).zip(expected.logprob_bits.chunks(5));
     for (step, (ours, theirs)) in steps.enumerate() {
         for (ours, theirs) in ours.iter().zip(theirs) {
@@ -124,7 +125,8 @@ fn compare_while_equal(found: &Said, expected: &Said, limit: f32) {
             assert!(error < limit, "step {step}: {error}");
         }
         if found.tokens[step] != expected.tokens[step] {
-            break;
+            return step;
         }
     }
+    found.tokens.len()
 }

@@ -25,17 +25,17 @@ const ADAPTERS: [(&str, &str); 5] = [
 ];
 
 /// Two adapters of a model that have different projections, and what quantised weights are like.
-const MIXED: [(&str, [&str; 2]); 2] = [
+pub(super) const MIXED: [(&str, [&str; 2]); 2] = [
     ("hf-sharded", ["lora-qwen2-all", "lora-qwen2-patterns"]),
     ("hf-qwen3", ["lora-qwen3-layer", "lora-qwen3-all"]),
 ];
 
-fn load(directory: &Path, model: &Path) -> anyhow::Result<LoraWeights> {
+fn load(directory: &Path, model: &Path) -> anyhow::Result<Arc<LoraWeights>> {
     PlannedModel::open(model, load_options(ROOMY)).unwrap().load_adapter(directory)
 }
 
 fn adapter(directory: &Path, model: &Path) -> Adapter {
-    Adapter::new("adapter", Arc::new(load(directory, model).unwrap()))
+    Adapter::new("adapter", load(directory, model).unwrap())
 }
 
 #[tokio::test]
@@ -50,7 +50,7 @@ async fn peft_computes_the_same() {
 }
 
 /// Random matrices for every projection of a dense model, as PEFT would save them.
-fn random_adapter(model: &Path, rank: usize) -> TempDir {
+pub(super) fn random_adapter(model: &Path, rank: usize) -> TempDir {
     let config = PlannedModel::open(model, load_options(ROOMY)).unwrap().config;
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let heads = config.num_attention_heads * config.head_dim;
@@ -141,6 +141,29 @@ async fn company_of_other_adapters_changes_no_bit() {
     }
 }
 
+/// Goal: guesses change no bit of what an adapter says, though a draft model has none. Method: guesses
+/// by looking up and by a model of other shapes, beside a sequence without an adapter.
+#[tokio::test]
+async fn guesses_go_together_with_adapters() {
+    let (base, draft) = (tiny("mixed.gguf"), tiny("f32-tied.gguf"));
+    let made = random_adapter(&base, 5);
+    let adapter = adapter(made.path(), &base);
+    let both = async |engine: &EngineHandle| {
+        let asked = |adapter| Request { adapter, ..request(&prompts()[4], 40, sampled(0)) };
+        let (adapted, plain) = (asked(Some(adapter.clone())), asked(None));
+        tokio::join!(run(engine, adapted), run(engine, plain))
+    };
+    let expected = both(&start(&base, ROOMY)).await;
+    for (drafter, draft) in [(Drafter::PromptLookup, None), (Drafter::Model, Some(&draft))] {
+        let open = |path: &PathBuf| Checkpoint::open(path).unwrap();
+        let options = load_options(ROOMY);
+        let planned = PlannedModel::plan_with_draft(open(&base), draft.map(open), options).unwrap();
+        let config = SpeculationConfig { drafter, max_drafts: 5 };
+        let found = both(&start_speculating(&planned, ROOMY, Some(config))).await;
+        assert_eq!(found, expected, "{drafter:?}");
+    }
+}
+
 /// Goal: keys and values are shared by those who have the same load of the same adapter, and by nobody
 /// else. Method: one prompt, asked again and again.
 #[tokio::test]
@@ -176,7 +199,7 @@ async fn prefixes_are_shared_within_a_load_only() {
 async fn an_adapter_lives_as_long_as_its_requests() {
     let (base, names) = MIXED[0];
     let engine = start(&tiny(base), ROOMY);
-    let weights = Arc::new(load(&tiny(names[0]), &tiny(base)).unwrap());
+    let weights = load(&tiny(names[0]), &tiny(base)).unwrap();
     let left: Weak<LoraWeights> = Arc::downgrade(&weights);
     let adapter = Adapter::new("adapter", weights);
     let asked =

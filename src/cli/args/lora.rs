@@ -13,7 +13,7 @@ pub(super) struct LoraFlags {
     /// Adapter to serve beside the model: a name for clients and a directory saved by PEFT [repeatable]
     ///
     /// Requests select it by its name as `model`. Several are separated by commas, on the command line
-    /// by blanks too; vLLM's JSON with `name` and `path` works as well. On the CPU only.
+    /// by blanks too; vLLM's JSON with `name` and `path` works as well.
     #[arg(long, env = "QWEN_SERVER_LORA_MODULES", value_name = "NAME=PATH")]
     #[arg(action = ArgAction::Append, num_args = 1..)]
     lora_modules: Vec<LoraModules>,

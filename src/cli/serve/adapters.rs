@@ -6,25 +6,9 @@ use anyhow::{Context, Result};
 
 use crate::chat::model::NamePattern;
 use crate::cli::Hinted;
-use crate::config::{Config, LoraConfig};
-use crate::device::Device;
+use crate::config::Config;
 use crate::http::{Adapters, LoadedAdapter};
 use crate::runner::load::PlannedModel;
-
-/// Adapters have no kernels for cards yet.
-///
-/// # Errors
-/// If there are adapters and the device is a card.
-pub(super) fn refuse_cards(config: &LoraConfig, device: &Device) -> Result<()> {
-    if !config.is_on() || matches!(device, Device::Cpu) {
-        return Ok(());
-    }
-    let message = "`--lora-modules` and `--lora-root` are for the CPU: a GPU has no kernels for \
-                   adapters yet";
-    let hint =
-        "pass `--device cpu`, or merge the adapter into its model (PEFT's `merge_and_unload`)";
-    Err(Hinted { message: message.to_owned(), hint: hint.to_owned() }.into())
-}
 
 /// Loads what `--lora-modules` names; `names` are the model's, and `patterns` of further ones.
 ///
@@ -43,7 +27,7 @@ pub(super) fn load(
     let adapters = Adapters::new(lora.max_loras, move |directory| {
         let weights = to_load.load_adapter(directory);
         let weights = weights.map_err(|error| format!("{error:#}"))?;
-        Ok(LoadedAdapter { num_bytes: weights.num_bytes(), weights: Arc::new(weights) })
+        Ok(LoadedAdapter { num_bytes: weights.num_bytes(), weights })
     });
     let (taken, like) = (names.clone(), patterns.clone());
     let mut adapters = adapters.beside(move |name| {

@@ -189,7 +189,12 @@ impl Backend for Emulator {
     }
 
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), GpuError> {
-        self.state().bytes_mut(to, bytes.len())?.copy_from_slice(bytes);
+        let mut state = self.state();
+        if state.recording.is_some() {
+            let text = "the copy would become part of the recording".to_owned();
+            return Err(GpuError::Driver { call: "upload".to_owned(), text });
+        }
+        state.bytes_mut(to, bytes.len())?.copy_from_slice(bytes);
         Ok(())
     }
 

@@ -219,6 +219,25 @@ impl GpuMatrix {
         Ok(y)
     }
 
+    /// Gates and ups before the activation, which gives the bits of [`GpuMatrix::gated_matmul`]: sums
+    /// in `f32`, or in `bf16` where that rounds them too.
+    pub(super) fn gates_and_ups(&self, x: &GpuTensor) -> Result<(GpuTensor, GateUpOrder)> {
+        self.check(x)?;
+        let segment = match &self.segments[..] {
+            [segment] if segment.layout == Interleaving::Gated => segment,
+            _ => return Ok((self.matmul(x, None, DType::BF16)?, GateUpOrder::Halves)),
+        };
+        if self.num_rows != segment.num_kernel_rows() {
+            bail!("{} gates and ups do not come by eight", self.num_rows);
+        }
+        if let Some(both) = self.multiply_by_library(x, DType::BF16)? {
+            return Ok((both, GateUpOrder::ByEight));
+        }
+        let y = GpuTensor::scratch(&self.gpu, DType::F32, (x.num_rows, self.num_rows))?;
+        segment.launch(self, x, (None, &y), Output::F32)?;
+        Ok((y, GateUpOrder::ByEight))
+    }
+
     /// The product of many tokens with dense weights, rows as they lie in memory, if the vendor's
     /// library is there: it knows its card better than kernels for all of them.
     fn multiply_by_library(&self, x: &GpuTensor, dtype: DType) -> Result<Option<GpuTensor>> {
