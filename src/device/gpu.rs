@@ -12,14 +12,15 @@ mod driver;
 #[cfg(feature = "emulation")]
 mod emulator;
 mod ranges;
+mod recordings;
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::thread::{self, ThreadId};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::backend::{Backend, Product};
 pub use self::backend::{Graph, Properties};
 use self::ranges::FreeRanges;
+use self::recordings::Recordings;
 
 /// Buffers begin at multiples of this many bytes, so that every vector load is aligned.
 const ALIGNMENT: usize = 256;
@@ -163,10 +164,7 @@ struct Shared {
     backend: Box<dyn Backend>,
     /// Memory for what lives no longer than a step, in pieces that are never given back.
     workspace: Mutex<Vec<Chunk>>,
-    /// Written to while something is recorded.
-    recording: RwLock<()>,
-    /// Who records.
-    recorder: Mutex<Option<ThreadId>>,
+    recordings: Recordings,
 }
 
 /// A piece of the workspace.
@@ -220,8 +218,8 @@ impl Gpu {
         expect(dead_code, reason = "without a backend nothing is opened")
     )]
     fn new(backend: Box<dyn Backend>) -> Self {
-        let (workspace, recording, recorder) = Default::default();
-        Self { shared: Arc::new(Shared { backend, workspace, recording, recorder }) }
+        let (workspace, recordings) = Default::default();
+        Self { shared: Arc::new(Shared { backend, workspace, recordings }) }
     }
 
     /// What the card is.
@@ -369,7 +367,7 @@ impl Gpu {
     /// # Errors
     /// If the driver fails.
     pub fn zero(&self, buffer: &DeviceBuffer) -> Result<(), GpuError> {
-        let _outside = self.shared.outside_recordings();
+        let _outside = self.shared.recordings.outside();
         self.shared.backend.zero(buffer.address(), buffer.len())
     }
 
@@ -402,7 +400,7 @@ impl Gpu {
         &self,
         record: impl FnOnce() -> Result<T, E>,
     ) -> Result<(T, Graph), E> {
-        let _recorder = Recorder::new(&self.shared);
+        let _recorder = self.shared.recordings.begin();
         self.shared.backend.begin_capture()?;
         let recorded = record();
         // A capture that was begun must be ended, also after an error.
@@ -425,39 +423,9 @@ impl std::fmt::Debug for Gpu {
     }
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Shared {
     fn chunks(&self) -> MutexGuard<'_, Vec<Chunk>> {
-        locked(&self.workspace)
-    }
-
-    /// As long as it is held no other thread records.
-    fn outside_recordings(&self) -> Option<RwLockReadGuard<'_, ()>> {
-        let is_recorder = *locked(&self.recorder) == Some(thread::current().id());
-        (!is_recorder).then(|| self.recording.read().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-/// The thread that records, as long as it does.
-struct Recorder<'a> {
-    shared: &'a Shared,
-    _recording: RwLockWriteGuard<'a, ()>,
-}
-
-impl<'a> Recorder<'a> {
-    fn new(shared: &'a Shared) -> Self {
-        let recording = shared.recording.write().unwrap_or_else(PoisonError::into_inner);
-        *locked(&shared.recorder) = Some(thread::current().id());
-        Self { shared, _recording: recording }
-    }
-}
-
-impl Drop for Recorder<'_> {
-    fn drop(&mut self) {
-        *locked(&self.shared.recorder) = None;
+        self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -477,7 +445,7 @@ impl Drop for Memory {
     fn drop(&mut self) {
         match &self.place {
             Place::Own => {
-                let _outside = self.gpu.shared.outside_recordings();
+                let _outside = self.gpu.shared.recordings.outside();
                 self.gpu.shared.backend.free(self.address);
             }
             Place::Scratch { chunk, range } => {
@@ -554,7 +522,7 @@ impl DeviceBuffer {
     /// If there are more than the buffer holds.
     pub fn upload(&self, bytes: &[u8]) -> Result<(), GpuError> {
         assert!(bytes.len() <= self.len, "{} bytes into {}", bytes.len(), self.len);
-        let _outside = self.memory.gpu.shared.outside_recordings();
+        let _outside = self.memory.gpu.shared.recordings.outside();
         self.memory.gpu.shared.backend.upload(self.address(), bytes)
     }
 
@@ -689,7 +657,7 @@ mod tests {
         let (others, zeros) = (words(&gpu, &[0; 3]), words(&gpu, &[9; 3]));
         let (free_before, _) = gpu.memory_info().unwrap();
         let dropped = gpu.alloc(32 << 20).unwrap();
-        let graph = thread::scope(|scope| {
+        let graph = std::thread::scope(|scope| {
             let ((), graph) = gpu
                 .capture(|| {
                     let worker = scope.spawn(|| {
@@ -697,7 +665,7 @@ mod tests {
                         gpu.zero(&zeros).unwrap();
                         drop(dropped);
                     });
-                    thread::sleep(std::time::Duration::from_millis(50));
+                    std::thread::sleep(std::time::Duration::from_millis(50));
                     assert!(!worker.is_finished(), "it does not wait");
                     gather(&gpu, &x, &rows, &gpu.scratch(12)?)?;
                     Ok::<_, GpuError>(())

@@ -436,7 +436,7 @@ mod tests {
         let Some(gpu) = Gpu::for_tests() else { return };
         let model = Counting::on(&gpu);
         // So many that what vectors begin at does not matter.
-        let num_tokens = 1 << 16;
+        let num_tokens = 1 << 18;
         let limits = StepLimits { max_num_batched_tokens: num_tokens, ..LIMITS };
         let mut steps = GpuSteps::new(&gpu, limits, Execution::Eager).unwrap();
         let num_seqs = LIMITS.max_num_seqs;
