@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::client::{Client, ServerArgs};
 
@@ -231,9 +232,14 @@ impl Interrupts {
             .enable_all()
             .build()
             .context("cannot listen for Ctrl-C")?;
+        // From here on, not from when the thread gets to run, Ctrl-C does not end the program.
+        let mut interrupts = {
+            let _inside = runtime.enter();
+            signal(SignalKind::interrupt()).context("cannot listen for Ctrl-C")?
+        };
         let of_thread = Arc::clone(&state);
         thread::spawn(move || {
-            while runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+            while runtime.block_on(interrupts.recv()).is_some() {
                 if !of_thread.is_answering.load(Ordering::SeqCst) {
                     eprintln!();
                     process::exit(INTERRUPTED);
