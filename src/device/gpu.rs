@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use self::backend::{Backend, Product};
 pub use self::backend::{Graph, Properties};
 use self::ranges::FreeRanges;
-use self::recordings::Recordings;
+use self::recordings::{Capture, Recordings};
 
 /// Buffers begin at multiples of this many bytes, so that every vector load is aligned.
 const ALIGNMENT: usize = 256;
@@ -401,10 +401,9 @@ impl Gpu {
         record: impl FnOnce() -> Result<T, E>,
     ) -> Result<(T, Graph), E> {
         let _recorder = self.shared.recordings.begin();
-        self.shared.backend.begin_capture()?;
+        let capture = Capture::begin(&*self.shared.backend)?;
         let recorded = record();
-        // A capture that was begun must be ended, also after an error.
-        let graph = self.shared.backend.end_capture();
+        let graph = capture.end();
         Ok((recorded?, graph?))
     }
 
@@ -685,6 +684,18 @@ mod tests {
         zeros.upload(bytemuck::cast_slice(&[7_u32; 3])).unwrap();
         gpu.replay(&graph).unwrap();
         assert_eq!(found(&zeros), [7; 3]);
+    }
+
+    #[test]
+    fn a_recording_that_panics_is_over() {
+        let Some(gpu) = Gpu::for_tests() else { return };
+        let record = || gpu.capture(|| -> Result<(), GpuError> { panic!("on purpose") });
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(record)).is_err());
+        let buffer = words(&gpu, &[0; 3]);
+        buffer.upload(bytemuck::cast_slice(&[4_u32, 5, 6])).unwrap();
+        let found: Vec<u32> = bytemuck::pod_collect_to_vec(&buffer.download().unwrap());
+        assert_eq!(found, [4, 5, 6]);
+        gpu.capture(|| Ok::<_, GpuError>(())).unwrap();
     }
 
     #[test]

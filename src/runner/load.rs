@@ -283,7 +283,8 @@ impl PlannedModel {
         let free = (free as u64).saturating_sub(kept);
         anyhow::ensure!(
             num_bytes <= free,
-            "the adapter may take {num_bytes} bytes, and the GPU has {free} left beside what steps need;              unload another one, or lower `--gpu-memory-utilization` or `--kv-cache-memory`"
+            "the adapter may take {num_bytes} bytes, and the GPU has {free} left beside what steps need; \
+             unload another one, or lower `--gpu-memory-utilization` or `--kv-cache-memory`"
         );
         Ok(())
     }

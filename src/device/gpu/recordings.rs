@@ -6,6 +6,9 @@
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, ThreadId};
 
+use super::GpuError;
+use super::backend::{Backend, Graph};
+
 /// Whether something is being recorded on a card.
 #[derive(Default)]
 pub(super) struct Recordings {
@@ -42,5 +45,31 @@ pub(super) struct Recorder<'a> {
 impl Drop for Recorder<'_> {
     fn drop(&mut self) {
         *self.recordings.recorder() = None;
+    }
+}
+
+/// A capture that was begun must be ended, also after an error or a panic: until then nothing is
+/// done that others ask for.
+pub(super) struct Capture<'a> {
+    backend: Option<&'a dyn Backend>,
+}
+
+impl<'a> Capture<'a> {
+    pub(super) fn begin(backend: &'a dyn Backend) -> Result<Self, GpuError> {
+        backend.begin_capture()?;
+        Ok(Self { backend: Some(backend) })
+    }
+
+    pub(super) fn end(mut self) -> Result<Graph, GpuError> {
+        self.backend.take().expect("it is ended once").end_capture()
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        if let Some(backend) = self.backend.take() {
+            // The panic that led here says more than a failure to end would.
+            let _ = backend.end_capture();
+        }
     }
 }
