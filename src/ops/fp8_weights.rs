@@ -40,6 +40,11 @@ pub(super) fn row_bytes(num_cols: usize) -> usize {
     num_cols.div_ceil(SCALED_COLS) * SCALE_BYTES + num_cols
 }
 
+/// The bytes of a row where it is multiplied: a card has a scale for each 64 columns.
+pub(super) fn packed_bytes(num_cols: usize) -> usize {
+    num_cols.div_ceil(SCALED_COLS / 2) * SCALE_BYTES + num_cols
+}
+
 /// The scales of a row, and its weights.
 pub(super) fn split_row(row: &[u8], num_cols: usize) -> (Vec<f32>, &[u8]) {
     let (scales, weights) = row.split_at(row.len() - num_cols);

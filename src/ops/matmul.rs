@@ -539,7 +539,7 @@ mod tests {
     use candle_core::quantized::GgmlDType;
 
     use crate::ops::gguf_blocks::tests::Random;
-    use crate::ops::row_format::tests::{all_formats, dequantized, random_rows};
+    use crate::ops::row_format::tests::{all_formats, all_fp8_bytes, dequantized, random_rows};
     use crate::ops::silu_mul::SiluMul;
 
     fn random_x(num_tokens: usize, num_cols: usize) -> Vec<f32> {
@@ -586,6 +586,25 @@ mod tests {
                 let limit = if packed_layout(format).is_some() { 5e-4 } else { 1e-11 };
                 let error = error(&found, &x, &weights, num_cols);
                 assert!(error < limit, "{format} {num_rows}x{num_cols}x{num_tokens}: {error:e}");
+            }
+        }
+    }
+
+    /// Goal: every number of eight bits counts for what it is, the smallest too. Method: each alone.
+    #[test]
+    fn every_float_of_eight_bits_is_exact() {
+        let (num_rows, num_cols) = (3, 256);
+        let data = all_fp8_bytes();
+        let weights = dequantized(RowFormat::Fp8, &data, num_cols);
+        let source = MatrixSource { format: RowFormat::Fp8, data: &data, num_rows };
+        let packed = PackedMatrix::pack(&[source], num_cols).unwrap();
+        for isa in Isa::available() {
+            for column in 0..num_cols {
+                let mut x = vec![0.0; num_cols];
+                x[column] = 1.0;
+                let found = multiply(isa, &x, &packed, Epilogue::Store);
+                let expected: Vec<f32> = weights.chunks(num_cols).map(|row| row[column]).collect();
+                assert_eq!(found, expected, "{isa:?} {column:#x}");
             }
         }
     }

@@ -28,6 +28,17 @@ impl RowFormat {
         }
     }
 
+    /// The bytes of `num_cols` weights where they are multiplied, on the device that takes more.
+    ///
+    /// # Errors
+    /// As [`Self::row_bytes`].
+    pub fn packed_bytes(self, num_cols: usize) -> Result<usize> {
+        match self {
+            Self::Gguf(dtype) => gguf_blocks::row_bytes(dtype, num_cols),
+            Self::Fp8 => Ok(fp8_weights::packed_bytes(num_cols)),
+        }
+    }
+
     /// Turns a row into numbers.
     ///
     /// # Errors
@@ -92,14 +103,32 @@ pub(crate) mod tests {
     ) -> Vec<u8> {
         let RowFormat::Gguf(dtype) = format else {
             let mut random = Random::new(seed);
-            let mut rows = Vec::new();
-            for _ in 0..num_rows {
-                let values: Vec<f32> = (0..num_cols).map(|_| random.float()).collect();
-                rows.extend(quantize_row(&values));
-            }
-            return rows;
+            return (0..num_rows).flat_map(|_| random_fp8_row(&mut random, num_cols)).collect();
         };
         random_blocks(dtype, num_rows * num_cols, seed)
+    }
+
+    /// Every byte but those that are no number, and scales of every kind.
+    fn random_fp8_row(random: &mut Random, num_cols: usize) -> Vec<u8> {
+        let mut row = quantize_row(&vec![0.0; num_cols]);
+        let (scales, weights) = row.split_at_mut(num_cols.div_ceil(128) * 4);
+        for scale in scales.as_chunks_mut::<4>().0 {
+            let size = [1e-2, -1e-2, 3e-3, 0.0][(random.float().abs() * 3.99) as usize];
+            *scale = f32::to_le_bytes(size * random.float());
+        }
+        for weight in weights {
+            let byte = (random.float() * 127.0) as i8 as u8;
+            *weight = if byte & 127 == 127 { 1 } else { byte };
+        }
+        row
+    }
+
+    /// Rows of 256 columns that hold every byte of [`RowFormat::Fp8`] once, with scales of their own.
+    pub(crate) fn all_fp8_bytes() -> Vec<u8> {
+        let bytes = (0..=u8::MAX).map(|byte| if byte & 127 == 127 { 0 } else { byte });
+        let row =
+            |scale: f32| [[scale.to_le_bytes(); 2].concat(), bytes.clone().collect()].concat();
+        [1.0, -0.37, 1e-30].into_iter().flat_map(row).collect()
     }
 
     /// The numbers of rows of `num_cols`.

@@ -105,7 +105,7 @@ impl Scheme {
                 _ => ordinary,
             },
             Self::Fp8(fp8) if tensor.dtype == ElementType::F8E4M3 => {
-                (num_values, fp8.num_bytes(&tensor.shape))
+                (num_values, fp8.num_bytes(tensor))
             }
             Self::Fp8(_) if suffix.contains("scale") => (0, 0),
             Self::Floats | Self::Fp8(_) => ordinary,

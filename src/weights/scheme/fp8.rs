@@ -12,8 +12,8 @@ use std::sync::Arc;
 use candle_core::quantized::GgmlDType;
 
 use super::{
-    CheckpointError, Content, JsonFile, Repository, RepositoryError, StoredMatrix, check_shape,
-    floats,
+    CheckpointError, Content, JsonFile, Repository, RepositoryError, StoredMatrix, TensorInfo,
+    check_shape, floats,
 };
 use crate::ops::row_format::RowFormat;
 use crate::weights::gguf::shown;
@@ -93,14 +93,21 @@ impl Fp8 {
     }
 
     /// Bytes that so many weights take in memory, a row being wider than its blocks are.
-    pub(super) fn num_bytes(&self, shape: &[usize]) -> u64 {
+    pub(super) fn num_bytes(&self, tensor: &TensorInfo) -> u64 {
+        // Of a tensor without values a size may be anything.
+        if tensor.num_values() == 0 {
+            return 0;
+        }
+        let shape = &tensor.shape;
         let num_cols = shape.last().copied().unwrap_or(0);
         let num_rows: usize = shape.iter().rev().skip(1).product();
         let format = match self.block {
+            // What is looked up, not multiplied, is kept as larger floats.
+            _ if tensor.name.ends_with("embed_tokens.weight") => GgmlDType::F16.into(),
             Some((_, cols)) if !RowFormat::fits_fp8(cols, num_cols) => GgmlDType::F16.into(),
             _ => RowFormat::Fp8,
         };
-        (num_rows * format.row_bytes(num_cols).unwrap_or(0)) as u64
+        (num_rows * format.packed_bytes(num_cols).unwrap_or(0)) as u64
     }
 
     pub(super) fn matrix(

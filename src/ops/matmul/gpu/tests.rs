@@ -11,7 +11,7 @@ use crate::device::gpu::Gpu;
 use crate::ops::gguf_blocks::tests::Random;
 use crate::ops::matmul::MatrixSource;
 use crate::ops::row_format::RowFormat;
-use crate::ops::row_format::tests::{dequantized, random_rows};
+use crate::ops::row_format::tests::{all_fp8_bytes, dequantized, random_rows};
 use crate::ops::tensor::GpuTensor;
 
 const INTEGERS: [GgmlDType; 11] = [
@@ -180,6 +180,31 @@ fn many_tokens() {
             [(32, 2, 33), (64, 100, 61), (64, 3, 65), (128, 100, 131)]
         {
             case.check(Plan::Large { tokens, split_tiles }, num_tokens, &format.to_string());
+        }
+    }
+}
+
+/// Goal: every number of eight bits counts for what it is, the smallest too. Method: each alone, by
+/// the kernels for few tokens and for many.
+#[test]
+fn every_float_of_eight_bits_is_exact() {
+    let Some(gpu) = Gpu::for_tests() else { return };
+    let (num_rows, num_cols) = (3, 256);
+    let data = all_fp8_bytes();
+    let weights = dequantized(RowFormat::Fp8, &data, num_cols);
+    let source = MatrixSource { format: RowFormat::Fp8, data: &data, num_rows };
+    let matrix = GpuMatrix::pack(&gpu, &[source], num_cols, Stacking::Below).unwrap();
+    let mut x = vec![0.0; num_cols * num_cols];
+    x.iter_mut().step_by(num_cols + 1).for_each(|one| *one = 1.0);
+    for num_tokens in [16, 256] {
+        for (index, x) in x.chunks(num_tokens * num_cols).enumerate() {
+            let x = activations(&gpu, x, num_cols);
+            let found = matrix.matmul(&x, None, DType::F32).unwrap().to_vec().unwrap();
+            for (token, found) in found.chunks(num_rows).enumerate() {
+                let column = index * num_tokens + token;
+                let expected: Vec<f32> = weights.chunks(num_cols).map(|row| row[column]).collect();
+                assert_eq!(found, expected, "{column:#x}");
+            }
         }
     }
 }
