@@ -44,7 +44,26 @@ pub fn gguf_rows(matrix: &StoredMatrix) -> Result<Cow<'_, [u8]>> {
         Content::Grouped(grouped) => {
             grouped_rows(&grouped_source(grouped, shape, bytes), matrix.dtype).map(Cow::Owned)
         }
+        Content::Unsorted(grouped) => {
+            let mut sorted = grouped_rows(&grouped_source(grouped, shape, bytes), matrix.dtype)?;
+            if let Some(order) = &grouped.order {
+                put_back(&mut sorted, order);
+            }
+            Ok(Cow::Owned(sorted))
+        }
         Content::Fp8(fp8) => half_rows(&fp8_source(fp8, shape, bytes)).map(Cow::Owned),
+    }
+}
+
+/// Puts the values of rows, of 16 bits each, where `order` says that they belong.
+fn put_back(rows: &mut [u8], order: &[u32]) {
+    let (values, _) = rows.as_chunks_mut::<2>();
+    let mut row = vec![[0; 2]; order.len()];
+    for sorted in values.chunks_exact_mut(order.len()) {
+        for (&column, value) in order.iter().zip(&*sorted) {
+            row[column as usize] = *value;
+        }
+        sorted.copy_from_slice(&row);
     }
 }
 

@@ -25,10 +25,8 @@ impl Embedding {
         hidden_size: usize,
         device: &Device,
     ) -> anyhow::Result<Self> {
-        let matrix = checkpoint.matrix(&format!("{name}.weight"), vocab_size, hidden_size)?;
-        if matrix.column_order().is_some() {
-            anyhow::bail!("`{name}` has its columns ordered by activation, which is not supported");
-        }
+        let name = format!("{name}.weight");
+        let matrix = checkpoint.matrix(&name, vocab_size, hidden_size)?.unsorted();
         let shape = (vocab_size, hidden_size);
         // Not quantised: rows that stay in the file take no memory, so there is nothing to save.
         let rows = gguf_rows(&matrix)?;

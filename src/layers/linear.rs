@@ -1,7 +1,6 @@
 //! `y = x Wᵀ + b`, whatever type the weights are stored in.
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
 use anyhow::{bail, ensure};
 use candle_core::Result;
@@ -10,6 +9,7 @@ use super::content::rows;
 use super::lora::{Adaptation, Site};
 use crate::ops::experts::{ExpertRows, ExpertWeights};
 use crate::ops::gather_columns::gather_columns;
+use crate::ops::indices::Indices;
 pub use crate::ops::matmul::Stacking;
 use crate::ops::matmul::{
     MatrixSource, RandomSource, Weights, gated_matmul, gates_and_ups, matmul, matmul_f32,
@@ -23,7 +23,7 @@ pub struct Linear {
     weight: Weights,
     bias: Option<Tensor>,
     /// The column of the input that each column of the weights is for, if not the same.
-    column_order: Option<Arc<[u32]>>,
+    column_order: Option<Box<Indices>>,
 }
 
 /// What a projection is called and how many features it puts out.
@@ -53,8 +53,8 @@ impl Linear {
                 bias.extend(checkpoint.vector(&name, projection.out_features)?);
             }
         }
-        let stacks = [stored(checkpoint, prefix, projections, in_features)?];
-        let column_order = column_order(&stacks[0], prefix, device)?;
+        let stacks = [in_one_order(stored(checkpoint, prefix, projections, in_features)?)];
+        let column_order = column_order(&stacks[0], device)?;
         let weight = pack_each(&stacks, in_features, Stacking::Below, device)?.remove(0);
         let bias = match bias.len() {
             _ if bias.iter().all(|value| *value == 0.0) => None,
@@ -86,8 +86,8 @@ impl Linear {
                     ensure!(bias.iter().all(|value| *value == 0.0), "`{name}` is not supported");
                 }
             }
-            let stack = stored(checkpoint, prefix, projections, in_features)?;
-            column_orders.push(column_order(&stack, prefix, device)?);
+            let stack = in_one_order(stored(checkpoint, prefix, projections, in_features)?);
+            column_orders.push(column_order(&stack, device)?);
             stacks.push(stack);
         }
         let weights = pack_each(&stacks, in_features, stacking, device)?.into_iter();
@@ -162,33 +162,35 @@ impl Linear {
         }
     }
 
+    /// Whether the columns of the input are put into another order first.
+    pub fn has_column_order(&self) -> bool {
+        self.column_order.is_some()
+    }
+
     /// Memory that the weights take.
     pub fn num_bytes(&self) -> usize {
         self.weight.num_bytes()
     }
 }
 
-/// The one order of a stack's columns.
-fn column_order(
-    stored: &[StoredMatrix],
-    prefix: &str,
-    device: &Device,
-) -> anyhow::Result<Option<Arc<[u32]>>> {
-    let mut orders = stored.iter().map(StoredMatrix::column_order);
-    let first = orders.next().flatten();
-    if orders.any(|order| order != first) {
-        bail!(
-            "the projections of `{prefix}` have their columns in different orders (`g_idx`), which \
-             is not supported"
-        );
+/// Matrices of one input, which comes with its columns in one order: if they want different ones,
+/// in none.
+fn in_one_order(stack: Vec<StoredMatrix>) -> Vec<StoredMatrix> {
+    let first = stack.first().and_then(StoredMatrix::column_order);
+    if stack.iter().all(|matrix| matrix.column_order() == first) {
+        return stack;
     }
-    if first.is_some() && matches!(device, Device::Gpu(_)) {
-        bail!(
-            "`{prefix}` has its columns ordered by activation (`desc_act`), which runs on the CPU \
-             only; pass `--device cpu`, or use a checkpoint without it"
-        );
+    stack.into_iter().map(StoredMatrix::unsorted).collect()
+}
+
+/// The order of a stack's columns, where the device finds it.
+fn column_order(stack: &[StoredMatrix], device: &Device) -> Result<Option<Box<Indices>>> {
+    let Some(order) = stack.first().and_then(StoredMatrix::column_order) else { return Ok(None) };
+    let mut order = Indices::from(order.to_vec());
+    if let Device::Gpu(gpu) = device {
+        order.upload_to(gpu.alloc(order.len() * size_of::<u32>())?)?;
     }
-    Ok(first.cloned())
+    Ok(Some(Box::new(order)))
 }
 
 fn stored(

@@ -45,6 +45,11 @@ impl Mlp {
         Ok(pairs.map(|(gate_up_proj, down_proj)| Self { gate_up_proj, down_proj }).collect())
     }
 
+    /// Whether a projection has its columns in another order than its input.
+    pub fn has_column_order(&self) -> bool {
+        [&self.gate_up_proj, &self.down_proj].into_iter().any(Linear::has_column_order)
+    }
+
     /// `[num_tokens, hidden_size]` to the same shape.
     pub fn forward(&self, x: &Tensor, adapted: Adaptation<'_>) -> Result<Tensor> {
         // [num_tokens, intermediate_size]

@@ -1,5 +1,6 @@
 //! A feed-forward part made of experts, of which each token goes to a few (Shazeer et al. 2017).
 
+use anyhow::ensure;
 use candle_core::Result;
 
 use super::linear::{Linear, Projection};
@@ -71,12 +72,13 @@ impl SparseMlp {
         let prefixes: Vec<_> =
             (0..num_experts).map(|index| format!("{prefix}experts.{index}.")).collect();
         let sizes = (hidden_size, shape.moe_intermediate_size);
-        Ok(Self {
-            gate: linear("gate", num_experts)?,
-            experts: Mlp::load_each(checkpoint, &prefixes, sizes, device)?,
-            shared,
-            shape,
-        })
+        let experts = Mlp::load_each(checkpoint, &prefixes, sizes, device)?;
+        ensure!(
+            matches!(device, Device::Cpu) || !experts.iter().any(Mlp::has_column_order),
+            "the experts of `{prefix}` have their columns ordered by activation (`desc_act`), which \
+             runs on the CPU only; pass `--device cpu`, or use a checkpoint without it"
+        );
+        Ok(Self { gate: linear("gate", num_experts)?, experts, shared, shape })
     }
 
     /// `[num_tokens, hidden_size]` to the same shape.

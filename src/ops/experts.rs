@@ -46,7 +46,7 @@ pub struct ExpertWeights<'a> {
     /// The matrix; on a card those of all experts lie side by side.
     pub weights: &'a Weights,
     /// The column of the input that each column of the matrix is for, if not the same.
-    pub column_order: Option<&'a [u32]>,
+    pub column_order: Option<&'a Indices>,
 }
 
 /// The experts of each token, in the program's memory.

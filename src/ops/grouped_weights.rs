@@ -153,7 +153,11 @@ fn put_block(steps: &[i16; BLOCK], scale: f16, dtype: GgmlDType, to: &mut [u8]) 
         GgmlDType::Q8_0 => 128,
         GgmlDType::F16 => {
             for (&step, to) in steps.iter().zip(to.as_chunks_mut::<2>().0) {
-                *to = f16::from_f32(scale.to_f32() * f32::from(step)).to_le_bytes();
+                let value = f16::from_f32(scale.to_f32() * f32::from(step));
+                if !value.is_finite() {
+                    bail!("a weight is too large for half precision");
+                }
+                *to = value.to_le_bytes();
             }
             return Ok(());
         }

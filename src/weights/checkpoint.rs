@@ -87,6 +87,8 @@ pub enum Content {
     Stored,
     /// They are integers in the file that mean this.
     Grouped(Arc<GroupedWeights>),
+    /// The same with columns that are sorted by group, put back into the order of the file.
+    Unsorted(Arc<GroupedWeights>),
     /// They are floats of eight bits in the file that are scaled by this.
     Fp8(Arc<Fp8Scales>),
     /// They are random, and the same on every device; the file's bytes mean nothing.
@@ -144,6 +146,17 @@ impl StoredMatrix {
                 Some(&**fp8).filter(|fp8| fp8.fit_rows(self.num_cols))
             }
             _ => None,
+        }
+    }
+
+    /// The same with rows that need no [`StoredMatrix::column_order`]: floats, if they needed one.
+    #[must_use]
+    pub fn unsorted(self) -> Self {
+        match self.content {
+            Content::Grouped(grouped) if grouped.order.is_some() => {
+                Self { dtype: GgmlDType::F16, content: Content::Unsorted(grouped), ..self }
+            }
+            _ => self,
         }
     }
 
@@ -283,7 +296,7 @@ impl Checkpoint {
             name => name.to_owned(),
         };
         let target = to.target(&role, *num_cols, self.num_layers);
-        let row_bytes = target.and_then(|format| format.row_bytes(*num_cols).ok());
+        let row_bytes = target.and_then(|format| format.packed_bytes(*num_cols).ok());
         row_bytes.map_or(num_bytes, |row_bytes| (num_rows * row_bytes) as u64)
     }
 

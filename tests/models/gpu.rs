@@ -35,6 +35,7 @@ async fn a_card_computes_what_hugging_face_does() {
         ("qwen2moe-f16.gguf", BF16_EXPERTS),
         ("qwen3moe-mixed.gguf", BF16_EXPERTS),
         ("fp8-block", BF16_ACTIVATIONS),
+        ("gptq-int4-act-order", BF16_ACTIVATIONS),
         (SLIDING, BF16_ACTIVATIONS),
         ("fp8-block-qwen3moe", BF16_EXPERTS),
     ] {

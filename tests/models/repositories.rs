@@ -5,7 +5,8 @@ use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 use qwen_server::cli::quantize::{self, QuantizeArgs};
-use qwen_server::config::RopeScalingChoice;
+use qwen_server::config::{Execution, RopeScalingChoice};
+use qwen_server::device::gpu::Gpu;
 use qwen_server::layers::content::rows;
 use qwen_server::models::ModelConfig;
 use qwen_server::ops::kv_cache::KvDtype;
@@ -19,8 +20,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{
-    REQUANTISED, REQUANTISED_TO_FP8, ROOMY, Setup, alone, assert_same, compare_engine,
-    load_options, prompts, start, start_planned, tiny, tokenizer,
+    Place, QUANTISED, REQUANTISED, REQUANTISED_TO_FP8, ROOMY, Setup, alone, assert_same,
+    compare_engine, load_options, prompts, start, start_planned, tiny, tokenizer,
 };
 
 fn copy(name: &str) -> TempDir {
@@ -129,6 +130,51 @@ async fn floats_may_be_quantised_as_they_are_loaded() {
         let checkpoint = Checkpoint::open(&tiny(name)).unwrap();
         let error = checkpoint.quantized("q8_0".parse().unwrap()).err().unwrap().to_string();
         assert!(error.contains("already"), "{name}: {error}");
+    }
+}
+
+/// Goal: projections of one input may have their columns sorted differently. Method: two groups of
+/// one projection change places, with all that belongs to them, so that its weights mean the same.
+#[tokio::test]
+async fn projections_of_one_input_may_be_sorted_differently() {
+    let directory = copy("gptq-int4-act-order");
+    let path = directory.path().join("model.safetensors");
+    let mut file = std::fs::read(&path).unwrap();
+    let header_len = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&file[8..8 + header_len]).unwrap();
+    let (_, data) = file.split_at_mut(8 + header_len);
+    let range = |part: &str| {
+        let offsets = &header[format!("model.layers.0.self_attn.k_proj.{part}")]["data_offsets"];
+        offsets[0].as_u64().unwrap() as usize..offsets[1].as_u64().unwrap() as usize
+    };
+    let num_cols = range("g_idx").len() / 4;
+    let num_rows = range("qweight").len() * 2 / num_cols;
+    let groups = data[range("g_idx")].as_chunks_mut::<4>().0;
+    let num_groups = groups.iter().map(|group| group[0]).max().unwrap() as usize + 1;
+    for group in groups {
+        group[0] = [1, 0].get(group[0] as usize).copied().unwrap_or(group[0]);
+    }
+    for part in ["scales", "qzeros"] {
+        let rows = &mut data[range(part)];
+        let row_bytes = rows.len() / num_groups;
+        let (first, rest) = rows.split_at_mut(row_bytes);
+        first.swap_with_slice(&mut rest[..row_bytes]);
+    }
+    std::fs::write(&path, file).unwrap();
+    let k_proj = |directory: &Path| {
+        let name = "model.layers.0.self_attn.k_proj.weight";
+        let checkpoint = Checkpoint::open(directory).unwrap();
+        let matrix = || checkpoint.matrix(name, num_rows, num_cols).unwrap();
+        [matrix(), matrix().unsorted()].map(|matrix| rows(&matrix).unwrap().into_owned())
+    };
+    let original = k_proj(&tiny("gptq-int4-act-order"));
+    let changed = k_proj(directory.path());
+    assert!(original[0] != changed[0] && original[1] == changed[1]);
+    for setup in [EXACT_CACHE, Setup { place: Place::Gpu(Execution::Recorded), ..ROOMY }] {
+        if matches!(setup.place, Place::Cpu) || Gpu::for_tests().is_some() {
+            let engine = start(directory.path(), setup);
+            compare_engine(&engine, "gptq-int4-act-order", QUANTISED).await;
+        }
     }
 }
 
