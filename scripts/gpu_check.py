@@ -150,7 +150,17 @@ def link_manifest(run):
 
 
 # Parts of the names of all tests that use a card.
-KERNEL_TESTS = ["gpu", "ops::gather_rows", "ops::silu_mul", "ops::sample", "sampling::device_sampler"]
+KERNEL_TESTS = [
+    "gpu",
+    "ops::add_scaled",
+    "ops::gather_columns",
+    "ops::gather_rows",
+    "ops::low_rank",
+    "ops::silu_mul",
+    "ops::sample",
+    "sampling::device_sampler",
+]
+MODEL_TESTS = ["gpu", "dummy", "sorted_differently"]
 
 
 def tests(run, name, program, arguments):
@@ -530,7 +540,7 @@ def main():
     run.step("machine", 15, describe_machine(run))
     run.step("floors", 60, measure_floors(run))
     run.step("kernels = CPU", 100, tests(run, "kernels", "lib-tests", KERNEL_TESTS))
-    run.step("models = Hugging Face, recorded = launched", 70, tests(run, "models", "models-tests", ["gpu", "dummy"]))
+    run.step("models = Hugging Face, recorded = launched", 70, tests(run, "models", "models-tests", MODEL_TESTS))
     run.step("0.5B-shaped q4_k_m: card = CPU", 45, same_everywhere(run, "q4_k_m"))
     run.step("0.5B-shaped bf16: card = CPU", 45, same_everywhere(run, "bf16"))
     run.step("Hugging Face here, bf16", 45, hugging_face(run, "bf16"))
