@@ -21,6 +21,9 @@ const SCALES_BYTES: usize = LANES * size_of::<f32>();
 const BLOCK_BYTES: usize = SCALES_BYTES + SCALED_COLS * LANES;
 /// What widened weights are too small by.
 const WIDENED: f32 = 256.0;
+/// How far ahead of the weights in use to ask for the next ones.
+const PREFETCH_BYTES: usize = 4096;
+const COLUMNS_PER_LINE: usize = 64 / LANES;
 
 /// Bytes of a panel: a whole number of cache lines.
 pub(super) const fn panel_bytes(num_cols: usize) -> usize {
@@ -42,24 +45,19 @@ pub(super) fn pack(rows: &[&[u8]], num_cols: usize, panel: &mut [u8]) {
     }
 }
 
-/// The code for groups of 1, 2, 4 and 8 tokens. Blocks are independent until they are scaled: of
-/// few tokens several are computed at a time, as many as hide how long an addition takes.
+/// The code for groups of 1, 2, 4 and 8 tokens.
 pub(super) fn by_width(isa: Isa) -> [PanelKernel; 4] {
     match isa {
         Isa::Portable => [
-            fp8_panel::<Portable, 1, 1>,
-            fp8_panel::<Portable, 2, 1>,
-            fp8_panel::<Portable, 4, 1>,
-            fp8_panel::<Portable, 8, 1>,
+            fp8_panel::<Portable, 1>,
+            fp8_panel::<Portable, 2>,
+            fp8_panel::<Portable, 4>,
+            fp8_panel::<Portable, 8>,
         ],
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::AvxVnni => {
-            [fp8_avx2::<1, 4>, fp8_avx2::<2, 2>, fp8_avx2::<4, 1>, fp8_avx2::<8, 1>]
-        }
+        Isa::Avx2 | Isa::AvxVnni => [fp8_avx2::<1>, fp8_avx2::<2>, fp8_avx2::<4>, fp8_avx2::<8>],
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => {
-            [fp8_avx512::<1, 4>, fp8_avx512::<2, 4>, fp8_avx512::<4, 2>, fp8_avx512::<8, 1>]
-        }
+        Isa::Avx512 => [fp8_avx512::<1>, fp8_avx512::<2>, fp8_avx512::<4>, fp8_avx512::<8>],
     }
 }
 
@@ -67,83 +65,57 @@ pub(super) fn by_width(isa: Isa) -> [PanelKernel; 4] {
 /// See [`PanelKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn fp8_avx2<const T: usize, const BLOCKS: usize>(args: &PanelArgs) {
+unsafe fn fp8_avx2<const T: usize>(args: &PanelArgs) {
     // SAFETY: the caller's promise.
-    unsafe { fp8_panel::<Avx2<false>, T, BLOCKS>(args) };
+    unsafe { fp8_panel::<Avx2<false>, T>(args) };
 }
 
 /// # Safety
 /// See [`PanelKernel`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn fp8_avx512<const T: usize, const BLOCKS: usize>(args: &PanelArgs) {
+unsafe fn fp8_avx512<const T: usize>(args: &PanelArgs) {
     // SAFETY: the caller's promise.
-    unsafe { fp8_panel::<Avx512, T, BLOCKS>(args) };
+    unsafe { fp8_panel::<Avx512, T>(args) };
 }
 
 /// # Safety
 /// See [`PanelKernel`].
 #[inline(always)]
-unsafe fn fp8_panel<S: Simd, const T: usize, const BLOCKS: usize>(args: &PanelArgs) {
+unsafe fn fp8_panel<S: Simd, const T: usize>(args: &PanelArgs) {
+    let x = args.x.cast::<f32>();
     // SAFETY: the caller's promise: blocks for `num_blocks` columns, and `T` activations of each.
     unsafe {
         let mut sums = load_tile::<S, T>(args.start);
-        let mut column = 0;
-        while column < args.num_blocks {
-            let num_left = args.num_blocks - column;
-            if BLOCKS * SCALED_COLS <= num_left {
-                add_blocks::<S, T, BLOCKS>(args, (column, SCALED_COLS), &mut sums);
-                column += BLOCKS * SCALED_COLS;
-            } else {
-                let num_cols = if num_left < SCALED_COLS { num_left } else { SCALED_COLS };
-                add_blocks::<S, T, 1>(args, (column, num_cols), &mut sums);
-                column += num_cols;
-            }
-        }
-        store_tile::<S, T>(sums, args.sums);
-    }
-}
-
-/// Adds blocks from a column on, each of so many columns.
-///
-/// # Safety
-/// See [`PanelKernel`]; the panel has these blocks.
-#[inline(always)]
-unsafe fn add_blocks<S: Simd, const T: usize, const BLOCKS: usize>(
-    args: &PanelArgs,
-    (first, num_cols): (usize, usize),
-    sums: &mut [S::Floats; T],
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let blocks = args.panel.add(first / SCALED_COLS * BLOCK_BYTES);
-        let x = args.x.cast::<f32>().add(first * T);
-        let mut parts = [[S::splat(0.0); T]; BLOCKS];
-        let mut column = 0;
-        while column < num_cols {
-            let mut b = 0;
-            while b < BLOCKS {
-                let at = b * BLOCK_BYTES + SCALES_BYTES + column * LANES;
-                let weights = S::load_e4m3(blocks.add(at));
-                let x = x.add((b * SCALED_COLS + column) * T);
+        let (mut first, mut block) = (0, args.panel);
+        while first < args.num_blocks {
+            let num_left = args.num_blocks - first;
+            let num_cols = if num_left < SCALED_COLS { num_left } else { SCALED_COLS };
+            let mut products = [S::splat(0.0); T];
+            let mut column = 0;
+            while column < num_cols {
+                let from = block.add(SCALES_BYTES + column * LANES);
+                if column % COLUMNS_PER_LINE == 0 {
+                    S::prefetch(from.wrapping_add(PREFETCH_BYTES));
+                }
+                let weights = S::load_e4m3(from);
+                let x = x.add((first + column) * T);
                 let mut t = 0;
                 while t < T {
-                    parts[b][t] = S::mul_add(weights, S::splat(*x.add(t)), parts[b][t]);
+                    products[t] = S::mul_add(weights, S::splat(*x.add(t)), products[t]);
                     t += 1;
                 }
-                b += 1;
+                column += 1;
             }
-            column += 1;
-        }
-        let mut b = 0;
-        while b < BLOCKS {
-            let scale = S::load_f32(blocks.add(b * BLOCK_BYTES).cast());
+            let scale = S::load_f32(block.cast());
             let mut t = 0;
             while t < T {
-                sums[t] = S::mul_add(parts[b][t], scale, sums[t]);
+                sums[t] = S::mul_add(products[t], scale, sums[t]);
                 t += 1;
             }
-            b += 1;
+            first += num_cols;
+            block = block.wrapping_add(BLOCK_BYTES);
         }
+        store_tile::<S, T>(sums, args.sums);
     }
 }
