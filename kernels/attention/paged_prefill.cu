@@ -201,8 +201,11 @@ __device__ __forceinline__ void multiply_queries(float (&scores)[ROW_TILES][KEY_
     }
 }
 
-// Hides the keys behind each row's position. `first_key` counts from the block's first query's position.
-__device__ __forceinline__ void mask(float (&scores)[ROW_TILES][KEY_TILES][4], int first_key, RowDivider divider) {
+// Hides the keys of which `hides(key, own)` says so, `own` being the key at the row's own position; both count from
+// `first_key`, which counts from the block's first query's position.
+template <class Hides>
+__device__ __forceinline__ void mask(
+    float (&scores)[ROW_TILES][KEY_TILES][4], int first_key, RowDivider divider, Hides hides) {
     const unsigned lane = threadIdx.x % WARP_SIZE;
     const unsigned first_row = threadIdx.x / WARP_SIZE * WARP_ROWS + lane / LANES_PER_ROW;
 #pragma unroll
@@ -210,36 +213,14 @@ __device__ __forceinline__ void mask(float (&scores)[ROW_TILES][KEY_TILES][4], i
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int query = divider.query(first_row + row_tile * 16 + half * 8);
-            const int last_column = query - first_key - int(lane % LANES_PER_ROW) * 2;
+            // Less the lane's first key, so that its keys are constants.
+            const int own = query - first_key - int(lane % LANES_PER_ROW) * 2;
 #pragma unroll
             for (int key_tile = 0; key_tile < KEY_TILES; key_tile++) {
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     float& score = scores[row_tile][key_tile][half * 2 + i];
-                    score = key_tile * 8 + i <= last_column ? score : -INFINITY;
-                }
-            }
-        }
-    }
-}
-
-// Hides the keys before each row's window, in the same way.
-__device__ __forceinline__ void mask_window(float (&scores)[ROW_TILES][KEY_TILES][4], int first_key, int window,
-                                            RowDivider divider) {
-    const unsigned lane = threadIdx.x % WARP_SIZE;
-    const unsigned first_row = threadIdx.x / WARP_SIZE * WARP_ROWS + lane / LANES_PER_ROW;
-#pragma unroll
-    for (int row_tile = 0; row_tile < ROW_TILES; row_tile++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int query = divider.query(first_row + row_tile * 16 + half * 8);
-            const int first_column = query - window + 1 - first_key - int(lane % LANES_PER_ROW) * 2;
-#pragma unroll
-            for (int key_tile = 0; key_tile < KEY_TILES; key_tile++) {
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float& score = scores[row_tile][key_tile][half * 2 + i];
-                    score = first_column <= key_tile * 8 + i ? score : -INFINITY;
+                    score = hides(key_tile * 8 + i, own) ? -INFINITY : score;
                 }
             }
         }
@@ -473,10 +454,11 @@ __device__ __forceinline__ void paged_prefill(const Args& args) {
         cp_async_commit();
         if (is_visible) {
             if (int(divider.query(warp_row)) < key - first_position + KEYS - 1) {
-                mask(scores, key - first_position, divider);
+                mask(scores, key - first_position, divider, [](int key, int own) { return own < key; });
             }
             if (key - first_position <= last_query - window) {
-                mask_window(scores, key - first_position, window, divider);
+                const auto is_before = [window](int key, int own) { return key <= own - window; };
+                mask(scores, key - first_position, divider, is_before);
             }
             softmax(scores, state, args.scale_log2);
             multiply_values<T, HEAD_DIM>(state, scores, v_tile);
