@@ -34,7 +34,7 @@ impl RowFormat {
     /// As [`Self::row_bytes`].
     pub fn packed_bytes(self, num_cols: usize) -> Result<usize> {
         match self {
-            Self::Gguf(dtype) => gguf_blocks::row_bytes(dtype, num_cols),
+            Self::Gguf(_) => self.row_bytes(num_cols),
             Self::Fp8 => Ok(fp8_weights::packed_bytes(num_cols)),
         }
     }

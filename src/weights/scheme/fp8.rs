@@ -92,7 +92,7 @@ impl Fp8 {
         }
     }
 
-    /// Bytes that so many weights take in memory, a row being wider than its blocks are.
+    /// Bytes that the weights of a tensor take in memory.
     pub(super) fn num_bytes(&self, tensor: &TensorInfo) -> u64 {
         // Of a tensor without values a size may be anything.
         if tensor.num_values() == 0 {
